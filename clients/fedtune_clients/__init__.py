@@ -1,0 +1,1 @@
+"""What runs on a device: models and local solvers."""

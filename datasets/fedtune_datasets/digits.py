@@ -1,0 +1,47 @@
+"""digits: 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, for tests and smoke runs."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.partition import partition as make_partition
+
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml").read_text())
+
+
+def prepare() -> None:
+    """None: there is nothing to download."""
+
+
+def load(
+    *,
+    partition: str = "iid",
+    num_clients: int = 30,
+    shards_per_client: int | None = None,
+    alpha: float | None = None,
+    examples_per_client: int | None = None,
+    seed: int = 0,
+) -> FederatedDataset:
+    """The images, or num_clients * examples_per_client of them at random, among num_clients clients.
+
+    The arguments are those of `fedtune.data.partition.partition`.
+    """
+    from sklearn.datasets import load_digits  # takes a second
+
+    digits = load_digits()
+    indices = make_partition(
+        digits.target,
+        partition,
+        num_clients,
+        seed=seed,
+        examples_per_client=examples_per_client,
+        shards_per_client=shards_per_client,
+        alpha=alpha,
+    )
+    x = digits.images.astype(np.uint8)  # whole numbers from 0 to 16
+    return FederatedDataset.from_partition(
+        x, digits.target, indices, name="digits", num_classes=10, scale=1 / 16, seed=seed
+    )

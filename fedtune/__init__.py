@@ -1,0 +1,104 @@
+"""A federated-learning simulator with hyperparameter tuning built in: FedEx beside ASHA, on Flower.
+
+The functions here do what the commands of the same names do:
+
+    run = fedtune.compare("mnist", tuners=["manual", "asha", "fedex"], max_rounds=27, total_rounds=135, seeds=3)
+    run.results  # a pandas DataFrame, a row a tuner and seed
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.data.federated_dataset import FederatedDataset
+    from fedtune.report.frames import Run
+    from fedtune.settings import Settings
+
+__all__ = ["compare", "load", "read_run", "resolve_settings", "run", "train", "tune"]
+
+
+def load(name: str, **options: Any) -> "FederatedDataset":
+    """The data set of that name, or that `file.py:function` makes; `options` are those of its `[data]` table."""
+    from fedtune.plugins import load_dataset
+
+    return load_dataset({"name": name, **options})
+
+
+def train(what: str | Path, rounds: int | None = None, **keywords: Any) -> "Run":
+    """The run of one federation under the fixed `[client]` and `[server]` values, for `rounds` rounds.
+
+    The other keywords are those of `compare`.
+    """
+    budget = {} if rounds is None else {"max_rounds": rounds, "total_rounds": rounds}
+    return compare(what, **{**budget, **keywords, "tuners": ["manual"]})
+
+
+def tune(what: str | Path, tuner: str = "asha", **keywords: Any) -> "Run":
+    """The run of one tuner. The keywords are those of `compare`."""
+    return compare(what, **{**keywords, "tuners": [tuner]})
+
+
+def compare(
+    what: str | Path,
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    **settings: Any,
+) -> "Run":
+    """The run of several tuners at an equal budget, on a data set by name or as a settings file says.
+
+    `settings` are laid over those of the data set or file: `max_rounds=27`, `client={"learning_rate": 0.1}`. `out` is the run
+    folder, made anew (`force` overwrites an older run); None makes one under runs/. `listener` hears every event.
+    """
+    return run(resolve_settings(what, settings), out=out, force=force, listener=listener)
+
+
+def run(
+    settings: "Settings", *, out: str | Path | None, force: bool, listener: Callable[[dict[str, Any]], None]
+) -> "Run":
+    """The run that resolved settings describe, with its figures drawn; see `compare`."""
+    from fedtune.simulation.executors import start_forkserver
+
+    if settings.executor != "serial":
+        start_forkserver()  # imports torch over there while we import it here
+    from fedtune.report.plots import plot_entropy, plot_incumbents
+    from fedtune.simulation.comparison import claim_folder, prepare
+
+    comparison = prepare(settings)
+    folder = Path(out) if out is not None else _new_folder(settings)
+    claim_folder(folder, force=force)
+    comparison.run(folder, listener)
+    finished = read_run(folder)
+    plot_incumbents(finished, folder / "figures" / "incumbents.png")
+    plot_entropy(finished, folder / "figures" / "entropy.png")
+    return finished
+
+
+def read_run(folder: str | Path) -> "Run":
+    """What a finished run folder holds."""
+    from fedtune.report.frames import read_run
+
+    return read_run(folder)
+
+
+def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings":
+    """The settings for a data set by name, or of a TOML file over those its data set ships, under further layers."""
+    from fedtune import plugins, settings
+
+    base: list[Mapping[str, Any]]
+    if str(what).endswith(".toml"):
+        table = settings.read_settings(Path(what))
+        name = table.get("data", {}).get("name")
+        base = [plugins.dataset_settings(name), table] if isinstance(name, str) else [table]
+    else:
+        base = [plugins.dataset_settings(str(what))]
+    return settings.resolve([*base, *layers])
+
+
+def _new_folder(settings: "Settings") -> Path:
+    from datetime import datetime
+
+    name = Path(settings.data["name"].partition(":")[0]).stem
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

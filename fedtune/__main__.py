@@ -1,0 +1,5 @@
+"""`python -m fedtune` is the command `fedtune`."""
+
+from fedtune.cli import main
+
+main()

@@ -1,0 +1,184 @@
+"""The command line. What is slow to import is imported by the command that needs it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    from fedtune.report.frames import Run
+
+app = typer.Typer(
+    name="fedtune",
+    help="Simulate federated learning on one machine, and tune it: FedEx beside ASHA, at an equal budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+What = Annotated[str, typer.Argument(help="A data set (see `fedtune list`), file.py:function, or a settings .toml file.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. client.learning_rate=0.05.")
+]
+Seed = Annotated[int | None, typer.Option(help="The first seed.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder; by default a new one under runs/.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an older run in --out.")]
+Workers = Annotated[int | None, typer.Option(help="Processes to use; 0 is one a core. Never changes a number.")]
+Device = Annotated[str | None, typer.Option(help="Where clients train, e.g. cpu or cuda.")]
+ExecutorName = Annotated[str | None, typer.Option(help="auto, serial or pool.")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds to train for.")]
+MaxRounds = Annotated[int | None, typer.Option(help="Rounds that one configuration may get in a search.")]
+TotalRounds = Annotated[int | None, typer.Option(help="Rounds that each tuner may spend in all.")]
+Seeds = Annotated[int | None, typer.Option(help="How many seeds, from --seed on.")]
+
+
+@app.command()
+def train(
+    what: What,
+    rounds: Rounds = None,
+    assignments: Assignments = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    force: Force = False,
+    workers: Workers = None,
+    device: Device = None,
+    executor: ExecutorName = None,
+) -> None:
+    """Train one federation under fixed hyperparameters."""
+    budget = {"max_rounds": rounds, "total_rounds": rounds}
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": ["manual"], **budget, **flags}, assignments, out, force)
+
+
+@app.command()
+def tune(
+    what: What,
+    tuner: Annotated[str, typer.Option(help="The tuner (see `fedtune list`).")] = "asha",
+    max_rounds: MaxRounds = None,
+    total_rounds: TotalRounds = None,
+    assignments: Assignments = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    force: Force = False,
+    workers: Workers = None,
+    device: Device = None,
+    executor: ExecutorName = None,
+) -> None:
+    """Search for good hyperparameters with one tuner."""
+    budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": [tuner], **budget, **flags}, assignments, out, force)
+
+
+@app.command()
+def compare(
+    what: What,
+    tuners: Annotated[str | None, typer.Option(help="Names with commas between them (see `fedtune list`).")] = None,
+    max_rounds: MaxRounds = None,
+    total_rounds: TotalRounds = None,
+    assignments: Assignments = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    force: Force = False,
+    workers: Workers = None,
+    device: Device = None,
+    executor: ExecutorName = None,
+) -> None:
+    """Compare tuners at an equal budget of rounds."""
+    names = None if tuners is None else [name.strip() for name in tuners.split(",")]
+    budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": names, **budget, **flags}, assignments, out, force)
+
+
+@app.command("list")
+def list_names() -> None:
+    """List the data sets, models, client programs and tuners that are installed."""
+    from fedtune.plugins import known
+    from fedtune.tuning.tuners import TUNERS
+
+    for title, names in (
+        ("data sets", known("datasets")),
+        ("models", known("models")),
+        ("client programs", known("clients")),
+        ("tuners", TUNERS),
+    ):
+        typer.echo(f"{title + ':':<17}{', '.join(sorted(names))}")
+
+
+@data_app.command()
+def prepare(name: Annotated[str, typer.Argument(help="A data set (see `fedtune list`).")]) -> None:
+    """Download a data set and verify it; does nothing when it is there."""
+    from fedtune.plugins import prepare_dataset
+
+    folder = prepare_dataset(name)
+    typer.echo(f"{name} is ready" + (f" in {folder}" if folder else ": it needs no download"))
+
+
+@data_app.command()
+def stats(
+    what: What,
+    assignments: Assignments = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw clients x labels and client sizes to this PNG file.")] = None,
+) -> None:
+    """Show how many clients and examples a data set has, and how skewed they are."""
+    import fedtune
+    from fedtune.plugins import load_dataset
+    from fedtune.report.plots import plot_stats
+    from fedtune.report.tables import stats_table
+    from fedtune.settings import parse_assignment
+
+    settings = fedtune.resolve_settings(what, *map(parse_assignment, assignments or []))
+    dataset = load_dataset(settings.data)
+    _print(stats_table(dataset.stats()))
+    if figure:
+        plot_stats(dataset, figure)
+        typer.echo(f"figure: {figure}")
+
+
+def main() -> None:
+    """The entry point: a bad input is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"fedtune: {error}", err=True)
+        sys.exit(2)
+
+
+def _run(
+    what: str, flags: dict[str, Any], assignments: list[str] | None, out: Path | None, force: bool
+) -> None:
+    import fedtune
+    from fedtune.report.live import LiveProgress
+    from fedtune.settings import parse_assignment
+
+    layers = [parse_assignment(text) for text in assignments or []]
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = fedtune.resolve_settings(what, *layers, given)
+    with LiveProgress() as progress:
+        run = fedtune.run(settings, out=out, force=force, listener=progress)
+    _show(run)
+
+
+def _show(run: "Run") -> None:
+    from fedtune.report.frames import summary
+    from fedtune.report.tables import summary_table
+
+    _print(summary_table(summary(run.results, run.timings)))
+    for figure in sorted((run.folder / "figures").glob("*.png")):
+        typer.echo(f"figure: {figure}")
+    typer.echo(f"run folder: {run.folder}")
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)

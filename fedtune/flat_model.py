@@ -1,0 +1,113 @@
+"""A torch module over one flat float32 tensor, its examples as tensors, and its error on them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedtune.data.federated_dataset import DatasetSpec
+from fedtune.errors import InputError
+
+EVALUATION_BATCH = 128  # small models gain little beyond it, and large ones lose as their activations outgrow the cache
+
+
+class Examples(NamedTuple):
+    """Examples as a model gets them, on its device."""
+
+    x: Shaped[Tensor, "example ..."]  # float32 or int64
+    y: Int64[Tensor, "example"]
+
+
+class FlatModel:
+    """A torch module whose floating-point parameters and buffers are views of one flat float32 tensor.
+
+    They lie in it in the order of the module's state_dict; a tensor that has several names lies there once. Integer
+    buffers are no part of it: they get their first values back whenever weights are loaded.
+
+    `parameters` are the trainable ones, `flat` holds `num_weights` numbers.
+    """
+
+    def __init__(self, module: nn.Module, device: str | torch.device = "cpu") -> None:
+        self.module = module.to(device).float()
+        tensors = dict(_tensors(self.module))
+        unique = list({id(tensor): tensor for tensor in tensors.values() if tensor.is_floating_point()}.values())
+        self.parameters = [tensor for tensor in unique if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+        if not self.parameters:
+            raise InputError("a model must have at least one trainable parameter, got none")
+        self.flat = torch.cat([tensor.detach().reshape(-1) for tensor in unique])
+        self.num_weights = len(self.flat)
+        self._sizes = [tensor.numel() for tensor in unique]
+        self._shapes = [tensor.shape for tensor in unique]
+        for tensor, view in zip(unique, self._views(self.flat), strict=True):
+            tensor.data = view
+        position = {id(tensor): index for index, tensor in enumerate(unique)}
+        self._trainable = [position[id(parameter)] for parameter in self.parameters]
+        self._names = {name: position[id(tensor)] for name, tensor in tensors.items() if id(tensor) in position}
+        self._integers = {name: (t, t.clone()) for name, t in tensors.items() if id(t) not in position}
+
+    def load(self, weights: Float[Tensor, "weight"]) -> None:
+        """Copies the weights into the module."""
+        self.flat.copy_(weights)
+        for buffer, first in self._integers.values():
+            buffer.copy_(first)
+
+    def slices(self, weights: Float[Tensor, "weight"]) -> list[Tensor]:
+        """Views of the weights in the shapes of the trainable parameters, in the order of `parameters`."""
+        views = self._views(weights)
+        return [views[index] for index in self._trainable]
+
+    def state_dict(self, weights: Float[Tensor, "weight"]) -> dict[str, Tensor]:
+        """Those weights by name, as views; a module like this one can load them."""
+        views = self._views(weights)
+        integers = {name: first for name, (_, first) in self._integers.items()}
+        return {name: views[index] for name, index in self._names.items()} | integers
+
+    def _views(self, weights: Tensor) -> list[Tensor]:
+        parts = torch.split(weights, self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def make_examples(
+    x: Shaped[np.ndarray, "example ..."],
+    y: Int64[np.ndarray, "example"],
+    spec: DatasetSpec,
+    device: str | torch.device,
+) -> Examples:
+    """Stored examples in the form that the model gets: float32 times `spec.scale`, or int64 for tokens."""
+    # Not from_numpy, which warns of read-only arrays: a copy of the stored bytes is cheap beside the cast.
+    inputs = torch.tensor(x, device=device)
+    inputs = inputs.long() if spec.input_kind == "token" else inputs.float().mul_(spec.scale)
+    return Examples(inputs, torch.tensor(y, device=device))
+
+
+def batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
+    """The examples in their order, `batch_size` at a time; the last batch may be smaller."""
+    parts = (torch.split(tensor, batch_size) for tensor in examples)
+    return map(Examples, *parts)
+
+
+def evaluate(
+    model: FlatModel, examples: Examples, batch_size: int = EVALUATION_BATCH
+) -> tuple[Float[Tensor, "example"], Float[Tensor, "example"]]:
+    """The cross-entropy and the error (0 or 1) of the model's weights on each example.
+
+    An example with NaN among its logits counts as an error, though argmax would name a class.
+    """
+    model.module.eval()
+    losses, errors = [], []
+    with torch.inference_mode():
+        for x, y in batches(examples, batch_size):
+            logits = model.module(x)
+            losses.append(cross_entropy(logits, y, reduction="none"))
+            errors.append((logits.argmax(1) != y) | logits.isnan().any(1))
+        return torch.cat(losses), torch.cat(errors).float()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The module's own tensors by name: parameters and persistent buffers, no copies."""
+    state = module.state_dict(keep_vars=True)  # detached copies have no identity by which to find tied weights
+    return ((name, value) for name, value in state.items() if isinstance(value, Tensor))

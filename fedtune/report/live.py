@@ -1,0 +1,150 @@
+"""What one sees while a run goes on."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fedtune.errors import UnknownNameError
+from fedtune.report.frames import FAULTS
+from fedtune.report.tables import duration, percent
+
+EVENTS = ("plan", "round", "incumbent", "study_end")
+REFRESHES_PER_SECOND = 5
+
+
+@dataclass
+class StudyProgress:
+    """How far one study has come."""
+
+    tuner: str
+    seed: int
+    total_rounds: int
+    rounds: int = 0
+    incumbent: Mapping[str, Any] | None = None
+    faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAULTS, 0))
+    started: float = field(default_factory=time.monotonic)
+
+    def describe(self) -> str:
+        """The study and its incumbent in a line."""
+        name = f"{self.tuner}, seed {self.seed}"
+        if self.incumbent is None:
+            return f"{name}: no incumbent yet"
+        errors = [f"{part} error {percent(self.incumbent[f'{part}_error'])} %" for part in ("validation", "test")]
+        return f"{name}: incumbent trial {self.incumbent['trial']}, {', '.join(errors)}"
+
+
+class LiveProgress:
+    """A run's progress on a terminal; elsewhere one plain line a finished study.
+
+    `with LiveProgress() as progress:` and call it with each event, a mapping whose `event` is one of EVENTS. An event
+    only counts: drawing is left to a thread that wakes a few times a second.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._studies: dict[tuple[str, int], StudyProgress] = {}
+        self._current: StudyProgress | None = None
+        self._faults = dict.fromkeys(FAULTS, 0)
+        self._rounds = self._total_rounds = self._ended = 0
+        # A round may take longer than rich's half a minute, and the rate would vanish between two: ten minutes.
+        self._bar = Progress(
+            TextColumn("rounds"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            auto_refresh=False,
+            speed_estimate_period=600,
+            expand=True,
+        )
+        self._task = self._bar.add_task("rounds", total=None, rate="")
+        self._live: Live | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=REFRESHES_PER_SECOND
+            )
+
+    def __enter__(self) -> "LiveProgress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "round":
+                self._round(event)
+            case "incumbent":
+                self._study(event).incumbent = event
+            case "plan":
+                self._plan(event)
+            case "study_end":
+                self._study_end(event)
+            case other:
+                raise UnknownNameError("event", other, EVENTS)
+
+    def _study(self, event: Mapping[str, Any]) -> StudyProgress:
+        return self._studies[event["tuner"], event["seed"]]
+
+    def _plan(self, event: Mapping[str, Any]) -> None:
+        for planned in event["studies"]:
+            self._studies[planned["tuner"], planned["seed"]] = StudyProgress(
+                planned["tuner"], planned["seed"], planned["total_rounds"]
+            )
+            self._total_rounds += planned["total_rounds"]
+
+    def _round(self, event: Mapping[str, Any]) -> None:
+        study = self._current = self._study(event)
+        if study.rounds == 0:
+            study.started = time.monotonic()
+        study.rounds += 1
+        self._rounds += 1
+        for fault in FAULTS:
+            study.faults[fault] += event[fault]
+            self._faults[fault] += event[fault]
+
+    def _study_end(self, event: Mapping[str, Any]) -> None:
+        study = self._study(event)
+        self._ended += 1
+        # A study stops when its next job no longer fits: the rounds it leaves will never be run.
+        self._total_rounds -= study.total_rounds - study.rounds
+        if self._live is None:
+            took = f"{study.rounds:,} rounds in {duration(time.monotonic() - study.started)}"
+            parts = [
+                f"study {self._ended}/{len(self._studies)}: {study.describe()}",
+                took,
+                describe_faults(study.faults),
+            ]
+            self._console.print("; ".join(filter(None, parts)), markup=False, highlight=False, soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        """The bar, the current study with its incumbent, and the faults if there were any."""
+        self._bar.update(self._task, completed=self._rounds, total=self._total_rounds or None)
+        speed = self._bar.tasks[0].finished_speed or self._bar.tasks[0].speed
+        self._bar.update(self._task, rate=_rate(speed) if speed else "")
+        lines = [self._current.describe() if self._current else "", describe_faults(self._faults)]
+        return Group(self._bar, *(Text(line) for line in lines if line))
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:,.0f} rounds/s" if speed >= 10 else f"{speed:.2g} rounds/s"
+
+
+def describe_faults(faults: Mapping[str, int]) -> str:
+    """The counts that are not zero, for example `faults: 3 dropped, 1 clipped`; an empty string if all are."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in faults.items() if count)
+    return f"faults: {counts}" if counts else ""

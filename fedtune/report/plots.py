@@ -1,0 +1,269 @@
+"""Figures. Each is titled with the question it answers and drawn without pyplot, so that nothing global is touched."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for a line on white).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")
+INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
+DPI = 150  # 1200 pixels at a width of 8 inches
+LOG_FROM = 4.0  # ratio of largest to smallest value from which a logarithmic axis shows more
+LABEL_GAP = 0.065  # between the labels of lines, as a share of the axis
+LOG_SIZES_FROM = 20
+BINS = 30
+MAX_ROWS = 200  # clients in a heat map
+
+
+class Line(NamedTuple):
+    """One tuner's line, ready to draw."""
+
+    tuner: str
+    colour: str
+    dashes: str
+    x: Int[np.ndarray, "point"]
+    mean: Float[np.ndarray, "point"]
+    low: Float[np.ndarray, "point"]  # NaN with one seed
+    high: Float[np.ndarray, "point"]
+
+
+def plot_incumbents(run: Run, path: Path) -> Path:
+    """`path`, now a figure of the incumbent's test error against the rounds spent, a step line a tuner."""
+    spent = run.rounds.groupby("tuner")["spent"].max()
+    bands = curve_band(incumbent_curve(run.rounds))
+    lines = [_until(line, int(spent[line.tuner])) for line in _lines(bands, "spent", run.settings["tuners"])]
+    figure, axes = _figure(
+        "Which tuner gets furthest with the same number of rounds?",
+        f"{run.settings['data']['name']}: test error of the trial that the tuner would pick now, {_over(run)}",
+    )
+    _draw(axes, lines, steps=True)
+    axes.set_xlabel("rounds spent over all trials", color=INK)
+    axes.set_ylabel("test error of the incumbent", color=INK)
+    _error_axis(axes, lines)
+    _label_ends(axes, lines)
+    return _save(figure, path)
+
+
+def plot_entropy(run: Run, path: Path) -> Path | None:
+    """`path`, now a figure of theta's entropy by round; None (and no figure) if no tuner of the run has a theta."""
+    lines = _lines(entropy_curve(run.rounds), "round", run.settings["tuners"])
+    if not lines:
+        return None
+    figure, axes = _figure(
+        "How soon does theta settle on a configuration?",
+        f"{run.settings['data']['name']}: theta in the federation picked at the end, {_over(run)}",
+    )
+    _draw(axes, lines, steps=False)
+    _entropy_axis(axes, lines)
+    axes.set_xlabel("round of the federation", color=INK)
+    _label_ends(axes, lines)
+    return _save(figure, path)
+
+
+def plot_stats(dataset: FederatedDataset, path: Path) -> Path:
+    """`path`, now a figure of a data set: the labels of each client as a heat map, and a histogram of client sizes."""
+    figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _heat_map(figure, left, dataset)
+    _size_histogram(right, np.sum([dataset.num_examples(part) for part in PARTS], axis=0))
+    return _save(figure, path)
+
+
+def label_shares(dataset: FederatedDataset, clients: Int[np.ndarray, "client"]) -> Float[np.ndarray, "client label"]:
+    """The share of each label among a client's examples, over all parts."""
+    labels = [np.concatenate([dataset.examples(client, part)[1] for part in PARTS]) for client in clients.tolist()]
+    counts = np.stack([np.bincount(label, minlength=dataset.spec.num_classes) for label in labels])
+    shares: np.ndarray = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return shares
+
+
+def _heat_map(figure: Figure, axes: Axes, dataset: FederatedDataset) -> None:
+    """Clients in rows, by their most frequent label, so that a skew shows as a diagonal."""
+    rows = min(dataset.num_clients, MAX_ROWS)
+    shares = label_shares(dataset, np.linspace(0, dataset.num_clients - 1, rows).round().astype(np.int64))
+    order = np.lexsort((-shares.max(1), shares.argmax(1)))
+    image = axes.imshow(
+        shares[order], aspect="auto", cmap="Blues", norm=PowerNorm(0.5, vmin=0), interpolation="nearest"
+    )
+    shown = f"all {rows:,}" if rows == dataset.num_clients else f"{rows} of {dataset.num_clients:,}"
+    axes.set_title("Which labels does a client have?", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(f"label ({dataset.name})", color=INK)
+    axes.set_ylabel(f"client ({shown}, by most frequent label)", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02, aspect=30)
+    bar.set_label("share of the client's examples", color=INK)
+    bar.outline.set_visible(False)
+
+
+def _size_histogram(axes: Axes, sizes: Int[np.ndarray, "client"]) -> None:
+    """How many clients have how many examples; logarithmic bins when sizes differ much."""
+    low, high = int(sizes.min()), int(sizes.max())
+    if low > 0 and high > LOG_SIZES_FROM * low:
+        axes.set_xscale("log")
+        edges = np.geomspace(low, high + 1, BINS + 1).tolist()
+    else:
+        width = max(math.ceil((high - low + 1) / BINS), math.ceil(high / 40), 1)
+        bins = math.ceil((high - low + 1) / width)
+        first = math.floor((low + high - width * bins) / 2) + 0.5
+        edges = [first + width * number for number in range(bins + 1)]
+        axes.set_xlim(edges[0] - 2 * width, edges[-1] + 2 * width)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.hist(sizes, bins=edges, color=COLOURS[0], edgecolor="white", linewidth=0.5)
+    axes.margins(y=0.12)
+    median = float(np.median(sizes))
+    axes.axvline(median, color=COLOURS[1], linewidth=1.5)
+    axes.set_title("How many examples?", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.annotate(
+        f" median {median:,.0f}",
+        (median, 1.0),
+        xycoords=axes.get_xaxis_transform(),
+        va="top",
+        color=COLOURS[1],
+        fontsize=9,
+    )
+    axes.set_xlabel("examples of a client", color=INK)
+    axes.set_ylabel("clients", color=INK)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    _quiet(axes)
+
+
+def _lines(bands: pd.DataFrame, x: str, tuners: Sequence[str]) -> list[Line]:
+    """A line for each tuner in `bands`; a tuner's place in the settings gives its colour and dashes."""
+    lines = []
+    for place, tuner in enumerate(tuners):
+        band = bands[bands["tuner"] == tuner]
+        if len(band):
+            values = [band[name].to_numpy(dtype=float) for name in ("mean", "low", "high")]
+            colour, dashes = COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
+            lines.append(Line(tuner, colour, dashes, band[x].to_numpy(dtype=int), *values))
+    return lines
+
+
+def _until(line: Line, spent: int) -> Line:
+    """The line drawn on to the rounds spent in all, since an incumbent stays one until another comes."""
+    ends = (np.append(values, values[-1]) for values in (line.mean, line.low, line.high))
+    return Line(line.tuner, line.colour, line.dashes, np.append(line.x, spent), *ends)
+
+
+def _over(run: Run) -> str:
+    seeds = run.settings["seeds"]
+    return f"mean over {seeds} seeds ± standard error" if seeds > 1 else "one seed"
+
+
+def _figure(question: str, says: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(question, loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
+    axes.text(0, 1.025, says, transform=axes.transAxes, fontsize=9.5, color=MUTED)
+    _quiet(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    return figure, axes
+
+
+def _quiet(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelcolor=INK)
+    axes.set_axisbelow(True)
+
+
+def _draw(axes: Axes, lines: Sequence[Line], steps: bool) -> None:
+    for line in lines:
+        axes.fill_between(
+            line.x, line.low, line.high, step="post" if steps else None, color=line.colour, alpha=0.15, linewidth=0
+        )
+        axes.plot(
+            line.x,
+            line.mean,
+            color=line.colour,
+            linestyle=line.dashes,
+            linewidth=1.8,
+            drawstyle="steps-post" if steps else "default",
+        )
+    axes.set_xlim(0, max((line.x[-1] for line in lines), default=1))
+
+
+def _error_axis(axes: Axes, lines: Sequence[Line]) -> None:
+    """Per cent, on a logarithmic scale where the errors span much."""
+    values = np.concatenate([np.concatenate(line[4:]) for line in lines]) if lines else np.array([1.0])
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low > 0 and high > LOG_FROM * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.15, high * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _entropy_axis(axes: Axes, lines: Sequence[Line]) -> None:
+    """Nats, with ticks at ln m: the entropy of a theta that is uniform over m configurations."""
+    top = 1.06 * max(float(np.nanmax(np.append(line.high, line.mean))) for line in lines) or 1.0
+    counts = [count for count in (1, 2, 3, 5, 10, 20, 50, 100) if math.log(count) < top]
+    axes.set_ylim(-0.02 * top, top)
+    axes.set_yticks([math.log(count) for count in counts], [f"ln {count}" for count in counts])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("entropy of theta (ln m: as if m were equally likely)", color=INK)
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Each tuner's name right of its line, the names moved apart where ends lie close, with a thin leader."""
+    ends = np.array([axes.transData.transform((line.x[-1], line.mean[-1])) for line in lines]).reshape(-1, 2)
+    heights = axes.transAxes.inverted().transform(ends)[:, 1]
+    right = axes.get_xlim()[1]
+    for line, height in zip(lines, spread(heights, LABEL_GAP), strict=True):
+        if line.x[-1] < right:
+            axes.plot(line.x[-1:], line.mean[-1:], "o", color=line.colour, markersize=4)
+            axes.hlines(line.mean[-1], line.x[-1], right, colors=line.colour, linewidth=0.8, linestyles=":")
+        axes.annotate(
+            line.tuner,
+            xy=(1, line.mean[-1]),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(1.045, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=10,
+            color=line.colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 2,
+                "color": line.colour,
+                "linewidth": 0.8,
+            },
+        )
+
+
+def spread(heights: Float[np.ndarray, "label"], gap: float) -> Float[np.ndarray, "label"]:
+    """The heights nearest to the given ones (least squares) that keep their order, a gap apart, within [0, 1]."""
+    order, count = np.argsort(heights, kind="stable"), len(heights)
+    offsets = gap * np.arange(count)
+    wanted = heights[order] - offsets
+    # Less the offsets, the places must only not decrease: isotonic regression, by its max-min formula.
+    means = [[wanted[first : last + 1].mean() for last in range(first, count)] for first in range(count)]
+    places = np.array([max(min(means[first][i - first :]) for first in range(i + 1)) for i in range(count)])
+    moved = np.empty(count)
+    moved[order] = np.clip(places, 0, max(0, 1 - gap * (count - 1))) + offsets
+    return moved
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

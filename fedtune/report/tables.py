@@ -1,0 +1,107 @@
+"""Tables for the terminal."""
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.report.frames import FAULTS, READINGS, within_noise
+
+MISSING = "–"
+COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
+
+
+def summary_table(summary: pd.DataFrame) -> Table:
+    """The summary of a run, a row a tuner, errors in per cent; the lowest of each test column in bold with a star."""
+    seeds, max_rounds = int(summary["seeds"].max()), int(summary["max_rounds"].iloc[0])
+    over = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed"
+    table = Table(
+        title=f"Errors in %, {over}",
+        title_justify="left",
+        title_style="bold",
+        caption="\n".join(_notes(summary, max_rounds)),
+        caption_justify="left",
+        caption_style="",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+        min_width=80,
+    )
+    table.add_column("tuner", overflow="fold")
+    for heading in (
+        "validation",
+        "test",
+        "personalised\ntest",
+        f"test at\n{max_rounds} rounds",
+        "rounds\nspent",
+        "time\na seed",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = summary[list(COMPARED)].min().to_dict() if len(summary) > 1 else {}
+    for row in summary.to_dict("records"):
+        table.add_row(
+            str(row["tuner"]),
+            percent(row["validation_error"], row["validation_error_se"]),
+            *(_marked(percent(row[error], row[f"{error}_se"]), row[error] == best.get(error)) for error in COMPARED),
+            f"{row['rounds']:,.0f}",
+            duration(row["wall_seconds"]),
+        )
+    return table
+
+
+def percent(error: float, standard_error: float = math.nan) -> str:
+    """An error in per cent, with its standard error where that is known."""
+    if math.isnan(error):
+        return MISSING
+    return f"{100 * error:.2f}" + ("" if math.isnan(standard_error) else f"±{100 * standard_error:.2f}")
+
+
+def _marked(cell: str, best: bool) -> Text:
+    """The cell with a place for the star, so that digits stay below each other."""
+    return Text(f"{cell}*", style="bold") if best else Text(f"{cell} ")
+
+
+def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
+    """The lines under the table: faults, what the two readings mean, which leads are no larger than the noise."""
+    notes = [
+        f"test: when all rounds are spent (equal spending); test at {max_rounds} rounds: the chosen federation after "
+        f"{max_rounds} rounds of its own (equal length)."
+    ]
+    if len(summary) > 1:
+        notes[0] += " Which of the two one reads can decide who wins. * lowest."
+    faults = [
+        f"{row['tuner']} {', '.join(f'{row[name]:,} {name}' for name in FAULTS if row[name])}"
+        for row in summary.to_dict("records")
+        if any(row[name] for name in FAULTS)
+    ]
+    if faults:
+        notes.insert(0, f"Updates dropped (not finite), clipped (too large), lost (no reply): {'; '.join(faults)}.")
+    # With one seed the second warning would only say again that nothing can be said.
+    readings = tuple(READINGS) if int(summary["seeds"].max()) > 1 else ("test_error",)
+    return notes + [note for reading in readings if (note := within_noise(summary, reading))]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return MISSING if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
+
+
+def stats_table(stats: Mapping[str, object]) -> Table:
+    """The statistics of a federated data set, a row each."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    for name, value in stats.items():
+        table.add_row(name.replace("_", " "), _statistic(value))
+    return table
+
+
+def _statistic(value: object) -> str:
+    """A number with thousands separated, anything else as it is."""
+    if isinstance(value, float):
+        return MISSING if math.isnan(value) else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""The Flower server: federated averaging, server optimisers, FedEx."""

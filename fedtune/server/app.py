@@ -1,0 +1,61 @@
+"""The Flower ServerApp: one federation, under fixed hyperparameters or FedEx, on whatever grid Flower hands it.
+
+Its run configuration holds `settings`, the TOML text of a run's settings, of which it trains the first tuner (`manual` or `fedex`)
+for `max_rounds` rounds, and optionally `out`, a file that the trained weights are written to.
+"""
+
+import tomllib
+
+import torch
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import save_file
+
+from fedtune import plugins
+from fedtune.errors import InputError
+from fedtune.flat_model import FlatModel
+from fedtune.server.flower_compat import pack
+from fedtune.server.strategy import FedTuneStrategy
+from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import resolve
+from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.tuners import fedex_settings
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Trains the federation, and writes its weights where `out` says."""
+    settings = resolve([tomllib.loads(str(context.run_config["settings"]))])
+    name = settings.tuners[0]
+    if name not in ("manual", "fedex"):
+        raise InputError(f"a ServerApp trains one federation: tuners must begin with manual or fedex, got {name!r}")
+    options = settings.tuner.get(name, {})
+    spec = plugins.load_dataset(settings.data).spec
+    strategy = FedTuneStrategy(
+        make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0),
+        settings.server,
+        fedex_settings(name, options) or FedExSettings(),
+        cohort_size=settings.cohort_size,
+        num_classes=spec.num_classes,
+        seed=settings.seed,
+    )
+    strategy.nodes = nodes_in_client_order(grid)
+    weights = initial_weights(settings, spec, settings.seed)
+    result = strategy.start(grid, pack(weights.numpy()), num_rounds=settings.max_rounds)
+    if "out" in context.run_config:
+        model = FlatModel(plugins.make_model(settings.model, spec))
+        trained = torch.from_numpy(result.arrays["weights"].numpy())
+        save_file(model.state_dict(trained), str(context.run_config["out"]))
+
+
+def nodes_in_client_order(grid: Grid) -> list[int]:
+    """All nodes, by the client that each one says it is: Flower's node ids are random in each run, clients are not."""
+    questions = [
+        Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in sorted(grid.get_node_ids())
+    ]
+    client_of = {}
+    for reply in grid.send_and_receive(questions):
+        client_of[reply.metadata.src_node_id] = reply.content.metric_records["metrics"]["client"]
+    return sorted(client_of, key=lambda node: client_of[node])

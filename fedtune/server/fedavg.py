@@ -1,0 +1,60 @@
+"""Federated averaging (McMahan et al. 2017, algorithm 1, the server's mean), with a guard against broken updates.
+
+Departures: an update that is not finite is left out of the mean; one whose norm exceeds `clip_factor` times the median norm of
+the cohort's updates that moved at all is scaled down to that. One such client would otherwise destroy the weights that all share.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Average(NamedTuple):
+    """The clients' mean, None where nobody returned a usable update, and what happened to each update."""
+
+    weights: Float[Tensor, "weight"] | None
+    dropped: Bool[np.ndarray, "client"]
+    clipped: Bool[np.ndarray, "client"]
+
+
+def average(
+    weights: Float[Tensor, "weight"],
+    updates: Sequence[Float[Tensor, "weight"]],
+    num_train: Int[np.ndarray, "client"],
+    clip_factor: float,
+) -> Average:
+    """The mean of the clients' weights by their numbers of training examples, summed in the order given.
+
+    `weights` are those that the clients started from. A `clip_factor` of 0 turns clipping off.
+    """
+    difference = torch.empty_like(weights)
+    norms = np.array([_norm(torch.sub(update, weights, out=difference)) for update in updates])
+    usable = np.isfinite(norms) & (num_train > 0)
+    scale = np.ones(len(updates))
+    moved = usable & (norms > 0)
+    if clip_factor > 0 and moved.any():
+        bound = clip_factor * np.median(norms[moved])
+        too_far = usable & (norms > bound)
+        scale[too_far] = bound / norms[too_far]
+    if not usable.any():
+        return Average(None, ~usable, scale < 1)
+    share = np.where(usable, num_train, 0) / num_train[usable].sum()
+    mean = torch.zeros_like(weights)
+    for update, client_share, client_scale in zip(updates, share, scale, strict=True):
+        if client_share > 0:
+            mean.add_(update, alpha=client_share * client_scale)
+    if (scale < 1).any():
+        mean.add_(weights, alpha=float((share * (1 - scale)).sum()))  # w + scale (update - w), for each clipped one
+    return Average(mean, ~usable, scale < 1)
+
+
+def _norm(vector: Float[Tensor, "weight"]) -> float:
+    norm = float(torch.dot(vector, vector)) ** 0.5
+    if np.isfinite(norm):
+        return norm
+    # A finite update of 1e30 must be clipped, not dropped for a square that overflows; double precision costs 20 times more.
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

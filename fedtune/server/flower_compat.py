@@ -1,0 +1,61 @@
+"""Every private name of Flower that fedtune relies on (read in flwr 1.38 to 1.41), in one place with a test that fails loudly."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+from flwr.common.constant import SType
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from jaxtyping import Float
+
+RUN_ID = 1
+SERVER_NODE_ID = 1
+
+
+def ensure_task_identity() -> None:
+    """Lets messages be made outside Flower's own processes; inside one its identity is left alone."""
+    for name, value in (("_run_id", RUN_ID), ("_task_id", 1), ("_node_id", SERVER_NODE_ID)):
+        if getattr(TaskIdentity, name) is None:
+            setattr(TaskIdentity, name, value)
+
+
+def empty_run() -> Run:
+    """The Run that an in-process grid belongs to."""
+    return Run.create_empty(RUN_ID)
+
+
+def stamp(message: Message, message_id: str) -> None:
+    """Gives the message its id, as a SuperLink would, so that its reply says what it answers."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+class ViewArray(Array):
+    """An Array over a numpy array that is not copied, and serialised only when Flower asks for the bytes."""
+
+    def __init__(self, array: Float[np.ndarray, "weight"]) -> None:
+        self.__dict__["_view"] = array
+        self.__dict__.update(dtype=str(array.dtype), shape=tuple(array.shape), stype=SType.NUMPY)
+
+    def numpy(self) -> Float[np.ndarray, "weight"]:
+        """The array itself."""
+        view: np.ndarray = self.__dict__["_view"]
+        return view
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The array in numpy's own format."""
+        return Array.from_numpy_ndarray(self.numpy()).data
+
+
+def pack(weights: Float[np.ndarray, "weight"]) -> ArrayRecord:
+    """A record of one flat array, "weights", without a copy."""
+    record = ArrayRecord()
+    record["weights"] = ViewArray(weights)
+    return record
+
+
+def in_order(replies: Sequence[Message], nodes: Sequence[int]) -> list[Message]:
+    """The replies in the order of `nodes`: a sum in this order does not depend on who answered first."""
+    position = {node: index for index, node in enumerate(nodes)}
+    return sorted(replies, key=lambda reply: position[reply.metadata.src_node_id])

@@ -1,0 +1,62 @@
+"""Server optimisers: what becomes of the weights, given the clients' mean.
+
+Source: Reddi et al., Adaptive Federated Optimization, 2021, algorithm 2 (FedAvgM, FedAdam, FedYogi), without bias correction as
+there. Symbols: Delta_t -> change, m_t -> first, v_t -> second, eta -> learning_rate, beta_1/beta_2 -> beta1/beta2, tau -> tau.
+Departures: the rate shrinks by `decay` each round (Khodak et al. 2021), and SGD's momentum is undamped (m = momentum m + Delta).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedtune.tuning.space import Hyperparameter
+
+HYPERPARAMETERS = {
+    "learning_rate": Hyperparameter(default=1.0, low=0.0, low_open=True),
+    "momentum": Hyperparameter(default=0.0, low=0.0, high=1.0, high_open=True),
+    "decay": Hyperparameter(default=0.0, low=0.0, high=1.0, high_open=True),
+    "beta1": Hyperparameter(default=0.9, low=0.0, high=1.0, high_open=True),
+    "beta2": Hyperparameter(default=0.99, low=0.0, high=1.0, high_open=True),
+    "tau": Hyperparameter(default=1e-3, low=0.0, low_open=True),
+}
+
+
+class OptimizerState(NamedTuple):
+    """The moments of the pseudo-gradient; `second` stays zero under SGD."""
+
+    first: Float[Tensor, "weight"]
+    second: Float[Tensor, "weight"]
+
+
+def init(weights: Float[Tensor, "weight"]) -> OptimizerState:
+    """Zero moments."""
+    return OptimizerState(torch.zeros_like(weights), torch.zeros_like(weights))
+
+
+def update(
+    optimizer: str,
+    state: OptimizerState,
+    weights: Float[Tensor, "weight"],
+    mean: Float[Tensor, "weight"],
+    config: Mapping[str, float],
+    server_round: int,
+) -> tuple[Float[Tensor, "weight"], OptimizerState]:
+    """The new weights and state after round `server_round` (from 1), given the clients' mean weights."""
+    learning_rate = config["learning_rate"] * (1 - config["decay"]) ** (server_round - 1)
+    if optimizer == "sgd" and learning_rate == 1.0 and config["momentum"] == 0.0:
+        return mean, state  # w + (mean - w) is the mean, here without its rounding
+    change = mean - weights
+    if optimizer == "sgd":
+        first = config["momentum"] * state.first + change
+        return weights + learning_rate * first, OptimizerState(first, state.second)
+    beta1, beta2 = config["beta1"], config["beta2"]
+    first = beta1 * state.first + (1 - beta1) * change
+    square = change * change
+    if optimizer == "adam":
+        second = beta2 * state.second + (1 - beta2) * square
+    else:
+        second = state.second - (1 - beta2) * square * torch.sign(state.second - square)
+    return weights + learning_rate * first / (second.sqrt() + config["tau"]), OptimizerState(first, second)

@@ -1,0 +1,198 @@
+"""The server's strategy: federated averaging, a server optimiser, and FedEx over a pool of client configurations.
+
+Algorithm 7 (FedEx) with Flower's two halves of a round: `configure_train` does lines 2 to 4, the clients lines 5 and 6,
+`aggregate_train` lines 8 to 10 (see `fedtune.tuning.fedex`). A pool of one configuration is plain federated averaging.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedtune import rng
+from fedtune.errors import InputError
+from fedtune.server import fedavg, optimizers
+from fedtune.server.flower_compat import in_order, pack
+from fedtune.settings import ServerSettings
+from fedtune.tuning import fedex
+from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.trial import Trial
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What the server remembers of a round between sending and aggregating: the cohort's nodes and drawn configurations."""
+
+    server_round: int
+    weights: torch.Tensor
+    nodes: list[int]  # in client order
+    drawn: np.ndarray  # (client, factor)
+
+
+class FedTuneStrategy(Strategy):
+    """FedAvg with a server optimiser and FedEx, for one trial. All randomness comes from streams keyed by `seed`.
+
+    `worst_error` is what a client's error or loss is capped at (1, or 2 ln classes for a loss). Between rounds the whole state is
+    `optimizer_state` and `fedex_state`; the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        settings: ServerSettings,
+        fedex_settings: FedExSettings,
+        *,
+        cohort_size: int,
+        num_classes: int,
+        seed: int,
+    ) -> None:
+        self.trial = trial
+        self.settings = settings
+        self.fedex_settings = fedex_settings
+        self.cohort_size = cohort_size
+        self.worst_error = fedex.worst_error(fedex_settings.signal, num_classes)
+        self.seed = seed
+        self.nodes: Sequence[int] | None = None  # the nodes in client order; None: by ascending node id
+        self.optimizer_state: optimizers.OptimizerState | None = None
+        self.fedex_state = fedex.init(trial.pool)
+        self._plan: RoundPlan | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's messages: the shared weights, and for each client its own configuration and seed."""
+        all_nodes = self._nodes_in_client_order(grid)
+        clients = self._cohort(server_round, len(all_nodes))
+        nodes = [all_nodes[client] for client in clients]
+        draws = rng.stream(self.seed, "fedex", self.trial.number, server_round)
+        drawn = fedex.draw(self.fedex_state, self.fedex_settings, draws, len(nodes))  # 4
+        weights = torch.from_numpy(arrays["weights"].numpy())
+        self._plan = RoundPlan(server_round, weights, nodes, drawn)
+        return [
+            Message(
+                RecordDict({"arrays": arrays, "config": self._client_config(config, server_round, client, row)}),
+                dst_node_id=node,
+                message_type=MessageType.TRAIN,
+            )  # 3
+            for client, node, row in zip(clients, nodes, drawn, strict=True)
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new weights and the round's numbers; a round without a usable update leaves weights and theta as they were."""
+        plan = self._plan
+        assert plan is not None
+        assert plan.server_round == server_round
+        answered = in_order([reply for reply in replies if reply.has_content()], plan.nodes)
+        metrics = [reply.content.metric_records["metrics"] for reply in answered]
+        updates = [torch.from_numpy(reply.content.array_records["arrays"]["weights"].numpy()) for reply in answered]
+        num_train = _column(metrics, "num_train").astype(np.int64)
+        mean = fedavg.average(plan.weights, updates, num_train, self.settings.clip_factor)
+        weights = plan.weights
+        if mean.weights is not None:
+            state = self.optimizer_state or optimizers.init(plan.weights)
+            weights, self.optimizer_state = optimizers.update(
+                self.settings.optimizer, state, plan.weights, mean.weights, self.trial.server, server_round
+            )  # 8
+        self._update_theta(plan, answered, metrics, mean)
+        counts: dict[str, int | float | list[int] | list[float]] = {
+            "cohort": len(plan.nodes),
+            "lost": len(plan.nodes) - len(answered),
+            "dropped": int(mean.dropped.sum()),
+            "clipped": int(mean.clipped.sum()),
+            "error": _mean(metrics, "error"),
+            "loss": _mean(metrics, "loss"),
+            "entropy": fedex.entropy(self.fedex_state, self.fedex_settings),
+        }
+        return pack(weights.numpy()), MetricRecord(counts)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages that ask every node for the errors of the global weights on its validation and test parts."""
+        return [
+            Message(
+                RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "personalise": False})}),
+                dst_node_id=node,
+                message_type=MessageType.EVALUATE,
+            )
+            for node in self._nodes_in_client_order(grid)
+        ]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The clients' errors and losses, weighted by their numbers of examples; None if nobody answered."""
+        answered = [reply for reply in replies if reply.has_content()]
+        answered = in_order(answered, self.nodes or sorted(reply.metadata.src_node_id for reply in answered))
+        metrics = [reply.content.metric_records["metrics"] for reply in answered]
+        if not metrics:
+            return None
+        return MetricRecord(
+            {
+                name: float(np.average(_column(metrics, name), weights=_column(metrics, f"num_{part}")))
+                for part in ("validation", "test")
+                for name in (f"{part}_error", f"{part}_loss")
+            }
+        )
+
+    def summary(self) -> None:
+        """Nothing: the run folder's settings.toml says it all."""
+
+    def _nodes_in_client_order(self, grid: Grid) -> Sequence[int]:
+        if self.nodes is not None:
+            return self.nodes
+        nodes = grid.get_node_ids()
+        return nodes if isinstance(nodes, range) else sorted(nodes)
+
+    def _cohort(self, server_round: int, num_clients: int) -> list[int]:
+        if self.cohort_size > num_clients:
+            raise InputError(f"cohort_size must be at most the number of clients, {num_clients}, got {self.cohort_size}")
+        # Keyed by the round alone: every trial and every tuner meets the same cohorts.
+        chosen = rng.stream(self.seed, "cohort", server_round).choice(num_clients, self.cohort_size, replace=False)
+        return sorted(chosen.tolist())
+
+    def _client_config(self, config: ConfigRecord, server_round: int, client: int, drawn: np.ndarray) -> ConfigRecord:
+        hyperparameters = fedex.expand(self.trial.pool, drawn)
+        return ConfigRecord(
+            {
+                **config,
+                "server_round": server_round,
+                "seed": rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
+                "error_before": self.fedex_settings.baseline == "client",
+                **{f"client.{name}": value for name, value in hyperparameters.items()},
+            }
+        )
+
+    def _update_theta(
+        self, plan: RoundPlan, answered: list[Message], metrics: list[MetricRecord], mean: fedavg.Average
+    ) -> None:
+        if mean.weights is None:
+            return
+        rows = [plan.nodes.index(reply.metadata.src_node_id) for reply in answered]
+        signal = self.fedex_settings.signal
+        error = np.where(mean.dropped, np.nan, _column(metrics, signal))  # a dropped update counts as the worst error
+        before = _column(metrics, f"{signal}_before") if metrics and f"{signal}_before" in metrics[0] else None
+        self.fedex_state = fedex.update(
+            self.fedex_state,
+            plan.drawn[rows],
+            error,
+            _column(metrics, "num_validation").astype(np.int64),
+            self.fedex_settings,
+            self.worst_error,
+            before,
+        )  # 9, 10
+
+
+def _column(metrics: list[MetricRecord], name: str) -> np.ndarray:
+    return np.array([float(record[name]) for record in metrics])  # type: ignore[arg-type]
+
+
+def _mean(metrics: list[MetricRecord], name: str) -> float:
+    """The mean by validation examples over the clients whose value is finite; NaN if there is none."""
+    values, sizes = _column(metrics, name), _column(metrics, "num_validation")
+    finite = np.isfinite(values)
+    return float(np.average(values[finite], weights=sizes[finite])) if sizes[finite].sum() > 0 else float("nan")

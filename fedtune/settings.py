@@ -1,0 +1,186 @@
+"""What a user can set: TOML, checked; an unknown key or an impossible value is one clear line.
+
+Settings come in layers, each over the one before: the defaults below, the data set's own, a file, the command line.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedtune.errors import InputError, UnknownNameError
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Scalar = bool | int | float | str
+
+
+class Table(BaseModel):
+    """A TOML table in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(Table):
+    """`[server]`: the server's optimiser and its guard against exploded updates.
+
+    `optimizer` is one of sgd, adam, yogi (Reddi et al. 2021, algorithm 2). `learning_rate`, `momentum` and `decay` (a
+    fraction by which the rate shrinks each round) can be searched in `[space.server]`. An update is clipped to `clip_factor`
+    times the cohort's median norm; 0 turns that off.
+    """
+
+    optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
+    learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    decay: float = Field(0.0, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    clip_factor: float = Field(3.0, ge=0, allow_inf_nan=False)
+
+
+class SpaceSettings(Table):
+    """`[space.client]` and `[space.server]`: what is searched, for example `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
+
+    client: dict[str, dict[str, Any]] = {}
+    server: dict[str, dict[str, Any]] = {}
+
+
+class EvaluationSettings(Table):
+    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients` clients.
+
+    None is a twentieth of `max_rounds` (at least 1), and all clients.
+    """
+
+    every: Count | None = None
+    clients: Count | None = None
+
+
+class Settings(Table):
+    """Everything that decides a run. `workers`, `executor` and `device` say where it is computed."""
+
+    tuners: list[str] = ["manual", "random", "asha", "fedex"]
+    seeds: Count = 1
+    seed: int = Field(0, ge=0, strict=True)
+    max_rounds: Count = 81
+    total_rounds: Count = 405
+    cohort_size: Count = 10
+    parallel_trials: Count = 4
+    workers: int = Field(0, ge=0, strict=True)
+    device: str = "cpu"
+    executor: Literal["auto", "serial", "pool"] = "auto"
+    data: dict[str, Any]
+    model: dict[str, Any] = {"name": "mlp"}
+    client: dict[str, Any] = {}
+    server: ServerSettings = ServerSettings()
+    space: SpaceSettings = SpaceSettings()
+    tuner: dict[str, dict[str, Any]] = {}
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("data", "model")
+    @classmethod
+    def _has_a_name(cls, table: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(table.get("name"), str):
+            raise ValueError("needs a name")
+        return table
+
+    @field_validator("tuners")
+    @classmethod
+    def _each_tuner_once(cls, tuners: list[str]) -> list[str]:
+        if not tuners or len(set(tuners)) < len(tuners):
+            raise ValueError("must name one tuner or more, each once")
+        return tuners
+
+    @model_validator(mode="after")
+    def _budget_pays_for_one_trial(self) -> "Settings":
+        if self.total_rounds < self.max_rounds:
+            raise ValueError(
+                f"total_rounds must be at least max_rounds ({self.max_rounds}), got {self.total_rounds}: "
+                "a tuner may spend no less than one configuration needs"
+            )
+        return self
+
+    @property
+    def evaluate_every(self) -> int:
+        """Rounds between evaluations of the global model."""
+        return self.evaluation.every or max(1, self.max_rounds // 20)
+
+
+def resolve(layers: Iterable[Mapping[str, Any]]) -> Settings:
+    """The settings that follow from the layers, later ones over earlier ones. Raises InputError, one line."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise _input_error(error, Settings) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"settings file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"settings file {path} is not TOML: {error}") from None
+
+
+def write_settings(settings: Settings) -> str:
+    """TOML text from which `resolve` makes the same settings again."""
+    return tomli_w.dumps(settings.model_dump(exclude_none=True))
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """The layer of one `--set a.b=value`; the value is TOML, and a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise InputError(f"--set must be key=value, for example client.learning_rate=0.1, got {text!r}")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(_split_key(key)):
+        parsed = {part: parsed}
+    return parsed  # type: ignore[no-any-return]
+
+
+def _split_key(key: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in key.split(".")]
+
+
+def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        # A domain of the search space is one value: {uniform = ...} replaces {log_uniform = ...}.
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict) and not _is_domain(value):
+            _merge(target[key], value)
+        elif isinstance(value, Mapping):
+            target[key] = {}
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _is_domain(value: Mapping[str, Any]) -> bool:
+    return len(value) == 1 and isinstance(next(iter(value.values())), list) and "tuners" not in value
+
+
+def _input_error(error: ValidationError, model: type[BaseModel]) -> InputError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        table: Any = model
+        for part in location[:-1]:
+            table = table.model_fields[part].annotation
+        prefix = "".join(part + "." for part in location[:-1])
+        return UnknownNameError("setting", name, [prefix + field for field in table.model_fields])
+    if first["type"] == "missing":
+        return InputError(f"the setting {name} is missing")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not location:
+        return InputError(message)
+    return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")

@@ -1,0 +1,189 @@
+"""A comparison: several studies, paired by seed, in one run folder. `train` and `tune` are comparisons of one tuner."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fedtune import plugins
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
+from fedtune.server.trials import Hyperparameters, client_program, initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import Settings, write_settings
+from fedtune.simulation.executors import num_workers
+from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.simulation.study import Listener, Study, StudyResult
+from fedtune.tasks import Executor
+from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.space import SearchSpace
+from fedtune.tuning.trial import Trial
+from fedtune.tuning.tuners import base_name, fedex_settings, make_tuner
+
+VERSIONED = ("fedtune", "torch", "numpy", "flwr", "pandas", "flwr-datasets")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings that were checked against the data set, the model, the client program and the tuners they name."""
+
+    settings: Settings
+    dataset: FederatedDataset
+    hyperparameters: Hyperparameters
+
+    def run(self, folder: Path, listener: Listener) -> None:
+        """Runs every study, each tuner under each seed, and writes the run folder. `folder` must be empty."""
+        settings = self.settings
+        (folder / "settings.toml").write_text(write_settings(settings))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        studies = [(name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners]
+        plan = [{"tuner": name, "seed": seed, "total_rounds": settings.total_rounds} for name, seed in studies]
+        listener({"event": "plan", "studies": plan})
+        results, timings = [], []
+        executor = self.make_executor()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
+        try:
+            for name, seed in studies:
+                started = time.perf_counter()
+                results.append(self._study(name, seed, executor, folder, listener).run())
+                timings.append({"tuner": name, "seed": seed, "wall_seconds": time.perf_counter() - started})
+        finally:
+            executor.close()
+            torch.set_num_threads(threads)
+        write_frames(folder, results, timings)
+
+    def make_executor(self) -> Executor:
+        """The executor that the settings name; `auto` is the pool where there is more than one core, on the CPU."""
+        settings = self.settings
+        machine = MachineSettings(settings.model, client_program(settings), settings.device)
+        workers = num_workers(settings.workers)
+        if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
+            return PoolExecutor(machine, self.dataset, workers)
+        return SerialExecutor(machine, self.dataset)
+
+    def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
+        settings, options = self.settings, self.settings.tuner.get(name, {})
+        tuner = make_tuner(
+            name,
+            make_draw(name, seed, self.hyperparameters, options),
+            max_rounds=settings.max_rounds,
+            total_rounds=settings.total_rounds,
+            options=options,
+        )
+        return Study(
+            name,
+            seed,
+            tuner,
+            settings,
+            fedex_settings(name, options) or FedExSettings(),
+            self.dataset,
+            executor,
+            initial_weights(settings, self.dataset.spec, seed),
+            folder / f"{name}-seed{seed}",
+            listener,
+            one_federation=base_name(name) in ("manual", "fedex"),
+        )
+
+
+def prepare(settings: Settings) -> Comparison:
+    """The comparison, after every check that needs no training. Raises InputError, one line; writes nothing."""
+    hyperparameters = resolve_hyperparameters(settings)
+    check_device(settings)
+    check_tuners(settings, hyperparameters.space)
+    dataset = plugins.load_dataset(settings.data)
+    problems = dataset.check()
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"data set {settings.data['name']}: {problems[0]}{more}")
+    if settings.cohort_size > dataset.num_clients:
+        raise InputError(
+            f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
+        )
+    initial_weights(settings, dataset.spec, settings.seed)  # a model that can't be made is found before the run
+    return Comparison(settings, dataset, hyperparameters)
+
+
+def check_tuners(settings: Settings, space: SearchSpace) -> None:
+    """Raises InputError unless every tuner can be made from its table, and has something to search where it searches."""
+    for name in [*settings.tuners, *settings.tuner]:
+        make_tuner(
+            name,
+            lambda number: Trial(number, {}, (({},),)),
+            max_rounds=settings.max_rounds,
+            total_rounds=settings.total_rounds,
+            options=settings.tuner.get(name, {}),
+        )
+    searching = [name for name in settings.tuners if name != "manual"]
+    if searching and not space.client and not space.server:
+        raise InputError(f"[space.client] or [space.server] must name what {searching[0]} may search, got neither")
+
+
+def check_device(settings: Settings) -> None:
+    """Raises InputError unless torch can use the device."""
+    try:
+        torch.empty(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device must be one that torch can use here, got {settings.device!r}: {reason}") from None
+    if settings.executor == "pool" and settings.device != "cpu":
+        raise InputError(f"executor 'pool' must be used with device 'cpu', got device {settings.device!r}")
+
+
+def claim_folder(folder: Path, *, force: bool) -> None:
+    """Makes an empty run folder; one that exists is never overwritten without `force`, and only if it holds a run."""
+    if folder.exists():
+        if not force:
+            raise InputError(f"--out {folder} exists; choose another, or give --force to overwrite it")
+        if not (folder / "settings.toml").is_file():
+            raise InputError(f"--out {folder} exists and is not a run folder; it is not overwritten even with --force")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a run was computed with."""
+    return {
+        "versions": {name: version(name) for name in VERSIONED},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": {
+            **{"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+            **{"torch": torch.backends.cpu.get_cpu_capability()},
+        },
+    }
+
+
+def _commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
+    """Writes rounds.parquet, trials.parquet, results.csv and timings.csv, the last of which alone holds real times."""
+    pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(folder / "rounds.parquet")
+    pd.DataFrame([row for result in results for row in result.trials]).to_parquet(folder / "trials.parquet")
+    pd.DataFrame(timings).to_csv(folder / "timings.csv", index=False)
+    pd.DataFrame([result.result for result in results]).to_csv(folder / "results.csv", index=False)
+
+
+ROUND_COLUMNS = [
+    *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
+    *("cohort", "lost", "dropped", "clipped", "client_updates", "bytes", "error", "loss", "entropy"),
+    *("validation_error", "validation_loss", "test_error", "test_loss"),
+]

@@ -1,0 +1,70 @@
+"""Scores: which clients are evaluated, and how their errors become one number.
+
+A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients a single round's error varies
+between seeds two to three times as much.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from fedtune import rng
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.tasks import EvaluateTask, Failure, Metrics, Result
+
+STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
+TAIL = 0.75  # evaluations after this share of the rounds enter the tail mean
+
+
+class Evaluation(NamedTuple):
+    """Errors in [0, 1] and losses, means over the examples of all evaluated clients."""
+
+    validation_error: float
+    validation_loss: float
+    test_error: float
+    test_loss: float
+
+
+def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
+    """The clients on which every trial of a study is evaluated, in ascending order; all of them where `wanted` is None."""
+    if wanted is None or wanted >= num_clients:
+        return np.arange(num_clients)
+    return np.sort(rng.stream(seed, "evaluation").choice(num_clients, wanted, replace=False))
+
+
+def evaluation_tasks(dataset: FederatedDataset, clients: Int[np.ndarray, "client"]) -> list[EvaluateTask]:
+    """The clients packed into tasks of about STREAM_EXAMPLES examples, whatever the number of workers."""
+    sizes = dataset.ranges[clients, 1:]
+    cumulative = np.cumsum((sizes[..., 1] - sizes[..., 0]).sum(axis=1))
+    streams = (cumulative - 1) // STREAM_EXAMPLES
+    groups = np.split(clients, np.flatnonzero(np.diff(streams)) + 1)
+    return [EvaluateTask(tuple(group.tolist())) for group in groups]
+
+
+def combine(metrics: Sequence[Metrics]) -> Evaluation:
+    """The clients' metrics, weighted by their numbers of examples, summed in client order."""
+    means = {}
+    for part in ("validation", "test"):
+        sizes = np.array([client[f"num_{part}"] for client in metrics], float)
+        for kind in ("error", "loss"):
+            values = np.array([client[f"{part}_{kind}"] for client in metrics])
+            means[f"{part}_{kind}"] = float(np.dot(sizes, values) / sizes.sum())
+    return Evaluation(**means)
+
+
+def flatten(results: Sequence[Result]) -> list[Metrics]:
+    """The metrics of evaluation results; a client that could not be evaluated raises, since nothing may be left out."""
+    metrics: list[Metrics] = []
+    for result in results:
+        if isinstance(result, Failure):
+            raise RuntimeError(f"evaluation failed: {result.message}")
+        assert isinstance(result, list)
+        metrics += result
+    return metrics
+
+
+def tail_mean(rounds: Sequence[int], values: Sequence[float]) -> float:
+    """The mean of the values whose round lies in the last quarter of the rounds so far; `rounds` ascend."""
+    return float(np.mean([value for server_round, value in zip(rounds, values, strict=True) if server_round > TAIL * rounds[-1]]))

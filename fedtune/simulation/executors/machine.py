@@ -1,0 +1,61 @@
+"""One machine that does any client's work: a resident model, the federation's data and the client program."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedtune import plugins
+from fedtune.client_work import evaluate_clients, personalise_client, train_client
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.flat_model import FlatModel
+from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What a machine is made from; small and picklable, so that it can be sent to a worker process."""
+
+    model: Mapping[str, Any]  # the [model] table
+    client: str  # the client program's name
+    device: str
+
+
+class Machine:
+    """Does tasks one after the other. A result depends on the weights and the task alone, not on what was done before."""
+
+    def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
+        # Two threads add in another order than one: every executor uses one, so that their bits agree.
+        torch.set_num_threads(1)
+        self.dataset = dataset
+        self.device = settings.device
+        self.model = FlatModel(plugins.make_model(settings.model, dataset.spec), settings.device)
+        self._train = plugins.client_program(settings.client).train
+
+    def run(self, weights: torch.Tensor, task: Task) -> Result:
+        """The task's result; an Update's weights are valid until the next call. A client program that raises is a Failure."""
+        if isinstance(task, EvaluateTask):
+            return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
+        try:
+            if isinstance(task, TrainTask):
+                return Update(
+                    *train_client(
+                        self._train,
+                        self.model,
+                        weights,
+                        self.dataset,
+                        task.client,
+                        task.config,
+                        task.seed,
+                        task.error_before,
+                        self.device,
+                    )
+                )
+            return [
+                personalise_client(
+                    self._train, self.model, weights, self.dataset, task.client, task.config, task.seed, self.device
+                )
+            ]
+        except Exception as error:  # a client program is anybody's code: what it raises is the client's loss, not the run's
+            return Failure(f"client {task.client} with {dict(task.config)}: {type(error).__name__}: {error}")

@@ -1,0 +1,50 @@
+"""The serial executor: everything in this process, in the order of submission."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.simulation.executors.machine import Machine, MachineSettings
+from fedtune.tasks import Result, Task, Update
+
+
+class SerialExecutor:
+    """See `fedtune.tasks.Executor`."""
+
+    def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
+        self._machine = Machine(settings, dataset)
+        self._waiting: deque[tuple[int, Tensor, Sequence[Task]]] = deque()
+        self._results: dict[int, list[Result]] = {}
+        self._num_submitted = 0
+
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+        """A ticket for this batch; `order` is not heeded."""
+        self._num_submitted += 1
+        self._waiting.append((self._num_submitted, weights, tasks))
+        return self._num_submitted
+
+    def step(self) -> None:
+        """Computes the oldest batch."""
+        if self._waiting:
+            ticket, weights, tasks = self._waiting.popleft()
+            self._results[ticket] = [_keep(self._machine.run(weights, task)) for task in tasks]
+
+    def finished(self, ticket: int) -> bool:
+        """True once the batch was computed."""
+        return ticket in self._results
+
+    def collect(self, ticket: int) -> list[Result]:
+        """The results of a finished ticket, in the order of its tasks."""
+        return self._results.pop(ticket)
+
+    def release(self, ticket: int) -> None:
+        """Nothing: the updates belong to whoever holds them."""
+
+    def close(self) -> None:
+        """Nothing: there are no workers."""
+
+
+def _keep(result: Result) -> Result:
+    return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

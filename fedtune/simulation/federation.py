@@ -1,0 +1,188 @@
+"""One federation in training: the body of a trial.
+
+`advance` and `personalise` are generators that yield the executor's ticket they wait for, so that a study can keep many
+federations in flight at once and the executor always has work of several to choose from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord
+from jaxtyping import Float, Int
+
+from fedtune import rng
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.server.flower_compat import pack
+from fedtune.server.grid import ExecutorGrid
+from fedtune.server.optimizers import OptimizerState
+from fedtune.server.strategy import FedTuneStrategy
+from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten, tail_mean
+from fedtune.tasks import Executor, Failure, Metrics, PersonaliseTask
+from fedtune.tuning import fedex
+from fedtune.tuning.trial import Config, Trial
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round; the evaluation is None in rounds that were not evaluated."""
+
+    round: int
+    cohort: int
+    lost: int  # clients whose program raised
+    dropped: int  # updates that were not finite
+    clipped: int  # updates that were scaled down
+    client_updates: int  # clients that answered
+    bytes: int  # weights moved, to the clients and back
+    error: float  # the cohort's mean validation error after local training
+    loss: float
+    entropy: float  # of theta, in nats; NaN where the pool has one configuration
+    evaluation: Evaluation | None
+
+
+class Federation:
+    """The weights, the server's state and the round of one trial. `on_round` is called after each round."""
+
+    def __init__(
+        self,
+        strategy: FedTuneStrategy,
+        weights: Float[torch.Tensor, "weight"],
+        dataset: FederatedDataset,
+        executor: Executor,
+        evaluation_clients: Int[np.ndarray, "client"],
+        on_round: Callable[[Trial, RoundRecord], None],
+    ) -> None:
+        self.strategy = strategy
+        self.trial = strategy.trial
+        self.weights = weights
+        self.round = 0
+        self.records: list[RoundRecord] = []
+        self.grid = ExecutorGrid(executor, dataset.num_clients)
+        self._dataset = dataset
+        self._executor = executor
+        self._clients = evaluation_clients
+        self._on_round = on_round
+
+    def advance(self, to_round: int, evaluate_every: int) -> Iterator[int]:
+        """Trains until `to_round` rounds are done in all; evaluates every `evaluate_every` rounds and after the last."""
+        while self.round < to_round:
+            self.round += 1
+            arrays = pack(self.weights.numpy())
+            message_ids = self.grid.push_messages(
+                self.strategy.configure_train(self.round, arrays, ConfigRecord(), self.grid)
+            )
+            yield self.grid.ticket(message_ids)
+            replies = self.grid.pull_messages(message_ids)
+            new_arrays, metrics = self.strategy.aggregate_train(self.round, replies)
+            assert new_arrays is not None
+            assert metrics is not None
+            self.weights = torch.from_numpy(new_arrays["weights"].numpy())
+            evaluation = None
+            if self.round % evaluate_every == 0 or self.round == to_round:
+                ticket = self._executor.submit(self.weights, evaluation_tasks(self._dataset, self._clients), self.grid.order)
+                yield ticket
+                evaluation = combine(flatten(self._take(ticket)))
+            self._record(dict(metrics), evaluation)
+        self.grid.release()
+
+    def personalise(self, config_of: Callable[[int], Config], into: list[Evaluation]) -> Iterator[int]:
+        """Appends the evaluation after local training with `config_of(client)`, each client from the global weights.
+
+        A client whose program raises counts as wrong on every example.
+        """
+        tasks = [
+            PersonaliseTask(
+                client,
+                config_of(client),
+                rng.derived_seed(self.strategy.seed, "personalise", self.trial.number, self.round, client),
+            )
+            for client in self._clients.tolist()
+        ]
+        ticket = self._executor.submit(self.weights, tasks, self.grid.order)
+        yield ticket
+        results = zip(tasks, self._take(ticket), strict=True)
+        into.append(
+            combine(
+                [
+                    self._all_wrong(task.client) if isinstance(result, Failure) else flatten([result])[0]
+                    for task, result in results
+                ]
+            )
+        )
+
+    def sampled_config(self, client: int) -> Config:
+        """The configuration that a client draws from theta for its own personalisation (Algorithm 7's result)."""
+        draws = rng.stream(self.strategy.seed, "personalise", self.trial.number, self.round, client)
+        drawn = fedex.draw(self.strategy.fedex_state, self.strategy.fedex_settings, draws, 1)
+        return fedex.expand(self.trial.pool, drawn[0])
+
+    def best_config(self) -> Config:
+        """The configuration with the largest probability."""
+        return fedex.expand(self.trial.pool, np.array(fedex.best(self.strategy.fedex_state)))
+
+    def theta(self) -> tuple[Float[np.ndarray, "_"], ...]:
+        """The distribution over the pool, one array a factor."""
+        return fedex.probabilities(self.strategy.fedex_state, self.strategy.fedex_settings)
+
+    def tail(self, field: str, up_to: int | None = None) -> float:
+        """The tail mean of an error over the evaluations up to a round; None is the last one."""
+        evaluated = [r for r in self.records if r.evaluation is not None and r.round <= (up_to or self.round)]
+        return tail_mean([r.round for r in evaluated], [getattr(r.evaluation, field) for r in evaluated])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The state to checkpoint; the records are not in it."""
+        moments = self.strategy.optimizer_state
+        return {
+            "round": np.array(self.round),
+            "weights": self.weights.numpy(),
+            **({f"optimizer.{name}": moment.numpy() for name, moment in moments._asdict().items()} if moments else {}),
+            **{f"fedex.{name}": array for name, array in fedex.to_arrays(self.strategy.fedex_state).items()},
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray], records: list[RoundRecord]) -> None:
+        """Goes on from a checkpoint and the records of the rounds before it."""
+        self.round = int(arrays["round"])
+        self.records = records
+        self.weights = torch.from_numpy(arrays["weights"])
+        moments = _with_prefix(arrays, "optimizer.")
+        if moments:
+            self.strategy.optimizer_state = OptimizerState(**{n: torch.from_numpy(a) for n, a in moments.items()})
+        self.strategy.fedex_state = fedex.from_arrays(_with_prefix(arrays, "fedex."))
+
+    def _take(self, ticket: int) -> list[Any]:
+        results = self._executor.collect(ticket)
+        self._executor.release(ticket)
+        return results
+
+    def _record(self, metrics: dict[str, Any], evaluation: Evaluation | None) -> None:
+        answered = metrics["cohort"] - metrics["lost"]
+        record = RoundRecord(
+            round=self.round,
+            client_updates=answered,
+            bytes=self.weights.nbytes * (metrics["cohort"] + answered),
+            evaluation=evaluation,
+            **metrics,
+        )
+        self.records.append(record)
+        self._on_round(self.trial, record)
+
+    def _all_wrong(self, client: int) -> Metrics:
+        _, validation, test = (self._dataset.ranges[client, :, 1] - self._dataset.ranges[client, :, 0]).tolist()
+        worst = 2 * float(np.log(self._dataset.spec.num_classes))
+        return {
+            **{"num_validation": validation, "validation_error": 1.0, "validation_loss": worst},
+            **{"num_test": test, "test_error": 1.0, "test_loss": worst},
+        }
+
+
+def record_as_dict(record: RoundRecord) -> dict[str, Any]:
+    """The record as one flat row, its evaluation's numbers NaN where there is none."""
+    row = asdict(record)
+    evaluation = row.pop("evaluation")
+    return row | (evaluation._asdict() if evaluation else dict.fromkeys(Evaluation._fields, float("nan")))
+
+
+def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Search spaces and tuners: pure, ask and tell, no training."""

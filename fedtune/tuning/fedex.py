@@ -1,0 +1,220 @@
+"""FedEx: exponentiated gradient over a finite pool of client configurations, while one federation trains.
+
+Algorithm 7 of the thesis (section 7.3; later Khodak et al., NeurIPS 2021, arXiv 2106.04502), what concerns theta:
+
+     1  for round t = 1, ..., T:
+     2      for client k = 1, ..., B:
+     4          c_k ~ theta                                                   `draw`: the server draws, and sends c_k
+     6          g_k = (F_k - lambda) 1{c_k = i} / theta_i                     F_k: error after local training, on V_k
+     9      theta <- theta * exp(-eta_t sum_k |V_k| g_k / sum_k |V_k|)        `update`
+    10      theta <- theta / ||theta||_1
+
+theta -> exp(log_theta), F -> error, lambda -> baseline, |V| -> num_validation; lines 3, 5, 7, 8 are the server's. theta
+is a tuple of independent distributions, one for each factor of the pool; a flat pool has one factor.
+
+Filled in, since the text leaves it open:
+- The step size eta_t is sqrt(2 ln k) over ||g|| (aggressive), sqrt(sum of ||g||^2 so far) (adaptive), sqrt(t) (auto)
+  or 1 (constant); the norm is the largest coordinate, and every factor has its own k and norm. `off` leaves theta
+  alone: the control that every comparison needs.
+- The baseline lambda must not depend on what this client drew this round, or the gradient is biased. `previous` is the
+  mean of past rounds, weighted discount ** age; `leave_one_out` the mean of the cohort's other clients; `client` the
+  client's own error before local training.
+Departures: an error that is not finite or is above `worst` counts as `worst`. With min_probability m, clients draw from
+(1 - k m) theta + m, and that is what line 6 divides by.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Real
+
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.tuning.space import Config, Number, checked_number
+from fedtune.tuning.trial import Pool
+
+STEP_SIZES = ("aggressive", "adaptive", "auto", "constant", "off")
+BASELINES = ("previous", "leave_one_out", "client", "none")
+SIGNALS = ("error", "loss")
+FORMS = ("flat", "product")
+
+
+@dataclass(frozen=True)
+class FedExSettings:
+    """What a user can set: how theta moves, and what pool it weighs (`pool_size` is each factor's in a product)."""
+
+    step_size: str = "adaptive"
+    baseline: str = "previous"
+    discount: float = 0.9
+    signal: str = "error"
+    min_probability: float = 0.0
+    pool_size: int = 9
+    perturbation: float = 0.1
+    form: str = "flat"
+
+    def __post_init__(self) -> None:
+        for name, known in {"step_size": STEP_SIZES, "baseline": BASELINES, "signal": SIGNALS, "form": FORMS}.items():
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, str(getattr(self, name)), known)
+        checked_number("discount", self.discount, low=0, high=1)
+        checked_number("pool_size", self.pool_size, low=1, integer=True)
+        checked_number("perturbation", self.perturbation, low=0, high=1)
+        checked_number("min_probability", self.min_probability, low=0, high=1 / self.pool_size)
+
+
+class FedExState(NamedTuple):
+    """Everything that `update` remembers from round to round."""
+
+    log_theta: tuple[Float[np.ndarray, "_"], ...]
+    gradient_norm: Float[np.ndarray, " factor"]  # sqrt of the sum of the gradients' squared norms
+    past_error: float  # discounted mean of the rounds' mean errors
+    past_weight: float  # sum of the discounts in that mean; 0 before the first round
+    rounds: int
+
+
+def init(pool: Pool) -> FedExState:
+    """Uniform distributions over the pool's factors."""
+    log_theta = tuple(np.full(len(factor), -math.log(len(factor))) for factor in pool)
+    return FedExState(log_theta, np.zeros(len(pool)), past_error=0.0, past_weight=0.0, rounds=0)
+
+
+def probabilities(state: FedExState, settings: FedExSettings) -> tuple[Float[np.ndarray, "_"], ...]:
+    """The distributions that clients draw from: theta, with min_probability mixed in."""
+    floor = settings.min_probability
+    return tuple((1 - len(z) * floor) * np.exp(z) + floor for z in state.log_theta)
+
+
+def draw(
+    state: FedExState, settings: FedExSettings, rng: np.random.Generator, cohort_size: int
+) -> Int[np.ndarray, "client factor"]:
+    """For each client the index of its element in each factor of the pool."""
+    # In (0, 1], so that nothing of probability below 2^-53 is drawn: line 6 divides by it.
+    uniform = 1 - rng.random((cohort_size, len(state.log_theta)))
+    cumulative = [np.cumsum(theta) for theta in probabilities(state, settings)]
+    columns = [np.searchsorted(total / total[-1], u) for total, u in zip(cumulative, uniform.T, strict=True)]
+    return np.stack(columns, axis=1)  # 4
+
+
+def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
+    """The client configuration that one row of `draw` stands for."""
+    config: dict[str, Number] = {}
+    for factor, index in zip(pool, drawn, strict=True):
+        config.update(factor[index])
+    return config
+
+
+def worst_error(signal: str, num_classes: int) -> float:
+    """The largest F that counts, so that one client can't move theta for long; of a loss, twice that of guessing."""
+    return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal]
+
+
+def update(
+    state: FedExState,
+    drawn: Int[np.ndarray, "client factor"],
+    error: Float[np.ndarray, " client"],
+    num_validation: Real[np.ndarray, " client"],
+    settings: FedExSettings,
+    worst: float,
+    error_before: Float[np.ndarray, " client"] | None = None,
+) -> FedExState:
+    """The state after one exponentiated-gradient step on the errors of the clients that answered.
+
+    It is the same state if none did, or none that has validation examples. `error_before`, each client's error before
+    local training, is for the baseline `client`.
+    """
+    heard = num_validation > 0
+    if not heard.any() or settings.step_size == "off":
+        return state
+    drawn, error, num_validation = drawn[heard], _bounded(error[heard], worst), num_validation[heard]
+    if error_before is not None:
+        error_before = _bounded(error_before[heard], worst)
+    advantage = error - _baseline(state, error, num_validation, settings, error_before)
+    share = num_validation / num_validation.sum()
+    rounds = state.rounds + 1
+    gradient_norm = np.zeros_like(state.gradient_norm)
+    log_theta = []
+    for i, (z, theta) in enumerate(zip(state.log_theta, probabilities(state, settings), strict=True)):
+        arm = drawn[:, i]
+        gradient = np.bincount(arm, share * advantage / theta[arm], minlength=len(z))  # 6
+        norm = np.abs(gradient).max()
+        gradient_norm[i] = np.hypot(state.gradient_norm[i], norm)  # squares could overflow or vanish
+        divisor = {"aggressive": norm, "adaptive": gradient_norm[i], "auto": math.sqrt(rounds), "constant": 1.0}
+        # The gradient is divided first, since 1 / divisor could overflow. Where the divisor is 0, the gradient is too.
+        step = math.sqrt(2 * math.log(len(z))) * (gradient / (divisor[settings.step_size] or 1.0))
+        z = z - step  # 9
+        log_theta.append(z - np.logaddexp.reduce(z))  # 10
+    past_weight = settings.discount * state.past_weight + 1
+    past_error = state.past_error + (_mean(error, num_validation) - state.past_error) / past_weight
+    return FedExState(tuple(log_theta), gradient_norm, past_error, past_weight, rounds)
+
+
+def entropy(state: FedExState, settings: FedExSettings) -> float:
+    """The entropy of what clients draw from, in nats, summed over the factors; at first the log of the pool's size."""
+    positive = [theta[theta > 0] for theta in probabilities(state, settings)]
+    return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))
+
+
+def best(state: FedExState) -> tuple[int, ...]:
+    """The index of the most probable element of each factor; the lowest of equals."""
+    return tuple(int(z.argmax()) for z in state.log_theta)
+
+
+def to_arrays(state: FedExState) -> dict[str, np.ndarray]:
+    """The state as a checkpoint holds it."""
+    return {
+        "log_theta": np.concatenate(state.log_theta),
+        "factor_sizes": np.array([len(z) for z in state.log_theta]),
+        "gradient_norm": state.gradient_norm,
+        "past": np.array([state.past_error, state.past_weight]),
+        "rounds": np.array([state.rounds]),
+    }
+
+
+def from_arrays(arrays: dict[str, np.ndarray]) -> FedExState:
+    """The state that `to_arrays` wrote, to the last bit."""
+    log_theta = np.split(arrays["log_theta"], np.cumsum(arrays["factor_sizes"])[:-1])
+    past_error, past_weight = arrays["past"].tolist()
+    return FedExState(tuple(log_theta), arrays["gradient_norm"], past_error, past_weight, int(arrays["rounds"][0]))
+
+
+def _bounded(error: Float[np.ndarray, " client"], worst: float) -> Float[np.ndarray, " client"]:
+    error = np.asarray(error, np.float64)
+    return np.minimum(np.where(np.isfinite(error), error, worst), worst)
+
+
+def _baseline(
+    state: FedExState,
+    error: Float[np.ndarray, " client"],
+    num_validation: Real[np.ndarray, " client"],
+    settings: FedExSettings,
+    error_before: Float[np.ndarray, " client"] | None,
+) -> Float[np.ndarray, " client"]:
+    """Lambda for each client. In the first round `previous` looks at the other clients: 0 would punish random draws."""
+    if settings.baseline == "client":
+        if error_before is None:
+            raise InputError("error_before must be given for the baseline 'client', got None")
+        return error_before
+    if settings.baseline == "none":
+        return np.zeros_like(error)
+    if settings.baseline == "previous" and state.past_weight > 0:
+        return np.full_like(error, state.past_error)
+    return _leave_one_out(error, num_validation)
+
+
+def _leave_one_out(
+    error: Float[np.ndarray, " client"], num_validation: Real[np.ndarray, " client"]
+) -> Float[np.ndarray, " client"]:
+    """The mean error of the cohort's other clients; a lone client's own, so that it moves nothing."""
+    if len(error) == 1:
+        return error
+    offset = error - error[0]
+    others = num_validation.sum() - num_validation
+    mean: np.ndarray = error[0] + (num_validation @ offset - num_validation * offset) / others
+    return mean
+
+
+def _mean(error: Float[np.ndarray, " client"], num_validation: Real[np.ndarray, " client"]) -> float:
+    # As an offset, here and above: equal errors then differ from their mean by exactly 0, where `aggressive` would blow
+    # a rounding error up to a whole step.
+    return float(error[0] + num_validation @ (error - error[0]) / num_validation.sum())

@@ -1,0 +1,26 @@
+"""Random search: every trial is drawn at random and trained for the same number of rounds."""
+
+from fedtune.tuning.space import checked_number
+from fedtune.tuning.trial import Draw, Job
+
+
+class RandomSearch:
+    """A tuner that stops nobody early; it ends after `num_configs` trials, or never when that is None."""
+
+    def __init__(self, draw: Draw, max_rounds: int, num_configs: int | None = None) -> None:
+        checked_number("max_rounds", max_rounds, low=1, integer=True)
+        if num_configs is not None:
+            checked_number("num_configs", num_configs, low=1, integer=True)
+        self.max_rounds = max_rounds
+        self.num_configs = num_configs
+        self._draw = draw
+        self._num_drawn = 0
+
+    def ask(self) -> Job | None:
+        if self._num_drawn == self.num_configs:
+            return None
+        self._num_drawn += 1
+        return Job(self._draw(self._num_drawn - 1), 0, self.max_rounds)
+
+    def tell(self, job: Job, error: float) -> None:
+        """Nothing: no error changes what comes next."""

@@ -1,0 +1,70 @@
+"""What a tuner and a study say to each other: trials, jobs, scores. Lower errors are better; NaN and inf are worst."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from fedtune.tuning.space import Config as Config
+
+# A product of factors. One factor of whole client configurations is a flat pool, and ((config,),) is plain FedAvg;
+# with several factors, a client configuration is one element of each, merged.
+Pool = tuple[tuple[Config, ...], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One federation: the server's configuration and the client configurations that FedEx weighs."""
+
+    number: int
+    server: Config
+    pool: Pool
+
+
+Draw = Callable[[int], Trial]  # makes trial number n from a random stream of its own
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a trial on until it has had `rounds` rounds in all."""
+
+    trial: Trial
+    rung: int
+    rounds: int
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """Decides what to train next."""
+
+    def ask(self) -> Job | None:
+        """The next job; None when there is nothing to run before the next `tell`, or ever if nothing is running."""
+
+    def tell(self, job: Job, error: float) -> None:
+        """Take note of a job's validation error."""
+
+
+class Score(NamedTuple):
+    """A trial's validation error after so many rounds."""
+
+    trial: int
+    rounds: int
+    error: float
+
+
+def rank_key(error: float, number: int) -> tuple[bool, float, int]:
+    """What to sort trials by, best first: NaN and inf come last, and the lower trial number wins a tie."""
+    return (False, error, number) if math.isfinite(error) else (True, 0.0, number)
+
+
+def incumbent(scores: Iterable[Score]) -> Score | None:
+    """The score of the trial one would pick now: the best at the highest number of rounds; None without scores.
+
+    A trial that diverged is picked only where all did, however far it was trained.
+    """
+
+    def key(score: Score) -> tuple[bool, int, float, int]:
+        diverged, error, number = rank_key(score.error, score.trial)
+        return diverged, -score.rounds, error, number
+
+    return min(scores, key=key, default=None)

@@ -1,0 +1,60 @@
+"""Fails loudly when a new Flower no longer has what fedtune takes from its private parts."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.server import flower_compat
+from fedtune.server.flower_compat import ViewArray, ensure_task_identity, in_order, pack, stamp
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    ensure_task_identity()
+
+
+def message(node=2):
+    return Message(RecordDict({"config": ConfigRecord({"a": 1})}), dst_node_id=node, message_type=MessageType.TRAIN)
+
+
+def test_task_identity_is_set_only_where_it_is_not(monkeypatch):
+    monkeypatch.setattr(TaskIdentity, "_run_id", None)
+    ensure_task_identity()
+    assert TaskIdentity.run_id == flower_compat.RUN_ID
+    TaskIdentity.run_id = 7
+    ensure_task_identity()
+    assert TaskIdentity.run_id == 7
+
+
+def test_a_reply_says_what_it_answers():
+    sent = message()
+    stamp(sent, "12-3")
+    assert sent.metadata.message_id == "12-3"
+    assert Message(Error(1000, "no"), reply_to=sent).metadata.reply_to_message_id == "12-3"
+
+
+def test_the_run_is_flowers():
+    assert isinstance(flower_compat.empty_run(), Run)
+
+
+def test_a_packed_array_is_a_view_that_flower_can_serialise():
+    weights = np.arange(5, dtype=np.float32)
+    record = pack(weights)
+    assert record["weights"].numpy() is weights
+    assert isinstance(record["weights"], Array)
+    copied = ArrayRecord.inflate(record.deflate(), {array.object_id: array for array in record.values()})
+    assert np.array_equal(copied["weights"].numpy(), weights)
+    plain = Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=record["weights"].data)
+    assert np.array_equal(plain.numpy(), weights)
+
+
+def test_two_views_of_the_same_values_are_equal_to_flower():
+    weights = np.arange(5, dtype=np.float32)
+    assert ViewArray(weights).object_id == ViewArray(weights.copy()).object_id != ViewArray(weights + 1).object_id
+
+
+def test_replies_are_put_into_the_order_of_the_nodes():
+    replies = [Message(Error(1000, "no"), reply_to=message(node)) for node in (9, 4, 7)]
+    assert [reply.metadata.src_node_id for reply in in_order(replies, [4, 9, 7])] == [4, 9, 7]

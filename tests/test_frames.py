@@ -1,0 +1,246 @@
+"""Run folders read back and the numbers made of them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedtune.errors import InputError
+from fedtune.report.frames import (
+    ERRORS,
+    curve_band,
+    entropy_curve,
+    incumbent_curve,
+    read_run,
+    summary,
+    within_noise,
+)
+
+NAN = math.nan
+
+
+def rounds_of(tuner: str, seed: int, rows: list[tuple[int, int, int, float]]) -> pd.DataFrame:
+    """Rounds of a study from (spent, trial, incumbent, test_error)."""
+    frame = pd.DataFrame(rows, columns=["spent", "trial", "incumbent", "test_error"])
+    frame["round"] = frame.groupby("trial").cumcount() + 1
+    return frame.assign(tuner=tuner, seed=seed, virtual_time=frame["spent"].astype(float), entropy=NAN)
+
+
+def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: list[int]) -> pd.DataFrame:
+    """Results with the same error in all of ERRORS, a row for each tuner and seed."""
+    rows = [
+        {"tuner": tuner, "seed": seed, "max_rounds": max_rounds, **dict.fromkeys(ERRORS, error)}
+        for tuner, values in errors.items()
+        for seed, error in enumerate(values)
+    ]
+    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", "dropped", "clipped", "lost")}
+    return pd.DataFrame(rows).assign(**(zeros | counts))
+
+
+def timings_of(results: pd.DataFrame, seconds: list[float]) -> pd.DataFrame:
+    return results[["tuner", "seed"]].assign(wall_seconds=seconds)
+
+
+def write_run(folder: Path, tuners: list[str], seeds: int, studies: list[tuple[str, int]]) -> None:
+    """A run folder with two rounds a study, the second of which has a test error of a tenth of the seed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.toml").write_text(f"tuners = {json.dumps(tuners)}\nseeds = {seeds}\n")
+    (folder / "environment.json").write_text("{}")
+    rounds = [rounds_of(tuner, seed, [(1, 0, -1, NAN), (2, 0, 0, seed / 10)]) for tuner, seed in studies]
+    pd.concat(rounds).to_parquet(folder / "rounds.parquet")
+    names = pd.DataFrame(studies, columns=["tuner", "seed"])
+    names.to_parquet(folder / "trials.parquet")
+    names.assign(test_error=names["seed"] / 3).to_csv(folder / "results.csv", index=False)
+    names.assign(wall_seconds=0.1).to_csv(folder / "timings.csv", index=False)
+
+
+def test_run_is_read_in_the_settings_order(tmp_path: Path) -> None:
+    studies = [("asha", 1), ("asha", 0), ("manual", 0), ("manual", 1)]
+    write_run(tmp_path, ["manual", "asha"], 2, studies)
+    run = read_run(str(tmp_path))
+    expected = [("manual", 0), ("manual", 1), ("asha", 0), ("asha", 1)]
+    assert run.folder == tmp_path
+    assert run.settings == {"tuners": ["manual", "asha"], "seeds": 2}
+    for frame in (run.trials, run.results, run.timings):
+        assert list(zip(frame["tuner"], frame["seed"], strict=True)) == expected
+    assert list(zip(run.rounds["tuner"], run.rounds["seed"], strict=True)) == [
+        study for study in expected for _ in "12"
+    ]
+    assert run.rounds["spent"].tolist() == [1, 2] * 4  # rows of a study keep their order
+    assert run.results["test_error"].tolist() == [0 / 3, 1 / 3] * 2  # every bit survives
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "environment.json"])
+def test_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    read_run(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(
+        InputError, match=r"^run must be a folder that holds settings.toml and environment.json, got .*$"
+    ):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rounds.parquet", "trials.parquet", "results.csv", "timings.csv"])
+def test_run_without_a_frame_is_unfinished(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=f"^run must be finished .*fedtune resume.* without {name}$"):
+        read_run(tmp_path)
+
+
+def test_run_without_a_study_is_unfinished(tmp_path: Path) -> None:
+    write_run(tmp_path, ["manual", "asha"], 2, [("manual", 0), ("manual", 1), ("asha", 0)])
+    with pytest.raises(InputError, match=r"^run must be finished .* got 3 of 4 studies$"):
+        read_run(tmp_path)
+
+
+def test_summary_has_means_standard_errors_and_totals() -> None:
+    results = results_of(
+        {"sha": [0.1, 0.3], "asha": [0.2, 0.2]},
+        rounds=[400, 404, 405, 405],
+        client_updates=[10, 20, 30, 40],
+        dropped=[1, 2, 0, 0],
+        clipped=[0, 0, 3, 4],
+        lost=[5, 0, 0, 6],
+    )
+    found = summary(results, timings_of(results, [1.0, 2.0, 30.0, 50.0])).set_index("tuner")
+    assert found.index.tolist() == ["sha", "asha"]
+    assert found["seeds"].tolist() == [2, 2]
+    assert found["max_rounds"].tolist() == [9, 9]
+    for error in ERRORS:
+        # two values a and b have the standard error sqrt(((a-b)^2 / 2) / 2) = |a-b| / 2
+        np.testing.assert_allclose(found[error], [(0.1 + 0.3) / 2, 0.2], atol=1e-15)
+        np.testing.assert_allclose(found[f"{error}_se"], [abs(0.1 - 0.3) / 2, 0], atol=1e-15)
+    assert found["rounds"].tolist() == [(400 + 404) / 2, 405]
+    assert found["client_updates"].tolist() == [(10 + 20) / 2, (30 + 40) / 2]
+    assert found["wall_seconds"].tolist() == [(1 + 2) / 2, (30 + 50) / 2]
+    assert found[["dropped", "clipped", "lost"]].to_numpy().tolist() == [[1 + 2, 0, 5], [0, 3 + 4, 6]]
+
+
+def test_summary_matches_timings_by_study_not_by_row() -> None:
+    results = results_of({"sha": [0.1], "asha": [0.2]})
+    timings = timings_of(results, [1.0, 2.0]).iloc[::-1]
+    assert summary(results, timings)["wall_seconds"].tolist() == [1, 2]
+
+
+def test_one_seed_has_no_standard_error() -> None:
+    results = results_of({"sha": [0.1]})
+    found = summary(results, timings_of(results, [1.0]))
+    assert found["test_error"].tolist() == [0.1]
+    assert math.isnan(found["test_error_se"].iloc[0])
+
+
+def test_error_missing_for_a_seed_is_not_averaged_away() -> None:
+    results = results_of({"sha": [0.1, NAN, 0.1], "asha": [0.2, 0.2, 0.2]})
+    found = summary(results, timings_of(results, [1.0] * 6))
+    assert found["test_error"].isna().tolist() == [True, False]
+    assert found["test_error_se"].isna().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("lead", "noisy"), [(4.9, True), (5.1, False)])
+def test_lead_is_noise_up_to_the_combined_standard_error(lead: float, noisy: bool) -> None:
+    best, second, last = [0.10 - 0.03, 0.10 + 0.03], [0.1 + lead / 100 - 0.04, 0.1 + lead / 100 + 0.04], [0.9, 0.9]
+    results = results_of(
+        {"last": last, "second": second, "best": best}
+    )  # standard errors 0, 4 and 3 points: hypot is 5
+    says = within_noise(summary(results, timings_of(results, [1.0] * 6)))
+    assert (says is not None) == noisy
+    if noisy:
+        assert says is not None
+        assert says.startswith("best leads second by 4.90 points in test error at the end, within")
+        assert "5.00" in says
+
+
+def test_each_reading_has_its_own_noise() -> None:
+    results = results_of({"one": [0.1, 0.1], "two": [0.2, 0.2]}, max_rounds=81)
+    results["test_error_at_max_rounds"] = [0.3, 0.5, 0.29, 0.49]
+    found = summary(results, timings_of(results, [1.0] * 4))
+    assert within_noise(found) is None
+    says = within_noise(found, "test_error_at_max_rounds")
+    assert says is not None
+    assert says.startswith("two leads one by 1.00 points in test error at 81 rounds")
+
+
+def test_with_one_seed_noise_is_unknown_and_one_tuner_leads_nobody() -> None:
+    results = results_of({"one": [0.1], "two": [0.9]})
+    found = summary(results, timings_of(results, [1.0] * 2))
+    says = within_noise(found)
+    assert says is not None
+    assert "one seed" in says
+    assert within_noise(found.iloc[:1]) is None
+
+
+STUDY = [
+    (1, 0, -1, 0.9),  # nobody is the incumbent yet
+    (2, 0, 0, 0.8),  # becomes it where it was evaluated
+    (3, 1, 0, 0.7),  # somebody else's evaluation
+    (4, 1, 1, NAN),  # becomes it, was evaluated before
+    (5, 0, 1, 0.6),
+    (6, 1, 1, 0.5),  # evaluated again
+    (7, 1, 1, NAN),
+    (8, 2, 2, NAN),  # becomes it, never evaluated
+    (9, 2, 2, 0.4),
+    (10, 3, 0, 0.3),  # a trial becomes it in another one's row
+]
+CURVE = [(2, 0.8), (4, 0.7), (6, 0.5), (9, 0.4), (10, 0.6)]
+
+
+def test_incumbent_curve_follows_the_incumbent() -> None:
+    curve = incumbent_curve(rounds_of("asha", 3, STUDY))
+    assert list(zip(curve["spent"], curve["test_error"], strict=True)) == CURVE
+    assert set(curve["tuner"]) == {"asha"}
+    assert set(curve["seed"]) == {3}
+
+
+def test_incumbent_curve_goes_by_virtual_order_and_by_study() -> None:
+    shuffled = rounds_of("asha", 0, STUDY).sample(frac=1, random_state=1)
+    both = pd.concat([rounds_of("sha", 0, [(1, 0, 0, 0.1)]), shuffled, rounds_of("asha", 1, [(1, 7, 7, 0.2)])])
+    curve = incumbent_curve(both)
+    assert curve["tuner"].tolist() == ["sha"] + ["asha"] * (len(CURVE) + 1)
+    assert curve["test_error"].tolist() == [0.1, *(error for _, error in CURVE), 0.2]
+
+
+def test_no_incumbent_no_curve() -> None:
+    curve = incumbent_curve(rounds_of("asha", 0, [(1, 0, -1, 0.9)]))
+    assert curve.empty
+    assert curve_band(curve).empty
+    assert entropy_curve(rounds_of("asha", 0, [(1, 0, -1, 0.9)])).empty
+
+
+def test_band_is_mean_and_standard_error_of_steps() -> None:
+    points = [("sha", 0, 1, 0.9), ("sha", 0, 4, 0.5), ("sha", 1, 2, 0.7), ("sha", 1, 6, 0.1)]
+    band = curve_band(pd.DataFrame(points, columns=["tuner", "seed", "spent", "test_error"]))
+    # spent 1 is left out: seed 1 has no incumbent before 2
+    pairs = [(0.9, 0.7), (0.5, 0.7), (0.5, 0.1)]
+    assert band["spent"].tolist() == [2, 4, 6]
+    np.testing.assert_allclose(band["mean"], [(a + b) / 2 for a, b in pairs])
+    np.testing.assert_allclose(band["low"], [(a + b) / 2 - abs(a - b) / 2 for a, b in pairs])
+    np.testing.assert_allclose(band["high"], [(a + b) / 2 + abs(a - b) / 2 for a, b in pairs])
+
+
+def test_band_needs_every_seed_and_has_no_width_with_one() -> None:
+    points = [("sha", 0, 1, 0.9), ("asha", 0, 1, 0.8), ("asha", 1, 1, 0.6)]
+    curve = pd.DataFrame(points, columns=["tuner", "seed", "spent", "test_error"])
+    assert curve_band(curve)["tuner"].tolist() == ["asha"]
+    alone = curve_band(curve[curve["seed"] == 0])
+    assert alone["mean"].tolist() == [0.9, 0.8]
+    assert alone[["low", "high"]].isna().all(axis=None)
+
+
+def test_entropy_is_that_of_the_final_incumbent() -> None:
+    manual = rounds_of("manual", 0, [(1, 0, 0, 0.9)])
+    first = rounds_of("asha+fedex", 0, [(1, 0, 0, 0.9), (2, 1, 0, 0.9), (3, 1, 1, 0.9)])
+    first["entropy"] = [7.0, math.log(9), math.log(4)]  # trial 0 loses in the end
+    second = rounds_of("asha+fedex", 1, [(1, 5, 5, 0.9), (2, 5, 5, 0.9), (3, 5, 5, 0.9)])
+    second["entropy"] = [math.log(9), math.log(2), 0.0]
+    found = entropy_curve(pd.concat([manual, first, second]))
+    assert found["tuner"].tolist() == ["asha+fedex"] * 2  # the third round is only one seed's
+    assert found["round"].tolist() == [1, 2]
+    middle, half = (math.log(4) + math.log(2)) / 2, (math.log(4) - math.log(2)) / 2
+    np.testing.assert_allclose(found["mean"], [math.log(9), middle])
+    np.testing.assert_allclose(found["low"], [math.log(9), middle - half])
+    np.testing.assert_allclose(found["high"], [math.log(9), middle + half])

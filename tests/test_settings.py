@@ -1,0 +1,90 @@
+import tomllib
+
+import pytest
+
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.settings import parse_assignment, read_settings, resolve, write_settings
+
+BASE = {"data": {"name": "digits"}}
+
+
+def test_later_layers_win_and_tables_merge():
+    settings = resolve([BASE, {"client": {"learning_rate": 0.1, "epochs": 2}}, {"client": {"learning_rate": 0.5}}])
+    assert settings.client == {"learning_rate": 0.5, "epochs": 2}
+
+
+def test_a_domain_is_replaced_not_merged():
+    layers = [{"space": {"client": {"dropout": {kind: [0.0, 0.5]}}}} for kind in ("uniform", "choice")]
+    assert resolve([BASE, *layers]).space.client["dropout"] == {"choice": [0.0, 0.5]}
+
+
+def test_layers_are_not_changed():
+    layer = {"client": {"learning_rate": 0.1}}
+    resolve([BASE, layer, {"client": {"learning_rate": 0.5}}])
+    assert layer == {"client": {"learning_rate": 0.1}}
+
+
+def test_written_settings_resolve_to_the_same():
+    settings = resolve([BASE, {"space": {"client": {"learning_rate": {"log_uniform": [1e-4, 1.0]}}}, "seeds": 3}])
+    assert resolve([tomllib.loads(write_settings(settings))]) == settings
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"max_round": 9}, r"unknown setting 'max_round'; known: client, cohort_size, .*max_rounds"),
+        ({"server": {"lr": 1.0}}, r"unknown setting 'server.lr'; known: server.beta1, .*server.learning_rate"),
+        ({"seeds": 0}, r"seeds must be greater than or equal to 1, got 0"),
+        ({"seeds": "three"}, r"seeds must be a valid integer, got 'three'"),
+        ({"seed": -1}, r"seed must be greater than or equal to 0, got -1"),
+        ({"server": {"optimizer": "sgdd"}}, r"server.optimizer must be 'sgd', 'adam' or 'yogi', got 'sgdd'"),
+        ({"server": {"learning_rate": float("nan")}}, r"server.learning_rate must be .*, got nan"),
+        ({"max_rounds": 81, "total_rounds": 80}, r"total_rounds must be at least max_rounds \(81\), got 80"),
+        ({"tuners": ["asha", "asha"]}, r"tuners must name one tuner or more, each once"),
+        ({"tuners": []}, r"tuners must name one tuner or more, each once, got \[\]"),
+        ({"data": {"name": 3}}, r"data needs a name"),
+    ],
+)
+def test_bad_settings_are_one_line(layer, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve([BASE, layer])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_data_is_named():
+    with pytest.raises(InputError, match="the setting data is missing"):
+        resolve([])
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        ("seeds=5", {"seeds": 5}),
+        ("client.learning_rate = 1e-2", {"client": {"learning_rate": 0.01}}),
+        ("data.partition=dirichlet", {"data": {"partition": "dirichlet"}}),
+        ("tuner.asha+fedex.pool_size=5", {"tuner": {"asha+fedex": {"pool_size": 5}}}),
+        ("space.client.epochs={integer=[1,3]}", {"space": {"client": {"epochs": {"integer": [1, 3]}}}}),
+    ],
+)
+def test_assignments(text, layer):
+    assert parse_assignment(text) == layer
+
+
+@pytest.mark.parametrize("text", ["seeds", "=5", "a..b=1", ""])
+def test_bad_assignments(text):
+    with pytest.raises(InputError, match="--set must be key=value"):
+        parse_assignment(text)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_settings(tmp_path / "missing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seeds = ")
+    with pytest.raises(InputError, match="is not TOML"):
+        read_settings(broken)
+
+
+def test_assignment_under_something_that_is_no_table():
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'server.a'"):
+        resolve([BASE, {"server": {"a": {"b": 1}}}])

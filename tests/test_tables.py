@@ -1,0 +1,111 @@
+"""The tables in terminals of 80 and 120 columns."""
+
+import io
+import math
+import re
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.report.frames import ERRORS
+from fedtune.report.tables import duration, percent, stats_table, summary_table
+
+NAN = math.nan
+COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
+
+
+def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
+    errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
+    counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, "dropped": 0, "clipped": 0, "lost": 0}
+    return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
+
+
+def rendered(table: Table, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def line_of(text: str, tuner: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{tuner} ")]
+    return line
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_longest_row_fits_on_one_line(width: int) -> None:
+    longest = row("elimination+fedex", 0.1234, 0.0056, wall_seconds=9 * 3600 + 61)
+    text = rendered(summary_table(pd.DataFrame([longest, row("asha", 0.9)])), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    best = "12.34±0.56*"
+    assert line_of(text, "elimination+fedex").split()[1:] == ["12.34±0.56", best, best, best, "405", "9:01:01"]
+
+
+def test_name_too_long_is_folded_not_cut() -> None:
+    name = "a_tuner_that_somebody_else_made"
+    text = rendered(summary_table(pd.DataFrame([row(name, 0.1234, 0.1056)])))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "".join(re.findall(r"^([a-z_]+)(?: +12.34.*| *)$", text, flags=re.MULTILINE)) == name
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_only_the_lowest_of_a_test_column_has_a_star(column: str) -> None:
+    others = dict.fromkeys(COLUMNS, NAN)
+    summary = pd.DataFrame([row("sha", **others | {column: 0.3}), row("asha", **others | {column: 0.2})])
+    text = rendered(summary_table(summary))
+    cells = ["20.00±1.00*" if name == column else "–" for name in COLUMNS]
+    assert line_of(text, "asha").split()[2:5] == cells
+    assert "*" not in line_of(text, "sha")
+
+
+def test_validation_error_and_a_lone_tuner_have_no_star() -> None:
+    pair = rendered(summary_table(pd.DataFrame([row("sha"), row("asha", 0.2)])))
+    assert line_of(pair, "sha").split()[1] == "10.00±1.00"
+    assert "*" not in rendered(summary_table(pd.DataFrame([row("sha")])))
+
+
+def test_one_seed_shows_errors_alone() -> None:
+    text = rendered(summary_table(pd.DataFrame([row("sha", 0.1, NAN, seeds=1), row("asha", 0.2, NAN, seeds=1)])))
+    assert "±" not in text
+    assert "one seed" in text.splitlines()[0]
+    assert text.count("with one seed nobody") == 1  # not once a reading
+
+
+def test_title_and_note_name_the_seeds_and_both_readings() -> None:
+    text = rendered(summary_table(pd.DataFrame([row("sha", max_rounds=27), row("asha", 0.9, max_rounds=27)])))
+    flat = re.sub(r"\s+", " ", text)
+    assert text.startswith("Errors in %, mean ± standard error over 3 seeds")
+    assert "test: when all rounds are spent (equal spending)" in flat
+    assert "test at 27 rounds: the chosen federation after 27 rounds of its own (equal length)" in flat
+
+
+def test_faults_are_shown_when_there_are_any() -> None:
+    clean = pd.DataFrame([row("sha"), row("asha", 0.9)])
+    assert "dropped" not in rendered(summary_table(clean))
+    faulty = pd.DataFrame([row("sha", dropped=1234, lost=2), row("asha", 0.9), row("fedex", 0.8, clipped=5)])
+    flat = re.sub(r"\s+", " ", rendered(summary_table(faulty)))
+    assert "lost (no reply): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
+
+
+def test_a_lead_within_the_noise_is_said_for_each_reading() -> None:
+    flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame([row("sha", 0.1), row("asha", 0.105)]))))
+    assert flat.count("sha leads asha by 0.50 points") == 2
+    assert "leads" not in rendered(summary_table(pd.DataFrame([row("sha", 0.1), row("asha", 0.2)])))
+
+
+def test_percent_and_duration() -> None:
+    assert percent(0.1234, 0.005) == "12.34±0.50"
+    assert percent(0.1234) == "12.34"
+    assert percent(NAN, 0.1) == "–"
+    assert duration(3 * 3600 + 2 * 60 + 0.6) == "3:02:01"
+    assert duration(NAN) == "–"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_stats_are_shown_a_line_each(width: int) -> None:
+    text = rendered(stats_table({"clients": 1000, "label_skew": 0.25, "skewness": NAN, "name": "mnist"}), width)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines == [["clients", "1,000"], ["label", "skew", "0.250"], ["skewness", "–"], ["name", "mnist"]]
