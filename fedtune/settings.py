@@ -51,7 +51,7 @@ class SpaceSettings(Table):
 class EvaluationSettings(Table):
     """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients` clients.
 
-    None is a twentieth of `max_rounds` (at least 1), and all clients.
+    None is a twentieth of `max_rounds`, rounded up, and all clients.
     """
 
     every: Count | None = None
@@ -105,7 +105,7 @@ class Settings(Table):
     @property
     def evaluate_every(self) -> int:
         """Rounds between evaluations of the global model."""
-        return self.evaluation.every or max(1, self.max_rounds // 20)
+        return self.evaluation.every or -(-self.max_rounds // 20)
 
 
 def resolve(layers: Iterable[Mapping[str, Any]]) -> Settings:

@@ -58,10 +58,15 @@ def test_the_default_settings_load():
 
 
 def test_some_of_the_images_can_be_used():
-    dataset = mnist.load(num_clients=20, examples_per_client=30)
-    assert dataset.x.shape == (600, 28, 28)
-    assert (mnist.load(num_clients=20, examples_per_client=30).x == dataset.x).all()
-    assert (mnist.load(num_clients=20, examples_per_client=30, seed=1).x != dataset.x).any()
+    first, again, other = (mnist.load(num_clients=20, examples_per_client=30, seed=seed) for seed in (0, 0, 1))
+    assert first.x.shape == (600, 28, 28)
+    assert (first.x == again.x).all()
+    assert {image.tobytes() for image in first.x} != {image.tobytes() for image in other.x}
+
+
+def test_the_seed_sets_how_a_client_splits_its_images():
+    first, other = (mnist.load(num_clients=1, seed=seed) for seed in (0, 1))  # all images, whatever the partition draws
+    assert (first.x != other.x).any()
 
 
 def test_options_reach_the_partition():

@@ -69,6 +69,12 @@ def test_the_two_shards_of_a_client_are_random():
     assert 1 <= single <= 24
 
 
+def test_which_shards_a_client_has_depends_on_the_seed():
+    labels = np.repeat(np.arange(10), 60)
+    first, second = (label_counts(labels, partition(labels, "shards", 20, seed=seed)) for seed in (0, 1))
+    assert (first != second).any()
+
+
 def test_the_number_of_shards_can_be_set():
     labels = np.repeat(np.arange(10), 60)
     counts = label_counts(labels, partition(labels, "shards", 20, seed=0, shards_per_client=1))
@@ -143,9 +149,11 @@ def test_a_partitioner_that_loses_examples_is_caught():
 def test_a_partitioner_that_repeats_examples_is_caught():
     from flwr_datasets.partitioner import IidPartitioner
 
-    class Repeating(IidPartitioner):
-        def load_partition(self, partition_id):
-            return super().load_partition(max(partition_id, 1))
+    class Greedy(IidPartitioner):
+        """The first client gets everything, the others their part of it."""
 
-    with pytest.raises(RuntimeError, match="Repeating left out 200 and repeated 200 of 600"):
-        assign(random_labels(600), Repeating(3))
+        def load_partition(self, partition_id):
+            return super().load_partition(partition_id) if partition_id else self.dataset
+
+    with pytest.raises(RuntimeError, match="Greedy left out 0 and repeated 400 of 600"):
+        assign(random_labels(600), Greedy(3))

@@ -10,8 +10,8 @@ ClientUpdate; the proximal term is equation 2 of Li et al. (2020), "Federated Op
     4           w <- w - eta * grad l(w; b)
     5   return w to server
 
-E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dropout, weight decay and FedProx's term. Line 4
-follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
+E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dropout, weight decay and FedProx's term.
+Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
 """
 
 from collections.abc import Callable, Sequence

@@ -116,7 +116,9 @@ def prepare(settings: Settings) -> Comparison:
 
 def check_tuners(settings: Settings, space: SearchSpace) -> None:
     """Raises InputError unless every tuner can be made from its table, and has something to search where it searches."""
-    for name in [*settings.tuners, *settings.tuner]:
+    for name, options in settings.tuner.items():
+        fedex_settings(name, options)  # a table of a tuner that is not run must be right all the same
+    for name in settings.tuners:
         make_tuner(
             name,
             lambda number: Trial(number, {}, (({},),)),

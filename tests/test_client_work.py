@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedtune.client_work import evaluate_clients, personalise_client, train_client
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.flat_model import EVALUATION_BATCH, FlatModel
+from fedtune_clients import local_sgd
+from fedtune_clients.models import logistic
+
+SIZES = {"small": 10, "large": 5 * EVALUATION_BATCH, "medium": 60}
+CONFIG = {"learning_rate": 0.3, "batch_size": 8, "epochs": 2}
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(0)
+    clients = {name: (rng.integers(0, 256, (n, 5), dtype=np.uint8), rng.integers(0, 3, n)) for name, n in SIZES.items()}
+    return FederatedDataset.from_clients(clients, name="made up", num_classes=3, scale=1 / 255)
+
+
+@pytest.fixture
+def model(dataset):
+    torch.manual_seed(0)
+    return FlatModel(logistic(dataset.spec))
+
+
+def means(model, weights, dataset, client, part):
+    """Error and loss by the definition, in float64."""
+    weight, bias = model.slices(weights.double())
+    x, y = dataset.examples(client, part)
+    logits = torch.tensor(x / 255) @ weight.T + bias
+    errors = [int(row.argmax()) != label for row, label in zip(logits, y, strict=True)]
+    return {"error": sum(errors) / len(y), "loss": cross_entropy(logits, torch.tensor(y)).item()}
+
+
+def no_training(model, weights, examples, config, rng):
+    return weights
+
+
+@pytest.mark.parametrize("client", range(3))
+def test_train_client_trains_on_the_train_part_and_measures_the_validation_part(model, dataset, client):
+    weights = model.flat.clone()
+    trained, metrics = train_client(
+        local_sgd.train, model, weights, dataset, client, CONFIG, seed=4, error_before=True, device="cpu"
+    )
+    trained = trained.clone()
+    x, y = dataset.examples(client, "train")
+    examples = local_sgd.Examples(torch.tensor(x).float() * dataset.spec.scale, torch.tensor(y))
+    rng = np.random.Generator(np.random.PCG64(4))
+    torch.testing.assert_close(trained, local_sgd.train(model, weights, examples, CONFIG, rng))
+    before = {f"{name}_before": value for name, value in means(model, weights, dataset, client, "validation").items()}
+    expected = means(model, trained, dataset, client, "validation") | before
+    assert metrics.pop("num_train") == len(y)
+    assert metrics.pop("num_validation") == dataset.num_examples("validation")[client]
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_error_before_training_is_measured_only_where_it_is_asked_for(model, dataset):
+    weights = model.flat.clone()
+    arguments = (local_sgd.train, model, weights, dataset, 0, CONFIG, 4)
+    trained, metrics = train_client(*arguments, error_before=False, device="cpu")
+    trained = trained.clone()
+    asked, more_metrics = train_client(*arguments, error_before=True, device="cpu")
+    assert torch.equal(trained, asked)
+    assert more_metrics.keys() - metrics.keys() == {"error_before", "loss_before"}
+    assert more_metrics | metrics == more_metrics
+
+
+def test_a_client_program_gets_its_config_and_a_generator_of_its_seed(model, dataset):
+    received = []
+
+    def program(model, weights, examples, config, rng):
+        received.append((len(examples.y), config, rng.random()))
+        return weights + 1  # not the model's own tensor
+
+    weights = model.flat.clone()
+    trained, _ = train_client(program, model, weights, dataset, 2, {"any": 1}, 7, error_before=False, device="cpu")
+    expected = np.random.Generator(np.random.PCG64(7)).random()
+    assert received == [(dataset.num_examples("train")[2], {"any": 1}, expected)]
+    assert torch.equal(trained, weights + 1)
+    assert torch.equal(trained, model.flat)
+
+
+def test_evaluate_clients_measures_validation_and_test_parts(model, dataset):
+    weights = torch.randn(model.num_weights)
+    results = evaluate_clients(model, weights, dataset, (2, 0, 1), "cpu")
+    for client, metrics in zip((2, 0, 1), results, strict=True):
+        expected = {
+            f"{part}_{name}": value
+            for part in ("validation", "test")
+            for name, value in means(model, weights, dataset, client, part).items()
+        }
+        assert metrics.pop("num_validation") == dataset.num_examples("validation")[client]
+        assert metrics.pop("num_test") == dataset.num_examples("test")[client]
+        assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_clients_beside_it_do_not_matter_to_a_client(model, dataset):
+    weights = torch.randn(model.num_weights)
+    together = evaluate_clients(model, weights, dataset, [0, 1, 2], "cpu")
+    alone = [evaluate_clients(model, weights, dataset, [client], "cpu")[0] for client in range(3)]
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_personalise_client_trains_and_then_evaluates(model, dataset):
+    weights = torch.randn(model.num_weights)
+    metrics = personalise_client(local_sgd.train, model, weights, dataset, 1, CONFIG, 3, "cpu")
+    trained, _ = train_client(local_sgd.train, model, weights, dataset, 1, CONFIG, 3, False, "cpu")
+    assert metrics == evaluate_clients(model, trained.clone(), dataset, [1], "cpu")[0]
+    assert metrics != evaluate_clients(model, weights, dataset, [1], "cpu")[0]
+    untrained = personalise_client(no_training, model, weights, dataset, 1, CONFIG, 3, "cpu")
+    assert untrained == evaluate_clients(model, weights, dataset, [1], "cpu")[0]
+
+
+def test_training_reads_neither_the_validation_nor_the_test_part(model, dataset):
+    weights = model.flat.clone()
+    arguments = (local_sgd.train, model, weights)
+    trained = [train_client(*arguments, dataset, client, CONFIG, 1, False, "cpu")[0].clone() for client in range(3)]
+    for part in ("validation", "test"):
+        for client in range(3):
+            x, y = dataset.examples(client, part)
+            x[:], y[:] = 0, 0
+    again = [train_client(*arguments, dataset, client, CONFIG, 1, False, "cpu")[0].clone() for client in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(trained, again, strict=True))
+
+
+def test_weights_that_are_nan_give_error_1_and_loss_nan(model, dataset):
+    weights = torch.full_like(model.flat, torch.nan)
+    _, metrics = train_client(local_sgd.train, model, weights, dataset, 0, CONFIG, 1, True, "cpu")
+    assert metrics["error"] == metrics["error_before"] == 1
+    assert np.isnan([metrics["loss"], metrics["loss_before"]]).all()
+    (evaluated,) = evaluate_clients(model, weights, dataset, [0], "cpu")
+    assert evaluated["validation_error"] == evaluated["test_error"] == 1
