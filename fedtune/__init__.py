@@ -49,8 +49,9 @@ def compare(
 ) -> "Run":
     """The run of several tuners at an equal budget, on a data set by name or as a settings file says.
 
-    `settings` are laid over those of the data set or file: `max_rounds=27`, `client={"learning_rate": 0.1}`. `out` is the run
-    folder, made anew (`force` overwrites an older run); None makes one under runs/. `listener` hears every event.
+    `settings` are laid over those of the data set or file: `max_rounds=27`, `client={"learning_rate": 0.1}`. `out` is
+    the run folder, made anew (`force` overwrites an older run); None makes one under runs/. `listener` hears every
+    event.
     """
     return run(resolve_settings(what, settings), out=out, force=force, listener=listener)
 

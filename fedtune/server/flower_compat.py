@@ -1,4 +1,4 @@
-"""Every private name of Flower that fedtune relies on (read in flwr 1.38 to 1.41), in one place with a test that fails loudly."""
+"""Every private name of Flower that fedtune relies on (read in flwr 1.38 to 1.41); its test fails loudly."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,5 @@
-"""Flower grids that live in this process: one over an executor, and a plain one that calls a ClientApp for each message.
+"""Flower grids that live in this process: one over an executor, and a plain one that calls a ClientApp for each
+message.
 
 A node's id is its client's index + FIRST_NODE_ID: fixed, where Flower's own are random in each run.
 """
@@ -49,7 +50,8 @@ class LocalGrid(Grid):
 class ExecutorGrid(LocalGrid):
     """The grid of a simulation: a push hands the clients' work to an executor, which several grids may share.
 
-    All messages of one push carry the same weights. What a pull returned holds views that stay valid until the next push.
+    All messages of one push carry the same weights. What a pull returned holds views that stay valid until the next
+    push.
     """
 
     def __init__(self, executor: Executor, num_clients: int) -> None:
@@ -100,7 +102,7 @@ class ExecutorGrid(LocalGrid):
 
 
 class ClientAppGrid(LocalGrid):
-    """The plain grid: calls the real ClientApp for each message, one after the other. The reference for the other one."""
+    """The plain grid: calls the real ClientApp for each message in turn. The reference for the other one."""
 
     def __init__(self, client_app: ClientApp, context: Callable[[int], Context], num_clients: int) -> None:
         super().__init__(num_clients)
@@ -156,4 +158,3 @@ def _reply(message: Message, result: Result) -> Message:
         content = RecordDict({"arrays": pack(result.weights.numpy()), "metrics": MetricRecord({**result.metrics})})
         return Message(content, reply_to=message)
     return Message(RecordDict({"metrics": MetricRecord({**result[0]})}), reply_to=message)
-

@@ -25,19 +25,20 @@ from fedtune.tuning.trial import Trial
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What the server remembers of a round between sending and aggregating: the cohort's nodes and drawn configurations."""
+    """What the server remembers of a round between sending and aggregating."""
 
     server_round: int
     weights: torch.Tensor
     nodes: list[int]  # in client order
-    drawn: np.ndarray  # (client, factor)
+    drawn: np.ndarray  # (client, factor): the configuration of each
 
 
 class FedTuneStrategy(Strategy):
     """FedAvg with a server optimiser and FedEx, for one trial. All randomness comes from streams keyed by `seed`.
 
-    `worst_error` is what a client's error or loss is capped at (1, or 2 ln classes for a loss). Between rounds the whole state is
-    `optimizer_state` and `fedex_state`; the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
+    `worst_error` is what a client's error or loss is capped at (1, or 2 ln classes for a loss). Between rounds the
+    whole state is `optimizer_state` and `fedex_state`; the weights travel as Flower's ArrayRecord, one flat float32
+    array called "weights".
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FedTuneStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The new weights and the round's numbers; a round without a usable update leaves weights and theta as they were."""
+        """The new weights and the round's numbers; without a usable update weights and theta stay as they were."""
         plan = self._plan
         assert plan is not None
         assert plan.server_round == server_round
@@ -100,6 +101,7 @@ class FedTuneStrategy(Strategy):
                 self.settings.optimizer, state, plan.weights, mean.weights, self.trial.server, server_round
             )  # 8
         self._update_theta(plan, answered, metrics, mean)
+        entropy = fedex.entropy(self.fedex_state, self.fedex_settings) if self.trial.num_configs > 1 else float("nan")
         counts: dict[str, int | float | list[int] | list[float]] = {
             "cohort": len(plan.nodes),
             "lost": len(plan.nodes) - len(answered),
@@ -107,7 +109,7 @@ class FedTuneStrategy(Strategy):
             "clipped": int(mean.clipped.sum()),
             "error": _mean(metrics, "error"),
             "loss": _mean(metrics, "loss"),
-            "entropy": fedex.entropy(self.fedex_state, self.fedex_settings),
+            "entropy": entropy,
         }
         return pack(weights.numpy()), MetricRecord(counts)
 
@@ -150,7 +152,9 @@ class FedTuneStrategy(Strategy):
 
     def _cohort(self, server_round: int, num_clients: int) -> list[int]:
         if self.cohort_size > num_clients:
-            raise InputError(f"cohort_size must be at most the number of clients, {num_clients}, got {self.cohort_size}")
+            raise InputError(
+                f"cohort_size must be at most the number of clients, {num_clients}, got {self.cohort_size}"
+            )
         # Keyed by the round alone: every trial and every tuner meets the same cohorts.
         chosen = rng.stream(self.seed, "cohort", server_round).choice(num_clients, self.cohort_size, replace=False)
         return sorted(chosen.tolist())

@@ -54,7 +54,8 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
 def make_draw(tuner: str, seed: int, hyperparameters: Hyperparameters, options: Mapping[str, Any]) -> Draw:
     """Makes the trials of a tuner whose `[tuner.NAME]` table is `options`.
 
-    Tuners within one federation start from the fixed values; the others draw. Trial n has the same centre under every one that draws.
+    Tuners within one federation start from the fixed values; the others draw. Trial n has the same centre under every
+    one that draws.
     """
     fedex = fedex_settings(tuner, options)
     searches = base_name(tuner) not in ("manual", "fedex")
@@ -66,7 +67,9 @@ def make_draw(tuner: str, seed: int, hyperparameters: Hyperparameters, options: 
             client = {**client, **sample(hyperparameters.space.client, rng.stream(seed, "client config", number))}
         if fedex is None:
             return Trial(number, server, ((client,),))
-        return Trial(number, server, make_pool(fedex, client, hyperparameters.space.client, rng.stream(seed, "pool", number)))
+        return Trial(
+            number, server, make_pool(fedex, client, hyperparameters.space.client, rng.stream(seed, "pool", number))
+        )
 
     return draw
 

@@ -1,4 +1,4 @@
-"""The virtual clock: a queue of future events, taken in the order of their time, equal times in the order of scheduling."""
+"""The virtual clock: a queue of future events, taken by time, equal times in the order of scheduling."""
 
 import heapq
 import itertools

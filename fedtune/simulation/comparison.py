@@ -46,7 +46,9 @@ class Comparison:
         settings = self.settings
         (folder / "settings.toml").write_text(write_settings(settings))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        studies = [(name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners]
+        studies = [
+            (name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners
+        ]
         plan = [{"tuner": name, "seed": seed, "total_rounds": settings.total_rounds} for name, seed in studies]
         listener({"event": "plan", "studies": plan})
         results, timings = [], []
@@ -115,7 +117,7 @@ def prepare(settings: Settings) -> Comparison:
 
 
 def check_tuners(settings: Settings, space: SearchSpace) -> None:
-    """Raises InputError unless every tuner can be made from its table, and has something to search where it searches."""
+    """Raises InputError unless every tuner can be made from its table and has something to search."""
     for name, options in settings.tuner.items():
         fedex_settings(name, options)  # a table of a tuner that is not run must be right all the same
     for name in settings.tuners:
@@ -169,7 +171,12 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=5
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -178,7 +185,9 @@ def _commit() -> str | None:
 
 def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
     """Writes rounds.parquet, trials.parquet, results.csv and timings.csv, the last of which alone holds real times."""
-    pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(folder / "rounds.parquet")
+    pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(
+        folder / "rounds.parquet"
+    )
     pd.DataFrame([row for result in results for row in result.trials]).to_parquet(folder / "trials.parquet")
     pd.DataFrame(timings).to_csv(folder / "timings.csv", index=False)
     pd.DataFrame([result.result for result in results]).to_csv(folder / "results.csv", index=False)

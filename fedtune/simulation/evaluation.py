@@ -1,7 +1,7 @@
 """Scores: which clients are evaluated, and how their errors become one number.
 
-A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients a single round's error varies
-between seeds two to three times as much.
+A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients a single round's
+error varies between seeds two to three times as much.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
-    """The clients on which every trial of a study is evaluated, in ascending order; all of them where `wanted` is None."""
+    """The clients on which every trial of a study is evaluated, ascending; all of them where `wanted` is None."""
     if wanted is None or wanted >= num_clients:
         return np.arange(num_clients)
     return np.sort(rng.stream(seed, "evaluation").choice(num_clients, wanted, replace=False))
@@ -67,4 +67,6 @@ def flatten(results: Sequence[Result]) -> list[Metrics]:
 
 def tail_mean(rounds: Sequence[int], values: Sequence[float]) -> float:
     """The mean of the values whose round lies in the last quarter of the rounds so far; `rounds` ascend."""
-    return float(np.mean([value for server_round, value in zip(rounds, values, strict=True) if server_round > TAIL * rounds[-1]]))
+    return float(
+        np.mean([value for server_round, value in zip(rounds, values, strict=True) if server_round > TAIL * rounds[-1]])
+    )

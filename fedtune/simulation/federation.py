@@ -66,7 +66,7 @@ class Federation:
         self._on_round = on_round
 
     def advance(self, to_round: int, evaluate_every: int) -> Iterator[int]:
-        """Trains until `to_round` rounds are done in all; evaluates every `evaluate_every` rounds and after the last."""
+        """Trains until `to_round` rounds are done; evaluates every `evaluate_every` rounds and after the last."""
         while self.round < to_round:
             self.round += 1
             arrays = pack(self.weights.numpy())
@@ -81,7 +81,9 @@ class Federation:
             self.weights = torch.from_numpy(new_arrays["weights"].numpy())
             evaluation = None
             if self.round % evaluate_every == 0 or self.round == to_round:
-                ticket = self._executor.submit(self.weights, evaluation_tasks(self._dataset, self._clients), self.grid.order)
+                ticket = self._executor.submit(
+                    self.weights, evaluation_tasks(self._dataset, self._clients), self.grid.order
+                )
                 yield ticket
                 evaluation = combine(flatten(self._take(ticket)))
             self._record(dict(metrics), evaluation)

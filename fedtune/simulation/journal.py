@@ -1,4 +1,4 @@
-"""The journal of a study: every ask, round, evaluation and tell, one JSON object a line, flushed before it is acted on."""
+"""The journal of a study: every ask, round and tell, one JSON object a line, flushed before it is acted on."""
 
 import json
 from pathlib import Path

@@ -1,15 +1,15 @@
 """A study: one tuner over federations, on a virtual clock.
 
-The tuner's jobs run in virtual time, `parallel_trials` at once; a job's virtual duration is known before it is trained, so the
-jobs in flight are really computed side by side, on any number of workers, and delivered to the tuner in virtual order.
+The tuner's jobs run in virtual time, `parallel_trials` at once; a job's virtual duration is known before it is trained,
+so the jobs in flight are really computed side by side, on any number of workers, and delivered to the tuner in virtual
+order.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import json
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class Study:
         self._dataset = dataset
         self._executor = executor
         self._initial_weights = initial_weights
-        self._evaluation_clients: Int[np.ndarray, "client"] = evaluation_clients(
+        self._evaluation_clients: Int[np.ndarray, client] = evaluation_clients(
             dataset.num_clients, settings.evaluation.clients, seed
         )
         self._checkpoints = folder / "checkpoints"
@@ -135,7 +135,13 @@ class Study:
     def _start(self, job: Job, num_rounds: int, history: TrialHistory) -> None:
         started, finishes = self._clock.time, self._clock.time + num_rounds * ROUND_TIME
         self._journal.write(
-            "ask", trial=job.trial.number, rung=job.rung, rounds=job.rounds, started=started, finishes=finishes, **_plan(job.trial)
+            "ask",
+            trial=job.trial.number,
+            rung=job.rung,
+            rounds=job.rounds,
+            started=started,
+            finishes=finishes,
+            **_plan(job.trial),
         )
         federation = self._federation(history, started)
         federation.grid.order = finishes
@@ -174,7 +180,11 @@ class Study:
 
     def _compute(self) -> None:
         """Moves every federation on whose ticket is finished; if there is none, computes until something is."""
-        ready = [running for running in self._running if running.ticket is not None and self._executor.finished(running.ticket)]
+        ready = [
+            running
+            for running in self._running
+            if running.ticket is not None and self._executor.finished(running.ticket)
+        ]
         for running in ready:
             running.ticket = next(running.training, None)
             if running.ticket is None:
@@ -217,9 +227,10 @@ class Study:
         assert best is not None
         federation = self._federation(self._trials[best.trial], self._clock.time)
         self._personalised["sampled"] = self._personalise(federation, federation.sampled_config)
-        has_pool = any(len(factor) > 1 for factor in federation.trial.pool)
         self._personalised["argmax"] = (
-            self._personalise(federation, lambda client: federation.best_config()) if has_pool else self._personalised["sampled"]
+            self._personalise(federation, lambda client: federation.best_config())
+            if federation.trial.num_configs > 1
+            else self._personalised["sampled"]
         )
         for history in self._trials.values():
             if history.trial.number != best.trial:
@@ -232,7 +243,8 @@ class Study:
 
     def _round_rows(self) -> list[dict[str, Any]]:
         rows = sorted(
-            (row for history in self._trials.values() for row in history.rows), key=lambda row: (row["virtual_time"], row["trial"])
+            (row for history in self._trials.values() for row in history.rows),
+            key=lambda row: (row["virtual_time"], row["trial"]),
         )
         tells = iter([*self._incumbents, (float("inf"), -1)])
         time, trial = next(tells)
@@ -258,10 +270,18 @@ class Study:
     def _result_row(self, federation: Federation, best: Score, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         max_rounds = self._settings.max_rounds
         at_max_rounds = self._personalised.get("at_max_rounds", self._personalised["sampled"])
-        totals = {name: sum(row[name] for row in rounds) for name in ("client_updates", "bytes", "lost", "dropped", "clipped")}
+        totals = {
+            name: sum(row[name] for row in rounds) for name in ("client_updates", "bytes", "lost", "dropped", "clipped")
+        }
         return {
             **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
-            **{"rounds": len(rounds), "max_rounds": max_rounds, "rounds_of_trial": best.rounds, "virtual_time": self._clock.time, **totals},
+            **{
+                "rounds": len(rounds),
+                "max_rounds": max_rounds,
+                "rounds_of_trial": best.rounds,
+                "virtual_time": self._clock.time,
+                **totals,
+            },
             "validation_error": federation.tail("validation_error"),
             "test_error": federation.tail("test_error"),
             "test_error_last": _last_test_error(federation.records),

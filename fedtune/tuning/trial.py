@@ -20,6 +20,11 @@ class Trial:
     server: Config
     pool: Pool
 
+    @property
+    def num_configs(self) -> int:
+        """How many client configurations the pool stands for; 1 is plain federated averaging."""
+        return math.prod(len(factor) for factor in self.pool)
+
 
 Draw = Callable[[int], Trial]  # makes trial number n from a random stream of its own
 

@@ -23,7 +23,7 @@ class MachineSettings:
 
 
 class Machine:
-    """Does tasks one after the other. A result depends on the weights and the task alone, not on what was done before."""
+    """Does one task at a time. A result depends on the weights and the task alone, not on what was done before."""
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
         # Two threads add in another order than one: every executor uses one, so that their bits agree.
@@ -34,7 +34,7 @@ class Machine:
         self._train = plugins.client_program(settings.client).train
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
-        """The task's result; an Update's weights are valid until the next call. A client program that raises is a Failure."""
+        """The task's result, its weights valid until the next call. A client program that raises is a Failure."""
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
         try:
@@ -57,5 +57,7 @@ class Machine:
                     self._train, self.model, weights, self.dataset, task.client, task.config, task.seed, self.device
                 )
             ]
-        except Exception as error:  # a client program is anybody's code: what it raises is the client's loss, not the run's
+        except (
+            Exception
+        ) as error:  # a client program is anybody's code: what it raises is the client's loss, not the run's
             return Failure(f"client {task.client} with {dict(task.config)}: {type(error).__name__}: {error}")

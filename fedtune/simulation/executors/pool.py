@@ -1,7 +1,8 @@
 """The pool executor: persistent worker processes of one thread each, weights and updates in shared memory.
 
-Work of all batches waits in one queue: smaller `order` first, then the longest task first. Short tasks travel in chunks. A
-worker that dies is replaced and its tasks run again; a task that kills its worker twice is a failure of its client.
+Work of all batches waits in one queue: smaller `order` first, then the longest task first. Short tasks travel in
+chunks. A worker that dies is replaced and its tasks run again; a task that kills its worker twice is a failure of its
+client.
 """
 
 import heapq
@@ -207,7 +208,9 @@ class PoolExecutor:
             piece.num_deaths += 1
             task = self._batches[piece.ticket].tasks[piece.index]
             if piece.num_deaths > 1:
-                self._record(piece, Failure(f"{task} ended its worker process twice, exit code {worker_.process.exitcode}"))
+                self._record(
+                    piece, Failure(f"{task} ended its worker process twice, exit code {worker_.process.exitcode}")
+                )
             else:
                 self._enqueue(-float("inf"), piece)
         self._workers[self._workers.index(worker_)] = self._start_worker()
@@ -219,7 +222,8 @@ class PoolExecutor:
         process = context.Process(
             target=worker.main, args=(theirs, their_lifeline, self._settings, self._dataset.spec), daemon=True
         )
-        # A worker would import the user's script again, which fails without an `if __name__ == "__main__"` and on stdin.
+        # A worker would import the user's script again, which fails without an `if __name__ == "__main__"` and on
+        # stdin.
         main_module = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:

@@ -1,4 +1,4 @@
-"""Memory that worker processes share: an anonymous file, mapped by each, gone when the last process that holds it ends."""
+"""Memory that processes share: an anonymous file, mapped by each, gone when the last one that holds it ends."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""A worker process of the pool: reads tasks from its connection, writes updates into shared memory, answers with metrics."""
+"""A worker process of the pool: reads tasks, writes updates into shared memory, answers with metrics."""
 
 import os
 import signal
