@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedtune.flat_model import Examples, FlatModel
 
 
+@runtime_checkable
 class ClientProgram(Protocol):
     """What a module in the group `fedtune.clients` offers: local training and the hyperparameters it heeds."""
 

@@ -42,7 +42,7 @@ class ServerSettings(Table):
 
 
 class SpaceSettings(Table):
-    """`[space.client]` and `[space.server]`: what is searched, such as `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
+    """`[space.client]` and `[space.server]`: what is searched, as `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
 
     client: dict[str, dict[str, Any]] = {}
     server: dict[str, dict[str, Any]] = {}

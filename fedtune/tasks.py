@@ -39,7 +39,7 @@ class PersonaliseTask:
 
 
 Task = TrainTask | EvaluateTask | PersonaliseTask
-Metrics = dict[str, float]
+Metrics = dict[str, int | float]
 
 
 @dataclass(frozen=True)
