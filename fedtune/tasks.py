@@ -6,7 +6,7 @@ something was computed, `collect` gives the results of a finished ticket in the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ class Failure:
 Result = Update | Failure | list[Metrics]
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs tasks. `order` says which batch goes first where there is a choice: the smaller one."""
 

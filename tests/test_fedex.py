@@ -219,7 +219,7 @@ def test_renaming_the_arms_renames_theta(step_size):
 @pytest.mark.parametrize("baseline", ["previous", "leave_one_out", "client"])
 @pytest.mark.parametrize("step_size", MOVING)
 def test_equal_errors_teach_nothing(step_size, baseline, error):
-    """These are no binary fractions, and `aggressive` would blow the rounding error of their mean up to a whole step."""
+    """These are no binary fractions; `aggressive` would blow a rounding error of their mean up to a whole step."""
     rng = np.random.default_rng(0)
     settings, state = FedExSettings(step_size=step_size, baseline=baseline), fedex.init(make_pool(3))
     for _ in range(5):

@@ -141,7 +141,7 @@ class PoolExecutor:
         start, stop = self._dataset.ranges[task.client, 0]
         num_train = int(stop - start)
         num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
-        return task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps)
+        return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
 
     def _enqueue(self, order: float, piece: Piece) -> None:
         heapq.heappush(self._queue, (order, -piece.cost, next(self._sequence), piece))

@@ -1,0 +1,28 @@
+import numpy as np
+import pytest
+
+from fedtune.simulation import checkpoint
+
+
+def test_what_was_saved_is_loaded_to_the_bit(tmp_path):
+    arrays = {
+        "round": np.array(7),
+        "weights": np.array([0.1, -0.0, np.nan, np.inf], np.float32),
+        "fedex.log_theta": np.log(np.full(3, 1 / 3)),
+        "strided": np.arange(6.0)[::2],
+    }
+    checkpoint.save(tmp_path / "trial-0.safetensors", arrays)
+    loaded = checkpoint.load(tmp_path / "trial-0.safetensors")
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (loaded[name].shape, loaded[name].dtype) == (array.shape, array.dtype)
+        assert loaded[name].tobytes() == array.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["trial-0.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "trial-0.safetensors"
+    checkpoint.save(path, {"round": np.array(1)})
+    with pytest.raises(Exception, match="complex|dtype|type"):
+        checkpoint.save(path, {"round": np.array(1j)})
+    assert checkpoint.load(path)["round"] == 1

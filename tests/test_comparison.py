@@ -1,0 +1,209 @@
+"""Whole runs on the bundled digits: what is in the run folder, and that it is repeated to the bit."""
+
+import json
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import fedtune
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.simulation import comparison
+from fedtune.simulation.comparison import claim_folder, prepare
+
+TUNERS = ["manual", "random", "asha", "fedex", "asha+fedex"]
+SMALL = {"max_rounds": 9, "total_rounds": 27, "seeds": 2, "tuners": TUNERS}
+FILES = ["results.csv", "rounds.parquet", "trials.parquet", "settings.toml"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fedtune.compare("digits", executor="serial", out=tmp_path_factory.mktemp("runs") / "first", **SMALL)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES[:3]}
+
+
+def test_the_run_folder_is_complete(run):
+    names = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
+    assert {*FILES, "environment.json", "timings.csv", "figures/incumbents.png", "figures/entropy.png"} <= names
+    for tuner in TUNERS:
+        for seed in (0, 1):
+            assert f"{tuner}-seed{seed}/journal.jsonl" in names
+    versions = json.loads((run.folder / "environment.json").read_text())["versions"]
+    assert versions["torch"] == torch.__version__
+
+
+def test_no_tuner_spends_more_than_it_may(run):
+    assert (run.results["rounds"] <= 27).all()
+    spent = run.rounds.groupby(["tuner", "seed"]).size()
+    assert run.results.set_index(["tuner", "seed"])["rounds"].equals(
+        spent.loc[run.results.set_index(["tuner", "seed"]).index]
+    )
+    assert (run.trials["rounds"] <= 27).all()
+    searched = run.trials[run.trials["tuner"].isin(["random", "asha", "asha+fedex"])]
+    assert (searched["rounds"] <= 9).all()
+
+
+@pytest.mark.parametrize(("executor", "workers"), [("pool", 1), ("pool", 2)])
+def test_it_repeats_to_the_bit_from_its_own_settings(run, tmp_path, executor, workers):
+    again = fedtune.compare(run.folder / "settings.toml", executor=executor, workers=workers, out=tmp_path / "again")
+    assert contents(again.folder) == contents(run.folder)
+
+
+def test_another_seed_gives_other_numbers(run):
+    by_seed = run.results.set_index(["tuner", "seed"])["test_error"].unstack()
+    assert (by_seed[0] != by_seed[1]).any()
+
+
+def test_manual_is_trained_to_the_end_and_reported_at_both_readings(run):
+    manual = run.results[run.results["tuner"] == "manual"]
+    assert (manual["rounds_of_trial"] == 27).all()
+    assert (manual["test_error_at_max_rounds"] != manual["test_error"]).all()
+    searched = run.results[run.results["tuner"] == "asha"]
+    assert (searched["test_error_at_max_rounds"] == searched["test_error"]).all()
+
+
+def test_errors_are_tail_means_of_the_recorded_evaluations(run):
+    rounds = run.rounds[(run.rounds["tuner"] == "manual") & (run.rounds["seed"] == 0)]
+    evaluated = rounds.dropna(subset="test_error")
+    tail = evaluated[evaluated["round"] > 0.75 * 27]
+    row = run.results[(run.results["tuner"] == "manual") & (run.results["seed"] == 0)].iloc[0]
+    assert row["test_error"] == pytest.approx(tail["test_error"].mean(), abs=1e-12)
+    assert row["validation_error"] == pytest.approx(tail["validation_error"].mean(), abs=1e-12)
+    assert row["test_error_last"] == evaluated["test_error"].iloc[-1]
+
+
+def test_tuners_are_paired(run):
+    """Trial n has the same centre under random and ASHA, and every tuner starts from the same weights and cohorts."""
+    trials = run.trials[run.trials["trial"] == 0].set_index(["tuner", "seed"])["config"].map(json.loads)
+    centre = {tuner: trials[tuner, 0]["pool"][0][0] for tuner in TUNERS}
+    assert centre["random"] == centre["asha"] == centre["asha+fedex"]
+    assert centre["manual"] == centre["fedex"] != centre["random"]
+
+
+def test_journals_tell_the_same_story_as_the_frames(run):
+    lines = (run.folder / "asha-seed0" / "journal.jsonl").read_text().splitlines()
+    events = pd.DataFrame(map(json.loads, lines))
+    told = events[events["event"] == "tell"].reset_index(drop=True)
+    assert told["time"].is_monotonic_increasing
+    rounds = run.rounds[(run.rounds["tuner"] == "asha") & (run.rounds["seed"] == 0)]
+    scored = rounds.dropna(subset="score")
+    assert sorted(zip(scored["trial"], scored["round"], scored["score"], strict=True)) == sorted(
+        zip(told["trial"].astype(int), told["rounds"].astype(int), told["score"], strict=True)
+    )
+    assert len(events[events["event"] == "round"]) == len(rounds)
+    assert events.iloc[-1]["event"] == "end"
+
+
+def test_only_the_incumbents_checkpoint_is_kept(run):
+    for row in run.results.itertuples():
+        kept = [path.name for path in (run.folder / f"{row.tuner}-seed{row.seed}" / "checkpoints").iterdir()]
+        assert kept == [f"trial-{row.trial}.safetensors"]
+
+
+def test_shuffling_the_test_labels_changes_no_decision(tmp_path, monkeypatch):
+    """Nothing that decides anything reads the test part."""
+    settings = fedtune.resolve_settings("digits", SMALL | {"seeds": 1, "executor": "serial", "tuners": ["asha+fedex"]})
+    plain = prepare(settings)
+    labels = plain.dataset.y.copy()
+    for client in range(plain.dataset.num_clients):
+        start, stop = plain.dataset.ranges[client, 2]
+        labels[start:stop] = (labels[start:stop] + 1) % 10
+    spoilt = comparison.Comparison(
+        settings, type(plain.dataset)(**{**vars(plain.dataset), "y": labels}), plain.hyperparameters
+    )
+    frames = []
+    for name, each in (("plain", plain), ("spoilt", spoilt)):
+        folder = tmp_path / name
+        claim_folder(folder, force=False)
+        each.run(folder, lambda event: None)
+        frames.append(pd.read_parquet(folder / "rounds.parquet"))
+    decided = frames[0].columns.drop(["test_error", "test_loss"])
+    pd.testing.assert_frame_equal(frames[0][decided], frames[1][decided])
+    assert not frames[0]["test_error"].equals(frames[1]["test_error"])
+
+
+def settings_with(**changes):
+    return fedtune.resolve_settings("digits", SMALL | {"seeds": 1} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tuners": ["ashaa"]}, UnknownNameError, "unknown tuner 'ashaa'; known: asha, asha\\+fedex, fedex"),
+        ({"tuner": {"ashaa": {}}}, UnknownNameError, "unknown tuner 'ashaa'"),
+        ({"tuner": {"asha": {"eta": 3}}}, UnknownNameError, "unknown option of tuner asha 'eta'; known: .*reduction_f"),
+        ({"data": {"name": "digit"}}, UnknownNameError, "unknown data set 'digit'; known: digits"),
+        ({"data": {"clients": 3}}, UnknownNameError, "unknown setting of the data set 'digits' 'data.clients'; known"),
+        ({"model": {"name": "resnet"}}, UnknownNameError, "unknown model 'resnet'; known: cnn, logistic"),
+        ({"model": {"name": "mlp", "width": 3}}, UnknownNameError, "'model.width'; known: model.hidden"),
+        (
+            {"client": {"lr": 0.1}},
+            UnknownNameError,
+            "unknown client hyperparameter 'client.lr'; known: .*learning_rate",
+        ),
+        ({"client": {"name": "sgd"}}, UnknownNameError, "unknown client program 'sgd'; known: local_sgd"),
+        ({"client": {"batch_size": 0}}, InputError, "client.batch_size must be a whole number >= 1, got 0"),
+        ({"client": {"momentum": 1.0}}, InputError, "client.momentum must be .* < 1.0, got 1.0"),
+        ({"space": {"client": {"lr": {"uniform": [0, 1]}}}}, UnknownNameError, "unknown client hyperparameter 'lr'"),
+        ({"space": {"client": {"dropout": {"normal": [0, 1]}}}}, UnknownNameError, "unknown domain of .*dropout"),
+        ({"cohort_size": 31}, InputError, "cohort_size must be at most the number of clients, 30, got 31"),
+        ({"max_rounds": 10}, InputError, r"max_rounds must be a multiple of reduction_factor \(3\), got 10"),
+        ({"device": "abacus"}, InputError, "device must be one that torch can use here, got 'abacus'"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        prepare(settings_with(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_needs_something_to_search():
+    base = {"data": {"name": "digits"}, "max_rounds": 9, "total_rounds": 27, "tuners": ["asha"]}
+    from fedtune.settings import resolve
+
+    with pytest.raises(InputError, match=r"\[space.client\] or \[space.server\] must name what asha may search"):
+        prepare(resolve([base]))
+
+
+def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
+    folder = tmp_path / "run"
+    claim_folder(folder, force=False)
+    with pytest.raises(InputError, match="exists and is not a run folder"):
+        claim_folder(folder, force=True)
+    (folder / "settings.toml").write_text("")
+    with pytest.raises(InputError, match="exists; choose another, or give --force"):
+        claim_folder(folder, force=False)
+    claim_folder(folder, force=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
+    program = tmp_path / "faulty.py"
+    program.write_text(
+        "import torch\n"
+        "from fedtune_clients.local_sgd import HYPERPARAMETERS, train as sgd\n"
+        "def train(model, weights, examples, config, rng):\n"
+        "    trained = sgd(model, weights, examples, config, rng)\n"
+        "    kind = int(examples.x.sum()) % 10\n"
+        "    if kind == 0:\n"
+        "        return torch.full_like(trained, float('nan'))\n"
+        "    if kind == 1:\n"
+        "        return weights + 1e20 * (trained - weights)\n"
+        "    if kind == 2:\n"
+        "        raise RuntimeError('out of battery')\n"
+        "    return trained\n"
+    )
+    keywords = {"tuners": ["manual"], "max_rounds": 30, "total_rounds": 30, "cohort_size": 10, "executor": "serial"}
+    sound = fedtune.compare("digits", out=tmp_path / "sound", **keywords)
+    faulty = fedtune.compare("digits", out=tmp_path / "faulty", client={"name": str(program)}, **keywords)
+    counts = faulty.results.iloc[0]
+    assert min(counts["dropped"], counts["clipped"], counts["lost"]) > 10
+    assert np.isfinite(faulty.rounds["validation_loss"].dropna()).all()
+    assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.15
+    written = tomllib.loads((faulty.folder / "settings.toml").read_text())
+    assert written["client"]["name"] == str(program)

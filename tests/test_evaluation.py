@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.simulation.evaluation import STREAM_EXAMPLES, combine, evaluation_clients, evaluation_tasks, tail_mean
+
+
+def test_the_tail_is_the_last_quarter_of_the_rounds():
+    rounds, values = [4, 8, 12, 16], [0.9, 0.5, 0.4, 0.2]
+    assert tail_mean(rounds, values) == 0.2  # 12 is not after three quarters of 16
+    assert tail_mean([5, 10, 15, 16], values) == np.mean([0.4, 0.2])
+    assert tail_mean([1], [0.7]) == 0.7
+
+
+def test_the_clients_of_an_evaluation_depend_on_the_seed_alone():
+    assert np.array_equal(evaluation_clients(50, None, 0), np.arange(50))
+    assert np.array_equal(evaluation_clients(50, 80, 0), np.arange(50))
+    chosen = evaluation_clients(50, 10, 0)
+    assert len(set(chosen.tolist())) == 10
+    assert np.array_equal(chosen, np.sort(chosen))
+    assert np.array_equal(chosen, evaluation_clients(50, 10, 0))
+    assert not np.array_equal(chosen, evaluation_clients(50, 10, 1))
+
+
+def test_tasks_hold_each_client_once_in_order_and_about_as_many_examples():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3, 3000, 60)
+    clients = {str(i): (np.zeros((n, 1), np.float32), np.arange(n) % 2) for i, n in enumerate(sizes)}
+    dataset = FederatedDataset.from_clients(clients, name="ragged")
+    chosen = evaluation_clients(60, 40, 0)
+    tasks = evaluation_tasks(dataset, chosen)
+    assert [client for task in tasks for client in task.clients] == chosen.tolist()
+    held = dataset.num_examples("validation") + dataset.num_examples("test")
+    loads = [held[list(task.clients)].sum() for task in tasks]
+    assert max(loads) < STREAM_EXAMPLES + held.max()
+    assert min(loads[:-1]) > STREAM_EXAMPLES - held.max()
+
+
+def test_combine_weighs_by_examples():
+    metrics = [
+        {"num_validation": 1, "validation_error": 1.0, "validation_loss": 2.0}
+        | {"num_test": 3, "test_error": 0.0, "test_loss": 1.0},
+        {"num_validation": 4, "validation_error": 0.5, "validation_loss": 1.0}
+        | {"num_test": 1, "test_error": 1.0, "test_loss": 5.0},
+    ]
+    evaluation = combine(metrics)
+    assert evaluation.validation_error == pytest.approx((1 * 1.0 + 4 * 0.5) / 5)
+    assert evaluation.validation_loss == pytest.approx((1 * 2.0 + 4 * 1.0) / 5)
+    assert evaluation.test_error == pytest.approx((3 * 0.0 + 1 * 1.0) / 4)
+    assert evaluation.test_loss == pytest.approx((3 * 1.0 + 1 * 5.0) / 4)
