@@ -23,6 +23,6 @@ def test_what_was_saved_is_loaded_to_the_bit(tmp_path):
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "trial-0.safetensors"
     checkpoint.save(path, {"round": np.array(1)})
-    with pytest.raises(Exception, match="complex|dtype|type"):
+    with pytest.raises(Exception, match=r"complex|dtype"):
         checkpoint.save(path, {"round": np.array(1j)})
     assert checkpoint.load(path)["round"] == 1

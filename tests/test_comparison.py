@@ -202,7 +202,7 @@ def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
     sound = fedtune.compare("digits", out=tmp_path / "sound", **keywords)
     faulty = fedtune.compare("digits", out=tmp_path / "faulty", client={"name": str(program)}, **keywords)
     counts = faulty.results.iloc[0]
-    assert min(counts["dropped"], counts["clipped"], counts["lost"]) > 10
+    assert min(counts["dropped"], counts["clipped"], counts["lost"]) > 0
     assert np.isfinite(faulty.rounds["validation_loss"].dropna()).all()
     assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.15
     written = tomllib.loads((faulty.folder / "settings.toml").read_text())
