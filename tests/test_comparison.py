@@ -1,15 +1,15 @@
 """Whole runs on the bundled digits: what is in the run folder, and that it is repeated to the bit."""
 
 import json
-import tomllib
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import fedtune
+from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.flat_model import make_examples
 from fedtune.simulation import comparison
 from fedtune.simulation.comparison import claim_folder, prepare
 
@@ -182,28 +182,38 @@ def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+FAULTY_PROGRAM = """
+import torch
+from fedtune_clients.local_sgd import HYPERPARAMETERS, train as sgd
+
+def train(model, weights, examples, config, rng):
+    trained = sgd(model, weights, examples, config, rng)
+    fault = FAULTS.get(float(examples.x.sum()))
+    if fault == "nan":
+        return torch.full_like(trained, float("nan"))
+    if fault == "explode":
+        return weights + 1e20 * (trained - weights)
+    if fault == "raise":
+        raise RuntimeError("out of battery")
+    return trained
+"""
+
+
 def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
+    dataset = fedtune.load("digits")
+    sums = [
+        float(make_examples(*dataset.examples(client, "train"), dataset.spec, "cpu").x.sum()) for client in range(3)
+    ]
     program = tmp_path / "faulty.py"
-    program.write_text(
-        "import torch\n"
-        "from fedtune_clients.local_sgd import HYPERPARAMETERS, train as sgd\n"
-        "def train(model, weights, examples, config, rng):\n"
-        "    trained = sgd(model, weights, examples, config, rng)\n"
-        "    kind = int(examples.x.sum()) % 10\n"
-        "    if kind == 0:\n"
-        "        return torch.full_like(trained, float('nan'))\n"
-        "    if kind == 1:\n"
-        "        return weights + 1e20 * (trained - weights)\n"
-        "    if kind == 2:\n"
-        "        raise RuntimeError('out of battery')\n"
-        "    return trained\n"
-    )
+    program.write_text(FAULTY_PROGRAM + f"\nFAULTS = {dict(zip(sums, ['nan', 'explode', 'raise'], strict=True))}\n")
     keywords = {"tuners": ["manual"], "max_rounds": 30, "total_rounds": 30, "cohort_size": 10, "executor": "serial"}
     sound = fedtune.compare("digits", out=tmp_path / "sound", **keywords)
     faulty = fedtune.compare("digits", out=tmp_path / "faulty", client={"name": str(program)}, **keywords)
+    met = dict.fromkeys(range(3), 0)
+    for server_round in range(1, 31):
+        for client in rng.stream(0, "cohort", server_round).choice(30, 10, replace=False).tolist():
+            met[client] = met.get(client, 0) + 1
     counts = faulty.results.iloc[0]
-    assert min(counts["dropped"], counts["clipped"], counts["lost"]) > 0
-    assert np.isfinite(faulty.rounds["validation_loss"].dropna()).all()
-    assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.15
-    written = tomllib.loads((faulty.folder / "settings.toml").read_text())
-    assert written["client"]["name"] == str(program)
+    assert counts[["dropped", "lost"]].tolist() == [met[0], met[2]]
+    assert counts["clipped"] >= met[1] > 0
+    assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.05
