@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedtune.report.frames import Run
     from fedtune.settings import Settings
 
-__all__ = ["compare", "load", "read_run", "resolve_settings", "run", "train", "tune"]
+__all__ = ["compare", "load", "read_run", "resolve_settings", "resume", "run", "train", "tune"]
 
 
 def load(name: str, **options: Any) -> "FederatedDataset":
@@ -60,21 +60,36 @@ def run(
     settings: "Settings", *, out: str | Path | None, force: bool, listener: Callable[[dict[str, Any]], None]
 ) -> "Run":
     """The run that resolved settings describe, with its figures drawn; see `compare`."""
-    from fedtune.simulation.executors import start_forkserver
-
-    if settings.executor != "serial":
-        start_forkserver()  # imports torch over there while we import it here
-    from fedtune.report.plots import plot_entropy, plot_incumbents
+    _start_workers_early(settings)
     from fedtune.simulation.comparison import claim_folder, prepare
 
     comparison = prepare(settings)
     folder = Path(out) if out is not None else _new_folder(settings)
-    claim_folder(folder, force=force)
+    claim_folder(folder, settings, force=force)
     comparison.run(folder, listener)
-    finished = read_run(folder)
-    plot_incumbents(finished, folder / "figures" / "incumbents.png")
-    plot_entropy(finished, folder / "figures" / "entropy.png")
-    return finished
+    return _draw(folder)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    workers: int | None = None,
+    executor: str | None = None,
+    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> "Run":
+    """The run in a folder, brought to its end after it was stopped: to the bit as if it had never been."""
+    from fedtune.errors import InputError
+
+    folder = Path(folder)
+    if not (folder / "settings.toml").is_file():
+        raise InputError(f"{folder} is no run folder: it has no settings.toml")
+    where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
+    settings = resolve_settings(folder / "settings.toml", where)
+    _start_workers_early(settings)
+    from fedtune.simulation.comparison import prepare
+
+    prepare(settings).run(folder, listener)
+    return _draw(folder)
 
 
 def read_run(folder: str | Path) -> "Run":
@@ -96,6 +111,22 @@ def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings"
     else:
         base = [plugins.dataset_settings(str(what))]
     return settings.resolve([*base, *layers])
+
+
+def _start_workers_early(settings: "Settings") -> None:
+    from fedtune.simulation.executors import start_forkserver
+
+    if settings.executor != "serial":
+        start_forkserver()  # imports torch over there while we import it here
+
+
+def _draw(folder: Path) -> "Run":
+    from fedtune.report.plots import plot_entropy, plot_incumbents
+
+    finished = read_run(folder)
+    plot_incumbents(finished, folder / "figures" / "incumbents.png")
+    plot_entropy(finished, folder / "figures" / "entropy.png")
+    return finished
 
 
 def _new_folder(settings: "Settings") -> Path:

@@ -101,6 +101,19 @@ def compare(
     _run(what, {"tuners": names, **budget, **flags}, assignments, out, force)
 
 
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")], workers: Workers = None, executor: ExecutorName = None
+) -> None:
+    """Go on with a run that was stopped; the numbers are those of a run that never was."""
+    import fedtune
+    from fedtune.report.live import LiveProgress
+
+    with LiveProgress() as progress:
+        finished = fedtune.resume(run, workers=workers, executor=executor, listener=progress)
+    _show(finished)
+
+
 @app.command("list")
 def list_names() -> None:
     """List the data sets, models, client programs and tuners that are installed."""

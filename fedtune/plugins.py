@@ -4,7 +4,10 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +74,7 @@ def make_model(table: Mapping[str, Any], spec: DatasetSpec) -> "nn.Module":
 
     name, options = _name_and_options(table)
     make = _load_from_file(name) if _is_file(name) else _load("models", name)
-    model = _call(functools.partial(make, spec), options, f"model {name!r}", "model")
+    model = _call(make, options, f"model {name!r}", "model", spec)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -80,6 +83,12 @@ def make_model(table: Mapping[str, Any], spec: DatasetSpec) -> "nn.Module":
 def client_program(name: str) -> ClientProgram:
     """The client program of that name."""
     program = _load_file(name) if _is_file(name) else _load("clients", name)
+    for attribute in ("HYPERPARAMETERS", "train"):
+        if not hasattr(program, attribute):
+            raise InputError(f"the client program {name!r} must define {attribute}")
+    for hyperparameter in program.HYPERPARAMETERS.values():
+        if not isinstance(hyperparameter, Hyperparameter):
+            raise InputError(f"HYPERPARAMETERS of {name!r} must map names to Hyperparameter, got {hyperparameter!r}")
     return cast(ClientProgram, program)
 
 
@@ -96,7 +105,10 @@ def _load(kind: str, name: str) -> Any:
     if name not in plugins:
         what = {"datasets": "data set", "models": "model", "clients": "client program"}[kind]
         raise UnknownNameError(what, name, plugins)
-    return plugins[name].load()
+    try:
+        return plugins[name].load()
+    except Exception as error:
+        raise InputError(f"the plug-in {name!r} can't be loaded: {_in_one_line(error)}") from error
 
 
 def _load_from_file(name: str) -> Callable[..., Any]:
@@ -106,44 +118,87 @@ def _load_from_file(name: str) -> Callable[..., Any]:
     function = getattr(_load_file(path), attribute, None)
     if not callable(function):
         raise InputError(f"{path} must define the function {attribute!r}")
-    return cast(Callable[..., Any], function)
+    guarded: Callable[..., Any] = _errors_of(Path(path).resolve())(function)
+    return guarded
 
 
-@functools.cache
 def _load_file(path: str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file():
         raise InputError(f"the plug-in file {path!r} does not exist")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    return _module(file)
+
+
+@functools.cache
+def _module(file: Path) -> ModuleType:
+    # Not under its stem: a file called wave.py would then be what everybody imports as wave.
+    name = f"fedtune_plugin_{zlib.crc32(bytes(file)):08x}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses look for it
+    with _errors_of(file):
+        spec.loader.exec_module(module)
     return module
 
 
-def _call(function: Callable[..., Any], options: dict[str, Any], what: str, table: str) -> Any:
-    parameters = inspect.signature(function).parameters
+@contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Makes an InputError of what a user's file raises: one line that says where; the cause keeps the traceback."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        if isinstance(error, SyntaxError) and error.filename == str(file):
+            lines = [error.lineno]
+        where = f"{file}, line {lines[-1]}" if lines else str(file)
+        raise InputError(f"{where}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"
+
+
+def _call(function: Callable[..., Any], options: dict[str, Any], what: str, table: str, *arguments: Any) -> Any:
+    """What the function returns for the arguments and the options of its table, which are checked first."""
+    parameters = _parameters(functools.partial(function, *arguments), what)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in options.items():
         if key not in parameters and not takes_any:
-            raise UnknownNameError(
-                f"setting of the {what}", f"{table}.{key}", [f"{table}.{name}" for name in parameters]
-            )
-        _check_type(parameters.get(key), value, f"{table}.{key}")
-    return function(**options)
+            known = [f"{table}.{name}" for name in parameters] or ["none"]
+            raise UnknownNameError(f"setting of the {what}", f"{table}.{key}", known)
+        if key in parameters:
+            _check_type(parameters[key].annotation, value, f"{table}.{key}")
+    for name, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty and not variadic and name not in options:
+            raise InputError(f"the setting {table}.{name} is missing, the {what} needs it")
+    return function(*arguments, **options)
 
 
-def _check_type(parameter: inspect.Parameter | None, value: Any, name: str) -> None:
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+def _parameters(function: Callable[..., Any], what: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except NameError:  # an annotation that is imported for type checkers only
+        return inspect.signature(function).parameters
+    except ValueError as error:
+        raise InputError(f"the {what} must be a function that can be called: {error}") from None
 
-    if parameter is None or parameter.annotation is parameter.empty:
+
+def _check_type(annotation: Any, value: Any, name: str) -> None:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return
     try:
-        TypeAdapter(parameter.annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
-            value, strict=True
-        )
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=True)
+    except PydanticUserError:  # an annotation that pydantic can't check
+        return
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise InputError(f"{name} must be {message}, got {value!r}") from None

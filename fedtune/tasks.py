@@ -39,6 +39,15 @@ class PersonaliseTask:
 
 
 Task = TrainTask | EvaluateTask | PersonaliseTask
+
+
+def describe(task: Task) -> str:
+    """What a message calls the task."""
+    if isinstance(task, EvaluateTask):
+        return f"evaluating clients {', '.join(map(str, task.clients))}"
+    return f"client {task.client} with {dict(task.config)}"
+
+
 Metrics = dict[str, int | float]
 
 
@@ -52,7 +61,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """The client program raised, or took its process with it."""
+    """The client program raised, or took its process with it; the message names the client and its configuration."""
 
     message: str
 

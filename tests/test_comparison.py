@@ -102,7 +102,7 @@ def test_journals_tell_the_same_story_as_the_frames(run):
 def test_only_the_incumbents_checkpoint_is_kept(run):
     for row in run.results.itertuples():
         kept = [path.name for path in (run.folder / f"{row.tuner}-seed{row.seed}" / "checkpoints").iterdir()]
-        assert kept == [f"trial-{row.trial}.safetensors"]
+        assert kept == [f"trial-{row.trial}-round-{row.rounds_of_trial}.safetensors"]
 
 
 def test_shuffling_the_test_labels_changes_no_decision(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_shuffling_the_test_labels_changes_no_decision(tmp_path, monkeypatch):
     frames = []
     for name, each in (("plain", plain), ("spoilt", spoilt)):
         folder = tmp_path / name
-        claim_folder(folder, force=False)
+        claim_folder(folder, settings, force=False)
         each.run(folder, lambda event: None)
         frames.append(pd.read_parquet(folder / "rounds.parquet"))
     decided = frames[0].columns.drop(["test_error", "test_loss"])
@@ -171,15 +171,16 @@ def test_a_search_needs_something_to_search():
 
 
 def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
-    folder = tmp_path / "run"
-    claim_folder(folder, force=False)
-    with pytest.raises(InputError, match="exists and is not a run folder"):
-        claim_folder(folder, force=True)
-    (folder / "settings.toml").write_text("")
+    folder, settings = tmp_path / "run", settings_with()
+    claim_folder(folder, settings, force=False)
     with pytest.raises(InputError, match="exists; choose another, or give --force"):
-        claim_folder(folder, force=False)
-    claim_folder(folder, force=True)
-    assert list(folder.iterdir()) == []
+        claim_folder(folder, settings, force=False)
+    (folder / "results.csv").write_text("old")
+    claim_folder(folder, settings, force=True)
+    assert {path.name for path in folder.iterdir()} == {"settings.toml", "environment.json"}
+    (folder / "settings.toml").unlink()
+    with pytest.raises(InputError, match="exists and is not a run folder"):
+        claim_folder(folder, settings, force=True)
 
 
 FAULTY_PROGRAM = """

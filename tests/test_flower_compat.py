@@ -7,7 +7,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.server import flower_compat
-from fedtune.server.flower_compat import ViewArray, ensure_task_identity, in_order, pack, stamp
+from fedtune.server.flower_compat import ViewArray, ensure_task_identity, pack, stamp
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,3 @@ def test_a_packed_array_is_a_view_that_flower_can_serialise():
 def test_two_views_of_the_same_values_are_equal_to_flower():
     weights = np.arange(5, dtype=np.float32)
     assert ViewArray(weights).object_id == ViewArray(weights.copy()).object_id != ViewArray(weights + 1).object_id
-
-
-def test_replies_are_put_into_the_order_of_the_nodes():
-    replies = [Message(Error(1000, "no"), reply_to=message(node)) for node in (9, 4, 7)]
-    assert [reply.metadata.src_node_id for reply in in_order(replies, [4, 9, 7])] == [4, 9, 7]

@@ -100,14 +100,57 @@ def federation(executor: Executor, weights: torch.Tensor, rounds: int) -> Iterat
 
 
 def simulate(executor: Executor, weights: torch.Tensor, rounds: int, federations: int) -> torch.Tensor:
-    """The weights after the rounds of federations that are in flight at once; they all do the same."""
-    waiting = [(training, next(training)) for training in (federation(executor, weights, rounds) for _ in range(federations))]
+    """The weights after the rounds of several federations in flight at once, all alike."""
+    waiting = {training: next(training) for training in (federation(executor, weights, rounds) for _ in range(federations))}
     while waiting:
-        executor.step()
-        for training, ticket in [pair for pair in waiting if executor.finished(pair[1])]:
-            waiting.remove((training, ticket))
+        ready = [training for training, ticket in waiting.items() if executor.finished(ticket)]
+        for training in ready:
             try:
-                waiting.append((training, next(training)))
+                waiting[training] = next(training)
             except StopIteration as end:
                 result = end.value
+                del waiting[training]
+        if not ready:
+            executor.step()
     return result
+
+
+def plan(rounds: int) -> list[list[Work]]:
+    """What the clients do in each round: the cohorts that the strategy draws, the orders that local SGD draws."""
+    strategy, grid = make_strategy(), ExecutorGrid(None, NUM_CLIENTS)
+    rounds_of_work = []
+    for server_round in range(1, rounds + 1):
+        messages = strategy.configure_train(server_round, pack(np.zeros(1, np.float32)), ConfigRecord(), grid)
+        rounds_of_work.append([])
+        for message in messages:
+            generator = np.random.Generator(np.random.PCG64(message.content.config_records["config"]["seed"]))
+            generator.integers(2**63)  # the seed of the dropout layers
+            order = generator.permutation(100).tolist()
+            rounds_of_work[-1].append(Work(message.metadata.dst_node_id - FIRST_NODE_ID, order))
+    return rounds_of_work
+
+
+def plain_rounds(module: torch.nn.Module, parts: dict, works: list[list[Work]], rounds: int) -> torch.Tensor:
+    """What most simulators do: a copy of the model, a DataLoader and an optimiser for each client."""
+    for cohort in works[:rounds]:
+        states = []
+        for client, order in cohort:
+            local = copy.deepcopy(module)
+            train, (x, y) = parts[client]
+            optimizer = torch.optim.SGD(local.parameters(), lr=CONFIG["learning_rate"])
+            local.train()
+            for _ in range(CONFIG["epochs"]):
+                for inputs, labels in DataLoader(train, CONFIG["batch_size"], sampler=order):
+                    optimizer.zero_grad()
+                    cross_entropy(local(inputs), labels).backward()
+                    optimizer.step()
+            local.eval()
+            with torch.no_grad():
+                logits = local(x)
+                cross_entropy(logits, y).item()
+                (logits.argmax(1) != y).float().mean().item()
+            states.append(local.state_dict())
+        mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
+        module = copy.deepcopy(module)
+        module.load_state_dict(mean)
+    return torch.cat([tensor.reshape(-1) for tensor in module.state_dict().values()])

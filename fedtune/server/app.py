@@ -4,7 +4,8 @@ Its run configuration holds `settings`, the TOML text of a run's settings, of wh
 or `fedex`) for `max_rounds` rounds, and optionally `out`, a file that the trained weights are written to.
 """
 
-import tomllib
+from collections import Counter
+from pathlib import Path
 
 import torch
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -14,10 +15,10 @@ from safetensors.torch import save_file
 from fedtune import plugins
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
+from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
-from fedtune.settings import resolve
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.tuners import fedex_settings
 
@@ -27,7 +28,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Trains the federation, and writes its weights where `out` says."""
-    settings = resolve([tomllib.loads(str(context.run_config["settings"]))])
+    torch.set_num_threads(1)  # two threads add in another order than one
+    settings = protocol.run_settings(context.run_config.get("settings"))
     name = settings.tuners[0]
     if name not in ("manual", "fedex"):
         raise InputError(f"a ServerApp trains one federation: tuners must begin with manual or fedex, got {name!r}")
@@ -40,14 +42,17 @@ def main(grid: Grid, context: Context) -> None:
         cohort_size=settings.cohort_size,
         num_classes=spec.num_classes,
         seed=settings.seed,
+        nodes=nodes_in_client_order(grid),
+        evaluate_every=settings.evaluate_every,
     )
-    strategy.nodes = nodes_in_client_order(grid)
     weights = initial_weights(settings, spec, settings.seed)
     result = strategy.start(grid, pack(weights.numpy()), num_rounds=settings.max_rounds)
     if "out" in context.run_config:
         model = FlatModel(plugins.make_model(settings.model, spec))
-        trained = torch.from_numpy(result.arrays["weights"].numpy())
-        save_file(model.state_dict(trained), str(context.run_config["out"]))
+        trained = model.state_dict(torch.from_numpy(result.arrays["weights"].numpy()))
+        out = Path(str(context.run_config["out"]))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.clone() for name, tensor in trained.items()}, out)  # shared memory can't be saved
 
 
 def nodes_in_client_order(grid: Grid) -> list[int]:
@@ -57,5 +62,10 @@ def nodes_in_client_order(grid: Grid) -> list[int]:
     ]
     client_of = {}
     for reply in grid.send_and_receive(questions):
-        client_of[reply.metadata.src_node_id] = reply.content.metric_records["metrics"]["client"]
+        if reply.has_error():
+            raise InputError(f"a node can't say which client it is: {reply.error.reason}")
+        client_of[reply.metadata.src_node_id] = int(protocol.metrics(reply)["client"])  # type: ignore[arg-type]
+    client, count = Counter(client_of.values()).most_common(1)[0] if client_of else (0, 0)
+    if count > 1:
+        raise InputError(f"every node must be a client of its own, got {count} nodes for client {client}")
     return sorted(client_of, key=lambda node: client_of[node])

@@ -1,7 +1,5 @@
 """Every private name of Flower that fedtune relies on (read in flwr 1.38 to 1.41); its test fails loudly."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from flwr.common.constant import SType
@@ -53,9 +51,3 @@ def pack(weights: Float[np.ndarray, "weight"]) -> ArrayRecord:
     record = ArrayRecord()
     record["weights"] = ViewArray(weights)
     return record
-
-
-def in_order(replies: Sequence[Message], nodes: Sequence[int]) -> list[Message]:
-    """The replies in the order of `nodes`: a sum in this order does not depend on who answered first."""
-    position = {node: index for index, node in enumerate(nodes)}
-    return sorted(replies, key=lambda reply: position[reply.metadata.src_node_id])

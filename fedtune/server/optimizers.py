@@ -1,10 +1,9 @@
 """Server optimisers: what becomes of the weights, given the clients' mean.
 
-Source: Reddi et al., Adaptive Federated Optimization, 2021, algorithm 2 (FedAvgM, FedAdam, FedYogi), without bias
-correction as there. Symbols: Delta_t -> change, m_t -> first, v_t -> second, eta -> learning_rate, beta_1/beta_2 ->
-beta1/beta2, tau
--> tau. Departures: the rate shrinks by `decay` each round (Khodak et al. 2021), and SGD's momentum is undamped (m =
-momentum m + Delta).
+Source: Reddi et al., Adaptive Federated Optimization, 2021, algorithm 2 (FedAdam, FedYogi; no bias correction, as
+there), and its appendix for FedAvgM. Symbols: Delta_t -> change, m_t -> first, v_t -> second, eta -> learning_rate,
+beta_1, beta_2, tau -> beta1, beta2, tau. Departures: v starts at 0, there at tau^2 or more; the rate shrinks by `decay`
+each round (Khodak et al. 2021).
 """
 
 from collections.abc import Mapping

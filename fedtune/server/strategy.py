@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Strategy
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.server import fedavg, optimizers
-from fedtune.server.flower_compat import in_order, pack
+from fedtune.server import messages as protocol
+from fedtune.server.flower_compat import pack
 from fedtune.settings import ServerSettings
 from fedtune.tuning import fedex
 from fedtune.tuning.fedex import FedExSettings
@@ -36,9 +37,9 @@ class RoundPlan:
 class FedTuneStrategy(Strategy):
     """FedAvg with a server optimiser and FedEx, for one trial. All randomness comes from streams keyed by `seed`.
 
-    `worst_error` is what a client's error or loss is capped at (1, or 2 ln classes for a loss). Between rounds the
-    whole state is `optimizer_state` and `fedex_state`; the weights travel as Flower's ArrayRecord, one flat float32
-    array called "weights".
+    `nodes` are the nodes in client order; None means by ascending node id. Every `evaluate_every` rounds Flower's own
+    loop has all of them evaluate the weights. Between rounds the whole state is `optimizer_state` and `fedex_state`;
+    the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
     """
 
     def __init__(
@@ -50,16 +51,19 @@ class FedTuneStrategy(Strategy):
         cohort_size: int,
         num_classes: int,
         seed: int,
+        nodes: Sequence[int] | None = None,
+        evaluate_every: int = 1,
     ) -> None:
         self.trial = trial
         self.settings = settings
         self.fedex_settings = fedex_settings
         self.cohort_size = cohort_size
-        self.worst_error = fedex.worst_error(fedex_settings.signal, num_classes)
         self.seed = seed
-        self.nodes: Sequence[int] | None = None  # the nodes in client order; None: by ascending node id
         self.optimizer_state: optimizers.OptimizerState | None = None
         self.fedex_state = fedex.init(trial.pool)
+        self._worst_error = fedex.worst_error(fedex_settings.signal, num_classes)
+        self._nodes = nodes
+        self._evaluate_every = evaluate_every
         self._plan: RoundPlan | None = None
 
     def configure_train(
@@ -71,8 +75,7 @@ class FedTuneStrategy(Strategy):
         nodes = [all_nodes[client] for client in clients]
         draws = rng.stream(self.seed, "fedex", self.trial.number, server_round)
         drawn = fedex.draw(self.fedex_state, self.fedex_settings, draws, len(nodes))  # 4
-        weights = torch.from_numpy(arrays["weights"].numpy())
-        self._plan = RoundPlan(server_round, weights, nodes, drawn)
+        self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
         return [
             Message(
                 RecordDict({"arrays": arrays, "config": self._client_config(config, server_round, client, row)}),
@@ -89,9 +92,9 @@ class FedTuneStrategy(Strategy):
         plan = self._plan
         assert plan is not None
         assert plan.server_round == server_round
-        answered = in_order([reply for reply in replies if reply.has_content()], plan.nodes)
-        metrics = [reply.content.metric_records["metrics"] for reply in answered]
-        updates = [torch.from_numpy(reply.content.array_records["arrays"]["weights"].numpy()) for reply in answered]
+        answers = _in_order(replies, plan.nodes)
+        metrics = [protocol.metrics(reply) for reply in answers.values()]
+        updates = [protocol.weights(reply) for reply in answers.values()]
         num_train = _column(metrics, "num_train").astype(np.int64)
         mean = fedavg.average(plan.weights, updates, num_train, self.settings.clip_factor)
         weights = plan.weights
@@ -100,37 +103,37 @@ class FedTuneStrategy(Strategy):
             weights, self.optimizer_state = optimizers.update(
                 self.settings.optimizer, state, plan.weights, mean.weights, self.trial.server, server_round
             )  # 8
-        self._update_theta(plan, answered, metrics, mean)
+            self._update_theta(plan.drawn[list(answers)], metrics, mean.dropped)
         entropy = fedex.entropy(self.fedex_state, self.fedex_settings) if self.trial.num_configs > 1 else float("nan")
-        counts: dict[str, int | float | list[int] | list[float]] = {
-            "cohort": len(plan.nodes),
-            "lost": len(plan.nodes) - len(answered),
-            "dropped": int(mean.dropped.sum()),
-            "clipped": int(mean.clipped.sum()),
-            "error": _mean(metrics, "error"),
-            "loss": _mean(metrics, "loss"),
-            "entropy": entropy,
-        }
-        return pack(weights.numpy()), MetricRecord(counts)
+        return pack(weights.numpy()), MetricRecord(
+            {
+                "cohort": len(plan.nodes),
+                "lost": len(plan.nodes) - len(answers),
+                "dropped": int(mean.dropped.sum()),
+                "clipped": int(mean.clipped.sum()),
+                "error": _mean(metrics, "error"),
+                "loss": _mean(metrics, "loss"),
+                "entropy": entropy,
+            }
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Messages that ask every node for the errors of the global weights on its validation and test parts."""
+        if server_round % self._evaluate_every != 0:
+            return []
+        content = RecordDict({"arrays": arrays, "config": config})
         return [
-            Message(
-                RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "personalise": False})}),
-                dst_node_id=node,
-                message_type=MessageType.EVALUATE,
-            )
+            Message(content, dst_node_id=node, message_type=MessageType.EVALUATE)
             for node in self._nodes_in_client_order(grid)
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The clients' errors and losses, weighted by their numbers of examples; None if nobody answered."""
-        answered = [reply for reply in replies if reply.has_content()]
-        answered = in_order(answered, self.nodes or sorted(reply.metadata.src_node_id for reply in answered))
-        metrics = [reply.content.metric_records["metrics"] for reply in answered]
+        replies = list(replies)
+        nodes = self._nodes or sorted(reply.metadata.src_node_id for reply in replies)
+        metrics = [protocol.metrics(reply) for reply in _in_order(replies, nodes).values()]
         if not metrics:
             return None
         return MetricRecord(
@@ -145,8 +148,8 @@ class FedTuneStrategy(Strategy):
         """Nothing: the run folder's settings.toml says it all."""
 
     def _nodes_in_client_order(self, grid: Grid) -> Sequence[int]:
-        if self.nodes is not None:
-            return self.nodes
+        if self._nodes is not None:
+            return self._nodes
         nodes = grid.get_node_ids()
         return nodes if isinstance(nodes, range) else sorted(nodes)
 
@@ -160,35 +163,31 @@ class FedTuneStrategy(Strategy):
         return sorted(chosen.tolist())
 
     def _client_config(self, config: ConfigRecord, server_round: int, client: int, drawn: np.ndarray) -> ConfigRecord:
-        hyperparameters = fedex.expand(self.trial.pool, drawn)
-        return ConfigRecord(
-            {
-                **config,
-                "server_round": server_round,
-                "seed": rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
-                "error_before": self.fedex_settings.baseline == "client",
-                **{f"client.{name}": value for name, value in hyperparameters.items()},
-            }
+        return protocol.train_config(
+            config,
+            fedex.expand(self.trial.pool, drawn),
+            rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
+            error_before=self.fedex_settings.baseline == "client",
         )
 
-    def _update_theta(
-        self, plan: RoundPlan, answered: list[Message], metrics: list[MetricRecord], mean: fedavg.Average
-    ) -> None:
-        if mean.weights is None:
-            return
-        rows = [plan.nodes.index(reply.metadata.src_node_id) for reply in answered]
+    def _update_theta(self, drawn: np.ndarray, metrics: list[MetricRecord], dropped: np.ndarray) -> None:
         signal = self.fedex_settings.signal
-        error = np.where(mean.dropped, np.nan, _column(metrics, signal))  # a dropped update counts as the worst error
-        before = _column(metrics, f"{signal}_before") if metrics and f"{signal}_before" in metrics[0] else None
         self.fedex_state = fedex.update(
             self.fedex_state,
-            plan.drawn[rows],
-            error,
+            drawn,
+            np.where(dropped, np.nan, _column(metrics, signal)),  # a dropped update counts as the worst error
             _column(metrics, "num_validation").astype(np.int64),
             self.fedex_settings,
-            self.worst_error,
-            before,
+            self._worst_error,
+            _column(metrics, f"{signal}_before") if self.fedex_settings.baseline == "client" else None,
         )  # 9, 10
+
+
+def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Message]:
+    """The replies with content by their node's position in `nodes`, ascending: sums do not depend on who was first."""
+    position = {node: index for index, node in enumerate(nodes)}
+    answers = {position[reply.metadata.src_node_id]: reply for reply in replies if reply.has_content()}
+    return {index: answers[index] for index in sorted(answers)}
 
 
 def _column(metrics: list[MetricRecord], name: str) -> np.ndarray:

@@ -42,10 +42,8 @@ class Comparison:
     hyperparameters: Hyperparameters
 
     def run(self, folder: Path, listener: Listener) -> None:
-        """Runs every study, each tuner under each seed, and writes the run folder. `folder` must be empty."""
+        """Runs every study, each tuner under each seed, in a folder from `claim_folder`; goes on with a stopped run."""
         settings = self.settings
-        (folder / "settings.toml").write_text(write_settings(settings))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         studies = [
             (name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners
         ]
@@ -144,8 +142,8 @@ def check_device(settings: Settings) -> None:
         raise InputError(f"executor 'pool' must be used with device 'cpu', got device {settings.device!r}")
 
 
-def claim_folder(folder: Path, *, force: bool) -> None:
-    """Makes an empty run folder; one that exists is never overwritten without `force`, and only if it holds a run."""
+def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
+    """Makes a run folder with its settings; never overwrites one without `force`, nor anything that is no run."""
     if folder.exists():
         if not force:
             raise InputError(f"--out {folder} exists; choose another, or give --force to overwrite it")
@@ -153,6 +151,8 @@ def claim_folder(folder: Path, *, force: bool) -> None:
             raise InputError(f"--out {folder} exists and is not a run folder; it is not overwritten even with --force")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    (folder / "settings.toml").write_text(write_settings(settings))
 
 
 def environment() -> dict[str, Any]:

@@ -19,10 +19,10 @@ from fedtune.server.flower_compat import pack
 from fedtune.server.grid import ExecutorGrid
 from fedtune.server.optimizers import OptimizerState
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten, tail_mean
+from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten
 from fedtune.tasks import Executor, Failure, Metrics, PersonaliseTask
 from fedtune.tuning import fedex
-from fedtune.tuning.trial import Config, Trial
+from fedtune.tuning.space import Config
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,12 @@ class Federation:
         dataset: FederatedDataset,
         executor: Executor,
         evaluation_clients: Int[np.ndarray, "client"],
-        on_round: Callable[[Trial, RoundRecord], None],
+        on_round: Callable[["Federation", RoundRecord], None],
     ) -> None:
         self.strategy = strategy
         self.trial = strategy.trial
         self.weights = weights
         self.round = 0
-        self.records: list[RoundRecord] = []
         self.grid = ExecutorGrid(executor, dataset.num_clients)
         self._dataset = dataset
         self._executor = executor
@@ -128,13 +127,8 @@ class Federation:
         """The distribution over the pool, one array a factor."""
         return fedex.probabilities(self.strategy.fedex_state, self.strategy.fedex_settings)
 
-    def tail(self, field: str, up_to: int | None = None) -> float:
-        """The tail mean of an error over the evaluations up to a round; None is the last one."""
-        evaluated = [r for r in self.records if r.evaluation is not None and r.round <= (up_to or self.round)]
-        return tail_mean([r.round for r in evaluated], [getattr(r.evaluation, field) for r in evaluated])
-
     def arrays(self) -> dict[str, np.ndarray]:
-        """The state to checkpoint; the records are not in it."""
+        """The state to checkpoint."""
         moments = self.strategy.optimizer_state
         return {
             "round": np.array(self.round),
@@ -143,10 +137,9 @@ class Federation:
             **{f"fedex.{name}": array for name, array in fedex.to_arrays(self.strategy.fedex_state).items()},
         }
 
-    def restore(self, arrays: Mapping[str, np.ndarray], records: list[RoundRecord]) -> None:
-        """Goes on from a checkpoint and the records of the rounds before it."""
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from a checkpoint."""
         self.round = int(arrays["round"])
-        self.records = records
         self.weights = torch.from_numpy(arrays["weights"])
         moments = _with_prefix(arrays, "optimizer.")
         if moments:
@@ -167,8 +160,7 @@ class Federation:
             evaluation=evaluation,
             **metrics,
         )
-        self.records.append(record)
-        self._on_round(self.trial, record)
+        self._on_round(self, record)
 
     def _all_wrong(self, client: int) -> Metrics:
         _, validation, test = (self._dataset.ranges[client, :, 1] - self._dataset.ranges[client, :, 0]).tolist()
@@ -179,8 +171,19 @@ class Federation:
         }
 
 
-def record_as_dict(record: RoundRecord) -> dict[str, Any]:
-    """The record as one flat row, its evaluation's numbers NaN where there is none."""
+def record_as_json(record: RoundRecord) -> dict[str, Any]:
+    """The record as the journal holds it."""
+    return {**asdict(record), "evaluation": record.evaluation and list(record.evaluation)}
+
+
+def record_from_json(fields: Mapping[str, Any]) -> RoundRecord:
+    """The record that `record_as_json` wrote."""
+    evaluation = fields["evaluation"]
+    return RoundRecord(**{**fields, "evaluation": evaluation and Evaluation(*evaluation)})
+
+
+def record_as_row(record: RoundRecord) -> dict[str, Any]:
+    """The record as columns of rounds.parquet, its evaluation's numbers NaN where there is none."""
     row = asdict(record)
     evaluation = row.pop("evaluation")
     return row | (evaluation._asdict() if evaluation else dict.fromkeys(Evaluation._fields, float("nan")))

@@ -5,9 +5,11 @@ so the jobs in flight are really computed side by side, on any number of workers
 order.
 """
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from jaxtyping import Float, Int
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import Settings
-from fedtune.simulation import checkpoint
 from fedtune.simulation.clock import Clock
 from fedtune.simulation.evaluation import Evaluation, evaluation_clients
-from fedtune.simulation.federation import Federation, RoundRecord, record_as_dict
-from fedtune.simulation.journal import Journal
+from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
+from fedtune.simulation.journal import FORMAT, Journal
+from fedtune.simulation.trial_store import TrialHistory, TrialStore
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
 
 ROUND_TIME = 1.0  # virtual time of a round
@@ -34,25 +37,12 @@ Listener = Callable[[dict[str, Any]], None]
 
 @dataclass
 class RunningJob:
-    """A job in flight: its federation, and the ticket that its training waits for (None once it is trained)."""
+    """A job in flight. `training` yields the tickets it waits for; `ticket` is the present one, None once trained."""
 
     job: Job
-    started: float
-    finishes: float
-    federation: Federation
+    history: TrialHistory
     training: Iterator[int]
     ticket: int | None = None
-
-
-@dataclass
-class TrialHistory:
-    """What is kept of a trial between its jobs; its weights lie in the checkpoint."""
-
-    trial: Trial
-    records: list[RoundRecord] = field(default_factory=list)
-    rounds: int = 0  # of its jobs that were started
-    score: float = float("nan")
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -93,9 +83,9 @@ class Study:
         self._evaluation_clients: Int[np.ndarray, client] = evaluation_clients(
             dataset.num_clients, settings.evaluation.clients, seed
         )
-        self._checkpoints = folder / "checkpoints"
-        self._checkpoints.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
         self._journal = Journal(folder / "journal.jsonl")
+        self._store = TrialStore(self._journal, folder / "checkpoints")
         self._listener = listener
         self._one_federation = one_federation
         self._clock: Clock[RunningJob] = Clock()
@@ -103,20 +93,25 @@ class Study:
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
         self._incumbents: list[tuple[float, int]] = []  # (virtual time, trial), from each tell on
-        self._personalised: dict[str, Evaluation] = {}  # by reading: at_max_rounds, sampled, argmax
+        self._personalised = {
+            line["reading"]: Evaluation(*line["evaluation"]) for line in self._journal.notes("personalised")
+        }  # by reading: at_max_rounds, sampled, argmax
         self._spent = 0  # rounds of all jobs that were started
         self._exhausted = False
 
     def run(self) -> StudyResult:
-        """Runs the study to its end."""
-        self._journal.write("study", tuner=self.name, seed=self.seed)
-        self._start_jobs()
-        while self._clock:
-            while self._clock.peek().ticket is not None:
-                self._compute()
-            self._deliver(self._clock.take())
+        """Runs the study to its end, or goes on with one that was stopped."""
+        with contextlib.closing(self._journal):
+            self._journal.decide(
+                "study", format=FORMAT, tuner=self.name, seed=self.seed, settings=digest(self._settings)
+            )
             self._start_jobs()
-        return self._finish()
+            while self._clock:
+                while self._clock.peek().ticket is not None:
+                    self._compute()
+                self._deliver(self._clock.take())
+                self._start_jobs()
+            return self._finish()
 
     def _start_jobs(self) -> None:
         while len(self._clock) < self._settings.parallel_trials and not self._exhausted:
@@ -134,7 +129,7 @@ class Study:
 
     def _start(self, job: Job, num_rounds: int, history: TrialHistory) -> None:
         started, finishes = self._clock.time, self._clock.time + num_rounds * ROUND_TIME
-        self._journal.write(
+        self._journal.decide(
             "ask",
             trial=job.trial.number,
             rung=job.rung,
@@ -143,43 +138,54 @@ class Study:
             finishes=finishes,
             **_plan(job.trial),
         )
-        federation = self._federation(history, started)
-        federation.grid.order = finishes
-        training = federation.advance(job.rounds, self._settings.evaluate_every)
-        running = RunningJob(job, started, finishes, federation, training)
-        running.ticket = next(training)
-        self._running.append(running)
+        running = RunningJob(job, history, self._train(job, history, started, finishes))
+        running.ticket = next(running.training, None)
+        if running.ticket is not None:
+            self._running.append(running)
         self._clock.schedule(finishes, running)
 
-    def _federation(self, history: TrialHistory, started: float) -> Federation:
+    def _train(self, job: Job, history: TrialHistory, started: float, finishes: float) -> Iterator[int]:
+        """Brings the trial to the job's last round: from the journal as far as it knows, then by training."""
+        number, first = job.trial.number, len(history.records)
+
+        def on_round(record: RoundRecord) -> None:
+            history.records.append(record)
+            history.times.append(started + (record.round - first) * ROUND_TIME)
+            self._listener(
+                {"event": "round", "tuner": self.name, "seed": self.seed, "trial": number, **record_as_row(record)}
+            )
+
+        def on_new_round(federation: Federation, record: RoundRecord) -> None:
+            self._store.write(federation, record)
+            on_round(record)
+
+        known = min(self._store.latest(number), job.rounds)
+        for record in self._store.past_records(number, first, known):
+            on_round(record)
+        if known < job.rounds:
+            federation = self._federation(job.trial, on_new_round)
+            federation.grid.order = finishes
+            yield from federation.advance(job.rounds, self._settings.evaluate_every)
+
+    def _federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
+        """The trial's federation as its latest checkpoint left it, or before its first round."""
         strategy = FedTuneStrategy(
-            history.trial,
+            trial,
             self._settings.server,
             self._fedex_settings,
             cohort_size=self._settings.cohort_size,
             num_classes=self._dataset.spec.num_classes,
             seed=self.seed,
         )
-        rounds_before = len(history.records)
-
-        def on_round(trial: Trial, record: RoundRecord) -> None:
-            time = started + (record.round - rounds_before) * ROUND_TIME
-            row = {"trial": trial.number, "virtual_time": time, **record_as_dict(record)}
-            history.rows.append(row)
-            self._journal.write("round", **row)
-            self._listener({"event": "round", "tuner": self.name, "seed": self.seed, **row})
-
         federation = Federation(
             strategy, self._initial_weights, self._dataset, self._executor, self._evaluation_clients, on_round
         )
-        if rounds_before:
-            federation.restore(checkpoint.load(self._checkpoint(history.trial)), history.records)
-        else:
-            federation.records = history.records
+        if self._store.latest(trial.number):
+            self._store.restore(federation)
         return federation
 
     def _compute(self) -> None:
-        """Moves every federation on whose ticket is finished; if there is none, computes until something is."""
+        """Moves on every federation whose ticket is finished; if there is none, computes until there is."""
         ready = [
             running
             for running in self._running
@@ -189,61 +195,65 @@ class Study:
             running.ticket = next(running.training, None)
             if running.ticket is None:
                 self._running.remove(running)
-                checkpoint.save(self._checkpoint(running.job.trial), running.federation.arrays())
         if not ready:
             self._executor.step()
 
     def _deliver(self, running: RunningJob) -> None:
-        job, federation = running.job, running.federation
-        history = self._trials[job.trial.number]
-        history.score = federation.tail("validation_error")
-        history.rows[-1]["score"] = history.score
-        self._journal.write(
-            "tell", trial=job.trial.number, rung=job.rung, rounds=job.rounds, time=self._clock.time, score=history.score
-        )
-        self._tuner.tell(job, history.score)
-        self._scores.append(Score(job.trial.number, job.rounds, history.score))
+        job, history = running.job, running.history
+        number = job.trial.number
+        score = history.scores[job.rounds] = history.tail("validation_error")
+        self._journal.decide("tell", trial=number, rung=job.rung, rounds=job.rounds, time=self._clock.time, score=score)
+        self._store.told(number, job.rounds)
+        self._tuner.tell(job, score)
+        self._scores.append(Score(number, job.rounds, score))
         best = incumbent(self._scores)
         assert best is not None
         self._incumbents.append((self._clock.time, best.trial))
         self._listener(
             {
                 **{"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial},
-                **{"validation_error": best.error, "test_error": _last_test_error(self._trials[best.trial].records)},
+                **{"validation_error": best.error, "test_error": self._trials[best.trial].last_test_error()},
             }
         )
         if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
-            self._personalised["at_max_rounds"] = self._personalise(federation, federation.sampled_config)
+            self._personalise("at_max_rounds", job.trial, Federation.sampled_config)
 
-    def _personalise(self, federation: Federation, config_of: Callable[[int], Any]) -> Evaluation:
+    def _personalise(self, reading: str, trial: Trial, config_of: Callable[[Federation, int], Config]) -> None:
+        """Evaluates the trial after local training on each evaluation client, unless the journal has that reading."""
+        if reading in self._personalised:
+            return
+        federation = self._federation(trial, lambda federation, record: None)
         into: list[Evaluation] = []
-        for ticket in federation.personalise(config_of, into):
+        for ticket in federation.personalise(lambda client: config_of(federation, client), into):
             while not self._executor.finished(ticket):
                 self._executor.step()
-        return into[0]
+        self._personalised[reading] = into[0]
+        self._journal.note("personalised", reading=reading, trial=trial.number, evaluation=list(into[0]))
 
     def _finish(self) -> StudyResult:
         best = incumbent(self._scores)
         assert best is not None
-        federation = self._federation(self._trials[best.trial], self._clock.time)
-        self._personalised["sampled"] = self._personalise(federation, federation.sampled_config)
-        self._personalised["argmax"] = (
-            self._personalise(federation, lambda client: federation.best_config())
-            if federation.trial.num_configs > 1
-            else self._personalised["sampled"]
-        )
-        for history in self._trials.values():
-            if history.trial.number != best.trial:
-                self._checkpoint(history.trial).unlink(missing_ok=True)
-        self._journal.write("end", incumbent=best.trial, time=self._clock.time)
-        self._journal.close()
+        history = self._trials[best.trial]
+        self._personalise("sampled", history.trial, Federation.sampled_config)
+        if history.trial.num_configs > 1:
+            self._personalise("argmax", history.trial, lambda federation, client: federation.best_config())
+        self._journal.decide("end", incumbent=best.trial, time=self._clock.time)
+        for number in self._trials:
+            if number != best.trial:
+                self._store.forget(number)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
+        federation = self._federation(history.trial, lambda federation, record: None)
         rounds = self._round_rows()
-        return StudyResult(rounds, self._trial_rows(), self._result_row(federation, best, rounds))
+        return StudyResult(rounds, self._trial_rows(), self._result_row(federation, history, rounds))
 
     def _round_rows(self) -> list[dict[str, Any]]:
         rows = sorted(
-            (row for history in self._trials.values() for row in history.rows),
+            (
+                {**record_as_row(record), "trial": number, "virtual_time": time}
+                | {"score": history.scores.get(record.round, float("nan"))}
+                for number, history in self._trials.items()
+                for record, time in zip(history.records, history.times, strict=True)
+            ),
             key=lambda row: (row["virtual_time"], row["trial"]),
         )
         tells = iter([*self._incumbents, (float("inf"), -1)])
@@ -254,53 +264,56 @@ class Study:
                 current = trial
                 time, trial = next(tells)
             row |= {"tuner": self.name, "seed": self.seed, "spent": spent, "incumbent": current}
-            row.setdefault("score", float("nan"))
         return rows
 
     def _trial_rows(self) -> list[dict[str, Any]]:
         return [
             {
                 **{"tuner": self.name, "seed": self.seed, "trial": number, "rounds": history.rounds},
-                **{"score": history.score, "test_error": _last_test_error(history.records)},
+                "score": history.scores.get(len(history.records), float("nan")),
+                "test_error": history.last_test_error(),
                 "config": json.dumps(_plan(history.trial)),
             }
             for number, history in sorted(self._trials.items())
         ]
 
-    def _result_row(self, federation: Federation, best: Score, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    def _result_row(
+        self, federation: Federation, history: TrialHistory, rounds: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         max_rounds = self._settings.max_rounds
-        at_max_rounds = self._personalised.get("at_max_rounds", self._personalised["sampled"])
+        sampled = self._personalised["sampled"]
+        argmax, at_max_rounds = (self._personalised.get(reading, sampled) for reading in ("argmax", "at_max_rounds"))
         totals = {
             name: sum(row[name] for row in rounds) for name in ("client_updates", "bytes", "lost", "dropped", "clipped")
         }
         return {
-            **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
+            **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": history.trial.number},
             **{
                 "rounds": len(rounds),
                 "max_rounds": max_rounds,
-                "rounds_of_trial": best.rounds,
+                "rounds_of_trial": federation.round,
                 "virtual_time": self._clock.time,
                 **totals,
             },
-            "validation_error": federation.tail("validation_error"),
-            "test_error": federation.tail("test_error"),
-            "test_error_last": _last_test_error(federation.records),
-            "test_error_personalised": self._personalised["sampled"].test_error,
-            "test_error_personalised_argmax": self._personalised["argmax"].test_error,
-            "test_error_at_max_rounds": federation.tail("test_error", max_rounds),
+            "validation_error": history.tail("validation_error"),
+            "test_error": history.tail("test_error"),
+            "test_error_last": history.last_test_error(),
+            "test_error_personalised": sampled.test_error,
+            "test_error_personalised_argmax": argmax.test_error,
+            "test_error_at_max_rounds": history.tail("test_error", max_rounds),
             "test_error_personalised_at_max_rounds": at_max_rounds.test_error,
             "config": json.dumps({"server": dict(federation.trial.server), "client": dict(federation.best_config())}),
             "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
         }
-
-    def _checkpoint(self, trial: Trial) -> Path:
-        return self._checkpoints / f"trial-{trial.number}.safetensors"
 
 
 def _plan(trial: Trial) -> dict[str, Any]:
     return {"server": dict(trial.server), "pool": [[dict(config) for config in factor] for factor in trial.pool]}
 
 
-def _last_test_error(records: list[RoundRecord]) -> float:
-    evaluations = [record.evaluation for record in records if record.evaluation is not None]
-    return evaluations[-1].test_error if evaluations else float("nan")
+def digest(settings: Settings) -> str:
+    """A fingerprint of the settings that decide a study's numbers, other than its budget."""
+    fields = settings.model_dump(
+        mode="json", exclude={"tuners", "seeds", "seed", "workers", "executor", "total_rounds"}
+    )
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from fedtune import plugins
 from fedtune.client_work import evaluate_clients, personalise_client, train_client
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.flat_model import FlatModel
-from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update
+from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, Update, describe
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,18 @@ class Machine:
         self._train = plugins.client_program(settings.client).train
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
-        """The task's result, its weights valid until the next call. A client program that raises is a Failure."""
+        """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
+        try:
+            return self._compute(weights, task)
+        except (Exception, SystemExit) as error:  # plug-ins are anybody's code: a client is lost, not the run
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+            return Failure(f"{describe(task)}: {reason}")
+
+    def _compute(self, weights: torch.Tensor, task: Task) -> Result:
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
-        try:
-            if isinstance(task, TrainTask):
-                return Update(
-                    *train_client(
-                        self._train,
-                        self.model,
-                        weights,
-                        self.dataset,
-                        task.client,
-                        task.config,
-                        task.seed,
-                        task.error_before,
-                        self.device,
-                    )
-                )
-            return [
-                personalise_client(
-                    self._train, self.model, weights, self.dataset, task.client, task.config, task.seed, self.device
-                )
-            ]
-        except (
-            Exception
-        ) as error:  # a client program is anybody's code: what it raises is the client's loss, not the run's
-            return Failure(f"client {task.client} with {dict(task.config)}: {type(error).__name__}: {error}")
+        arguments = (self._train, self.model, weights, self.dataset, task.client, task.config, task.seed)
+        if isinstance(task, PersonaliseTask):
+            return [personalise_client(*arguments, self.device)]
+        return Update(*train_client(*arguments, task.error_before, self.device))

@@ -1,31 +1,35 @@
 """The pool executor: persistent worker processes of one thread each, weights and updates in shared memory.
 
-Work of all batches waits in one queue: smaller `order` first, then the longest task first. Short tasks travel in
-chunks. A worker that dies is replaced and its tasks run again; a task that kills its worker twice is a failure of its
-client.
+Work of all batches waits in one queue: smaller `order` first, then the longest task first. It travels in chunks, and
+where tasks are short a worker has its next chunk before it has answered, so that it need not wait for this process. A
+worker that dies is replaced and its tasks run again; a task that kills its worker twice is a failure of its client.
 """
 
 import heapq
 import itertools
 import multiprocessing
+import os
 import sys
 import types
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.simulation.executors import start_forkserver, worker
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.shared_memory import SharedArray
-from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update
+from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
 
 CHUNK_SECONDS = 0.01  # shorter tasks are sent several at a time
 STEP_COST = 16  # a step of local SGD costs about as much as this many examples
+EVALUATION_COST = 0.25  # evaluating an example costs about as much as training on this many
 
 
 @dataclass
@@ -54,34 +58,39 @@ class Worker:
 
     process: BaseProcess
     connection: Connection
-    lifeline: Connection
     ready: bool = False
     blocks: set[int] = field(default_factory=set)  # those that it has access to
-    pieces: list[Piece] = field(default_factory=list)  # what it is computing
+    chunks: deque[list[Piece]] = field(default_factory=deque)  # what it has not answered; it is at the first
+
+    def cost(self) -> float:
+        """The cost of what it has not answered."""
+        return sum(piece.cost for chunk in self.chunks for piece in chunk)
 
 
 class PoolExecutor:
-    """See `fedtune.tasks.Executor`."""
+    """See `fedtune.tasks.Executor`. Workers work in the folder in which the executor was made."""
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset, num_workers: int) -> None:
         start_forkserver()
         self._settings = settings
         self._dataset = dataset
+        self._folder = os.getcwd()
         self._data = [SharedArray.copy_of(array) for array in (dataset.x, dataset.y, dataset.ranges)]
         self._queue: list[tuple[float, float, int, Piece]] = []
         self._sequence = itertools.count()
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
         self._free_blocks: list[int] = []
-        self._seconds_per_cost = 0.0
+        self._seconds_per_cost = 0.0  # unknown before the first answer
         self._deaths_before_ready = 0
         self._workers = [self._start_worker() for _ in range(num_workers)]
 
     def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
         """A ticket for this batch."""
-        num_rows = 1 + (len(tasks) if isinstance(tasks[0], TrainTask) else 0)
         ticket = next(self._sequence)
-        block = self._take_block(num_rows, weights)
+        num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
+        block = self._take_block(1 + num_updates, weights.numel())
+        self._rows(block)[0].copy_(weights)
         self._batches[ticket] = Batch(tasks, block, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
             self._enqueue(order, Piece(ticket, index, self._cost(task)))
@@ -89,12 +98,11 @@ class PoolExecutor:
         return ticket
 
     def step(self) -> None:
-        """Blocks until a worker has answered or died; does nothing when none is at work."""
-        busy = [worker for worker in self._workers if worker.pieces or not worker.ready]
-        if not busy:
+        """Blocks until a worker has answered, is ready or has died; does nothing when there is nothing to do."""
+        if all(batch.num_missing == 0 for batch in self._batches.values()):
             return
-        events = wait([worker.connection for worker in busy] + [worker.process.sentinel for worker in busy])
-        for worker_ in busy:
+        events = wait([end for worker_ in self._workers for end in (worker_.connection, worker_.process.sentinel)])
+        for worker_ in list(self._workers):
             if worker_.connection in events:
                 self._receive(worker_)
             elif worker_.process.sentinel in events:  # only once its connection was drained
@@ -118,77 +126,96 @@ class PoolExecutor:
         for worker_ in self._workers:
             worker_.process.kill()
         for worker_ in self._workers:
-            worker_.process.join()
-            worker_.connection.close()
-            worker_.lifeline.close()
+            _end(worker_)
         self._workers = []
 
-    def _take_block(self, num_rows: int, weights: Tensor) -> int:
-        for block in self._free_blocks:
-            if self._blocks[block].array.shape[0] >= num_rows:
-                self._free_blocks.remove(block)
-                break
-        else:
-            block = len(self._blocks)
-            self._blocks.append(SharedArray.empty((num_rows, weights.numel()), "<f4"))
-        self._blocks[block].tensor()[0].copy_(weights)
+    def _rows(self, block: int) -> Tensor:
+        return torch.from_numpy(self._blocks[block].array)
+
+    def _take_block(self, num_rows: int, num_weights: int) -> int:
+        """The smallest free block that is large enough, or a new one."""
+        fitting = [block for block in self._free_blocks if len(self._rows(block)) >= num_rows]
+        if not fitting:
+            self._blocks.append(SharedArray((num_rows, num_weights), "<f4"))
+            return len(self._blocks) - 1
+        block = min(fitting, key=lambda block: len(self._rows(block)))
+        self._free_blocks.remove(block)
         return block
 
     def _cost(self, task: Task) -> float:
         if isinstance(task, EvaluateTask):
             sizes = self._dataset.ranges[list(task.clients), 1:]
-            return float((sizes[..., 1] - sizes[..., 0]).sum()) / 4
+            return EVALUATION_COST * float((sizes[..., 1] - sizes[..., 0]).sum())
         start, stop = self._dataset.ranges[task.client, 0]
         num_train = int(stop - start)
         num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
-        return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
+        return task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps)
 
     def _enqueue(self, order: float, piece: Piece) -> None:
         heapq.heappush(self._queue, (order, -piece.cost, next(self._sequence), piece))
 
     def _dispatch(self) -> None:
-        idle = [worker for worker in self._workers if worker.ready and not worker.pieces]
-        while idle and self._queue:
-            worker_ = idle.pop()
-            worker_.pieces = self._next_chunk()
-            message: worker.Chunk = []
-            for piece in worker_.pieces:
+        """Gives every idle worker a chunk, then a second one to those that will soon be done."""
+        for worker_ in [worker_ for worker_ in self._workers if worker_.ready and not worker_.chunks]:
+            if self._queue:
+                self._send_chunk(worker_)
+        for worker_ in [worker_ for worker_ in self._workers if len(worker_.chunks) == 1]:
+            # The last tasks are for whoever is done first.
+            if len(self._queue) > len(self._workers) and 0 < self._seconds(worker_.cost()) < 2 * CHUNK_SECONDS:
+                self._send_chunk(worker_)
+
+    def _seconds(self, cost: float) -> float:
+        return cost * self._seconds_per_cost
+
+    def _send_chunk(self, worker_: Worker) -> None:
+        chunk = self._next_chunk()
+        message: worker.Chunk = []
+        try:
+            for piece in chunk:
                 batch = self._batches[piece.ticket]
                 if batch.block not in worker_.blocks:
-                    worker_.blocks.add(batch.block)
                     worker_.connection.send(batch.block)
                     self._blocks[batch.block].send(worker_.connection)
+                    worker_.blocks.add(batch.block)
                 message.append((batch.block, piece.index + 1, batch.tasks[piece.index]))
             worker_.connection.send(message)
+        except OSError:  # it is dead, through no fault of this chunk
+            for piece in chunk:
+                self._enqueue(-float("inf"), piece)
+        else:
+            worker_.chunks.append(chunk)
 
     def _next_chunk(self) -> list[Piece]:
         chunk = [heapq.heappop(self._queue)[-1]]
-        seconds = chunk[0].cost * self._seconds_per_cost
+        seconds = self._seconds(chunk[0].cost)
         # Never more than a fair share of what waits, so that no worker idles at the end; nothing beside a suspect.
         share = -(-(len(self._queue) + 1) // len(self._workers))
         while self._queue and len(chunk) < share and 0 < seconds < CHUNK_SECONDS and chunk[0].num_deaths == 0:
             if self._queue[0][-1].num_deaths > 0:
                 break
             chunk.append(heapq.heappop(self._queue)[-1])
-            seconds += chunk[-1].cost * self._seconds_per_cost
+            seconds += self._seconds(chunk[-1].cost)
         return chunk
 
     def _receive(self, worker_: Worker) -> None:
         try:
             message = worker_.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # it died, perhaps in the middle of a message
             self._replace(worker_)
             return
-        if message == "ready":
+        if isinstance(message, Failure):
+            raise RuntimeError(f"a worker process can't start: {message.message}")
+        if message is None:
             worker_.ready, self._deaths_before_ready = True, 0
-            return
-        seconds, answer = message
-        pieces, worker_.pieces = worker_.pieces, []
-        self._seconds_per_cost = seconds / sum(piece.cost for piece in pieces)
-        for piece, result in zip(pieces, answer, strict=True):
-            batch = self._batches[piece.ticket]
+        else:
+            self._take_answer(worker_.chunks.popleft(), message)
+
+    def _take_answer(self, chunk: list[Piece], answer: worker.Answer) -> None:
+        self._seconds_per_cost = answer.seconds / sum(piece.cost for piece in chunk)
+        for piece, result in zip(chunk, answer.results, strict=True):
             if isinstance(result, dict):
-                result = Update(self._blocks[batch.block].tensor()[piece.index + 1], result)
+                block = self._batches[piece.ticket].block
+                result = Update(self._rows(block)[piece.index + 1], result)
             self._record(piece, result)
 
     def _record(self, piece: Piece, result: Result) -> None:
@@ -197,31 +224,28 @@ class PoolExecutor:
         batch.num_missing -= 1
 
     def _replace(self, worker_: Worker) -> None:
-        worker_.process.join()
-        worker_.connection.close()
-        worker_.lifeline.close()
+        _end(worker_)
+        exit_code = worker_.process.exitcode
         if not worker_.ready:
             self._deaths_before_ready += 1
             if self._deaths_before_ready > 1:
-                raise RuntimeError(f"worker processes end before they are ready, exit code {worker_.process.exitcode}")
-        for piece in worker_.pieces:
-            piece.num_deaths += 1
-            task = self._batches[piece.ticket].tasks[piece.index]
-            if piece.num_deaths > 1:
-                self._record(
-                    piece, Failure(f"{task} ended its worker process twice, exit code {worker_.process.exitcode}")
-                )
-            else:
-                self._enqueue(-float("inf"), piece)
+                raise RuntimeError(f"worker processes end before they are ready, exit code {exit_code}")
+        for number, chunk in enumerate(worker_.chunks):
+            for piece in chunk:
+                piece.num_deaths += number == 0  # it had not begun with the others
+                if piece.num_deaths > 1:
+                    task = self._batches[piece.ticket].tasks[piece.index]
+                    reason = f"ended its worker process twice, exit code {exit_code}"
+                    self._record(piece, Failure(f"{describe(task)}: {reason}"))
+                else:
+                    self._enqueue(-float("inf"), piece)
         self._workers[self._workers.index(worker_)] = self._start_worker()
 
     def _start_worker(self) -> Worker:
         context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
-        their_lifeline, our_lifeline = context.Pipe(duplex=False)
-        process = context.Process(
-            target=worker.main, args=(theirs, their_lifeline, self._settings, self._dataset.spec), daemon=True
-        )
+        arguments = (theirs, self._folder, self._settings, self._dataset.spec, *self._data)
+        process = context.Process(target=worker.main, args=arguments, daemon=True)
         # A worker would import the user's script again, which fails without an `if __name__ == "__main__"` and on
         # stdin.
         main_module = sys.modules["__main__"]
@@ -231,7 +255,11 @@ class PoolExecutor:
         finally:
             sys.modules["__main__"] = main_module
         theirs.close()
-        their_lifeline.close()
-        for array in self._data:
-            array.send(ours)
-        return Worker(process, ours, our_lifeline)
+        return Worker(process, ours)
+
+
+def _end(worker_: Worker) -> None:
+    if worker_.process.is_alive():  # as where only its connection broke
+        worker_.process.kill()
+    worker_.process.join()
+    worker_.connection.close()

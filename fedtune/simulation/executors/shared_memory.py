@@ -3,59 +3,73 @@
 import mmap
 import os
 import tempfile
+import weakref
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.reduction import DupFd, recv_handle, send_handle
+from typing import Any
 
 import numpy as np
-import torch
+
+Shape = tuple[int, ...]
 
 
 class SharedArray:
-    """A numpy array in shared memory."""
+    """A numpy array in shared memory. Among a starting process's arguments it arrives as a numpy array over the same.
 
-    def __init__(self, descriptor: int, shape: tuple[int, ...], dtype: str) -> None:
-        self._descriptor = descriptor
-        self._map = mmap.mmap(descriptor, _num_bytes(shape, dtype))
-        self.array: np.ndarray = np.frombuffer(self._map, dtype, count=int(np.prod(shape))).reshape(shape)
+    The memory is zero at first, and takes none of the machine's until it is written.
+    """
 
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: str) -> "SharedArray":
-        """A new array; its pages take no memory until they are written."""
-        return cls(_anonymous_file(_num_bytes(shape, dtype)), shape, dtype)
+    def __init__(self, shape: Shape, dtype: str) -> None:
+        self._descriptor = _anonymous_file(_num_bytes(shape, dtype))
+        weakref.finalize(self, os.close, self._descriptor)
+        self.array = _map(self._descriptor, shape, dtype)
 
     @classmethod
     def copy_of(cls, array: np.ndarray) -> "SharedArray":
         """A new array with the values of `array`."""
-        shared = cls.empty(array.shape, array.dtype.str)
+        shared = cls(array.shape, array.dtype.str)
         shared.array[...] = array
         return shared
 
-    def tensor(self) -> torch.Tensor:
-        """The same memory as a torch tensor."""
-        return torch.from_numpy(self.array)
-
     def send(self, connection: Connection) -> None:
-        """Gives the process at the other end of the connection access to the same memory."""
+        """Gives the process that calls `receive` at the other end access to the same memory."""
         connection.send((self.array.shape, self.array.dtype.str))
         send_handle(connection, self._descriptor, None)
 
-    @classmethod
-    def receive(cls, connection: Connection) -> "SharedArray":
-        """What the other end sent."""
-        shape, dtype = connection.recv()
-        return cls(recv_handle(connection), shape, dtype)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __reduce__(self) -> tuple[Callable[..., np.ndarray], tuple[Any, ...]]:
+        return _unpickle, (DupFd(self._descriptor), self.array.shape, self.array.dtype.str)
 
 
-def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+def receive(connection: Connection) -> np.ndarray:
+    """The array that the other end sent, over the same memory."""
+    shape, dtype = connection.recv()
+    return _attach(recv_handle(connection), shape, dtype)
+
+
+def _unpickle(descriptor: Any, shape: Shape, dtype: str) -> np.ndarray:
+    return _attach(descriptor.detach(), shape, dtype)
+
+
+def _attach(descriptor: int, shape: Shape, dtype: str) -> np.ndarray:
+    try:
+        return _map(descriptor, shape, dtype)
+    finally:
+        os.close(descriptor)  # the map holds a duplicate
+
+
+def _map(descriptor: int, shape: Shape, dtype: str) -> np.ndarray:
+    mapped = mmap.mmap(descriptor, _num_bytes(shape, dtype))
+    return np.frombuffer(mapped, dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def _num_bytes(shape: Shape, dtype: str) -> int:
     return max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)  # an empty file can't be mapped
 
 
 def _anonymous_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("fedtune", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("fedtune")
     else:  # where there is no memfd, an unlinked temporary file does the same
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())

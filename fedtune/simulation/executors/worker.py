@@ -4,52 +4,76 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import numpy as np
+import torch
 
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.simulation.executors.shared_memory import SharedArray
+from fedtune.simulation.executors.shared_memory import receive
 from fedtune.tasks import Failure, Metrics, Result, Task, Update
 
 NewBlock = int  # a block's number; its memory follows
 Chunk = list[tuple[int, int, Task]]  # block, row for the update, task
-Answer = list[Metrics | Failure | list[Metrics]]  # an Update's metrics; its weights lie in the row
 
 
-def main(connection: Connection, lifeline: Connection, settings: MachineSettings, spec: DatasetSpec) -> None:
-    """Serves until the connection or the parent is gone. The first message is "ready"."""
+@dataclass(frozen=True)
+class Answer:
+    """What became of a chunk. Where a task gave an Update, only its metrics are here: the weights lie in its row."""
+
+    seconds: float
+    results: list[Metrics | Failure | list[Metrics]]
+
+
+def main(
+    connection: Connection,
+    folder: str,
+    settings: MachineSettings,
+    spec: DatasetSpec,
+    x: np.ndarray,
+    y: np.ndarray,
+    ranges: np.ndarray,
+) -> None:
+    """Serves until the parent is gone, working in `folder`. Its first answer is None, or why it can't start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
-    x, y, ranges = (SharedArray.receive(connection) for _ in range(3))
-    dataset = FederatedDataset("shared", spec, x.array, y.array, [""] * len(ranges.array), ranges.array)
-    machine = Machine(settings, dataset)
-    blocks: dict[int, SharedArray] = {}
-    connection.send("ready")
+    blocks: dict[int, np.ndarray] = {}
+    chunks: SimpleQueue[Chunk] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
+    try:
+        os.chdir(folder)  # plug-ins may be named by a path relative to it
+        machine = Machine(settings, FederatedDataset("shared", spec, x, y, [""] * len(ranges), ranges))
+    except Exception as error:
+        connection.send(Failure(f"{type(error).__name__}: {error}"))
+        return
+    connection.send(None)
     while True:
-        try:
+        chunk = chunks.get()
+        started = time.perf_counter()
+        results = [_run(machine, blocks[block], row, task) for block, row, task in chunk]
+        connection.send(Answer(time.perf_counter() - started, results))
+
+
+def _read(connection: Connection, blocks: dict[int, np.ndarray], chunks: "SimpleQueue[Chunk]") -> None:
+    """Takes in what the parent sends, so that it never waits for a task's end; ends the process when it is gone."""
+    try:
+        while True:
             message = connection.recv()
-        except EOFError:
-            return
-        if isinstance(message, NewBlock):
-            blocks[message] = SharedArray.receive(connection)
-        else:
-            started = time.perf_counter()
-            answer = [_run(machine, blocks[block], row, task) for block, row, task in message]
-            connection.send((time.perf_counter() - started, answer))
+            if isinstance(message, NewBlock):
+                blocks[message] = receive(connection)
+            else:
+                chunks.put(message)
+    finally:
+        # However the parent died, this read ends: only the parent holds the other end.
+        os._exit(1)
 
 
-def _run(machine: Machine, block: SharedArray, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
-    rows = block.tensor()
+def _run(machine: Machine, block: np.ndarray, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
+    rows = torch.from_numpy(block)
     result: Result = machine.run(rows[0], task)
     if isinstance(result, Update):
         rows[row].copy_(result.weights)
         return result.metrics
     return result
-
-
-def _exit_with_parent(lifeline: Connection) -> None:
-    # Only the parent holds the other end, so this read ends when the parent does, however it died.
-    try:
-        lifeline.recv()
-    except (EOFError, OSError):
-        os._exit(1)

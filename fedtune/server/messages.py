@@ -1,0 +1,88 @@
+"""What the server and its clients tell each other: both ends, and every grid, write and read it here.
+
+A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", each
+hyperparameter as "client.NAME", for training "error_before", for evaluation "personalise". A reply holds the record
+"metrics", and after training "arrays". A query is answered with the metric "client", the client's number.
+
+The run's configuration holds "settings", the TOML text of a run's settings.
+"""
+
+import tomllib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from jaxtyping import Float
+from torch import Tensor
+
+from fedtune.errors import InputError
+from fedtune.server.flower_compat import pack
+from fedtune.settings import Settings, resolve
+from fedtune.tuning.space import Config, Number
+
+PREFIX = "client."
+
+
+def run_settings(text: object) -> Settings:
+    """The settings of that text, what the run's config holds under "settings" (None: nothing). Raises InputError."""
+    if not isinstance(text, str):
+        raise InputError(f"the run's config must hold 'settings', the TOML text of a run's settings, got {text!r}")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"'settings' in the run's config is not TOML: {error}") from None
+    return resolve([table])
+
+
+def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
+    """`config` and what one client is to train with."""
+    named = {f"{PREFIX}{name}": value for name, value in hyperparameters.items()}
+    return ConfigRecord({**config, "seed": seed, "error_before": error_before, **named})
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """The record "config"."""
+    return message.content.config_records["config"]
+
+
+def hyperparameters(message: Message) -> dict[str, Number]:
+    """The client configuration to train with."""
+    return {
+        name.removeprefix(PREFIX): value
+        for name, value in config_of(message).items()
+        if name.startswith(PREFIX) and isinstance(value, int | float)
+    }
+
+
+def seed(message: Message) -> int:
+    """The seed to train with."""
+    value = config_of(message).get("seed")
+    if not isinstance(value, int):
+        raise InputError(f"the message's seed must be a whole number, got {value!r}")
+    return value
+
+
+def wants(message: Message, what: str) -> bool:
+    """Whether the message asks for `error_before` or to `personalise`."""
+    return bool(config_of(message).get(what, False))
+
+
+def weights(message: Message) -> Float[Tensor, "weight"]:
+    """The weights in a message or reply: a view, where nothing was serialised on the way."""
+    return torch.from_numpy(message.content.array_records["arrays"]["weights"].numpy())
+
+
+def metrics(reply: Message) -> MetricRecord:
+    """The record "metrics"."""
+    return reply.content.metric_records["metrics"]
+
+
+def answer(
+    message: Message, metrics: Mapping[str, Number], weights: Float[np.ndarray, "weight"] | None = None
+) -> Message:
+    """The reply to a message; the weights are not copied."""
+    content = RecordDict({"metrics": MetricRecord({**metrics})})
+    if weights is not None:
+        content["arrays"] = pack(weights)
+    return Message(content, reply_to=message)

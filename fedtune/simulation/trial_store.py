@@ -1,0 +1,90 @@
+"""What a study keeps of its trials: the rounds' records in the journal, the state in checkpoints.
+
+A trial's files are `trial-<number>-round-<round>.safetensors`: its latest checkpoint, and the one at the end of its
+last told job where that is an older one. So disk use is at most two checkpoints a live trial, whatever the number of
+rounds.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtune.simulation import checkpoint
+from fedtune.simulation.evaluation import tail_mean
+from fedtune.simulation.federation import Federation, RoundRecord, record_as_json, record_from_json
+from fedtune.simulation.journal import Journal
+from fedtune.tuning.trial import Trial
+
+
+@dataclass
+class TrialHistory:
+    """A trial so far: its rounds, the virtual times at which they ended, and by round what the tuner was told."""
+
+    trial: Trial
+    records: list[RoundRecord] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    rounds: int = 0  # of its jobs that were started
+
+    def tail(self, error: str, up_to: int | None = None) -> float:
+        """The tail mean of a field of the evaluations up to a round; None is the last one."""
+        evaluated = [r for r in self.records if r.evaluation is not None and (up_to is None or r.round <= up_to)]
+        return tail_mean([r.round for r in evaluated], [getattr(r.evaluation, error) for r in evaluated])
+
+    def last_test_error(self) -> float:
+        """The test error at the last evaluation; NaN before the first."""
+        evaluations = [record.evaluation for record in self.records if record.evaluation is not None]
+        return evaluations[-1].test_error if evaluations else float("nan")
+
+
+class TrialStore:
+    """Writes rounds and checkpoints as they come, and finds again what a study that was stopped had written."""
+
+    def __init__(self, journal: Journal, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._journal = journal
+        self._folder = folder
+        self._past_records: dict[int, dict[int, RoundRecord]] = {}
+        for line in journal.notes("round"):
+            self._past_records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
+        self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
+        self._told: dict[int, int] = {}  # the round at the end of each trial's last told job
+
+    def latest(self, trial: int) -> int:
+        """The round of the trial's latest checkpoint; 0 where it has none."""
+        return self._latest.get(trial, 0)
+
+    def past_records(self, trial: int, after: int, up_to: int) -> list[RoundRecord]:
+        """The trial's records of rounds after + 1 to up_to, written before this study was stopped."""
+        known = self._past_records.get(trial, {})
+        return [known[number] for number in range(after + 1, up_to + 1)]
+
+    def write(self, federation: Federation, record: RoundRecord) -> None:
+        """Notes a round, and after an evaluation the federation's state."""
+        number = federation.trial.number
+        self._journal.note("round", trial=number, record=record_as_json(record))
+        if record.evaluation is not None:
+            previous = self.latest(number)
+            checkpoint.save(self._path(number, record.round), federation.arrays())
+            self._journal.note("checkpoint", trial=number, round=record.round)
+            self._latest[number] = record.round
+            if previous != self._told.get(number):
+                self._path(number, previous).unlink(missing_ok=True)
+
+    def told(self, trial: int, server_round: int) -> None:
+        """The job that ended with this round was told: its state is kept until the next one is."""
+        previous, self._told[trial] = self._told.get(trial, 0), server_round
+        if previous not in (server_round, self.latest(trial)):
+            self._path(trial, previous).unlink(missing_ok=True)
+
+    def restore(self, federation: Federation) -> None:
+        """Puts the federation into the state of its trial's latest checkpoint."""
+        number = federation.trial.number
+        federation.restore(checkpoint.load(self._path(number, self.latest(number))))
+
+    def forget(self, trial: int) -> None:
+        """Removes the checkpoints of a trial that will not be trained any more."""
+        for path in self._folder.glob(f"trial-{trial}-round-*"):
+            path.unlink()
+
+    def _path(self, trial: int, server_round: int) -> Path:
+        return self._folder / f"trial-{trial}-round-{server_round}.safetensors"

@@ -1,0 +1,139 @@
+"""A run killed at any moment and resumed ends with the bytes of a run that was never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fedtune
+from fedtune.errors import InputError
+
+NAMES = ("manual", "asha", "fedex", "asha+fedex")
+SETTINGS = {"max_rounds": 9, "total_rounds": 36, "seeds": 1, "tuners": list(NAMES)}
+COMMAND = ["compare", "digits", "--tuners", ",".join(NAMES), "--max-rounds", "9", "--total-rounds", "36"]
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / "uninterrupted"
+    return fedtune.compare("digits", executor="serial", out=folder, **SETTINGS).folder
+
+
+def contents(folder):
+    """What must be equal to the bit: the frames and the weights of the incumbents."""
+    files = [folder / name for name in ("results.csv", "rounds.parquet", "trials.parquet")]
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in [*files, *sorted(folder.glob("*/checkpoints/*"))]
+    }
+
+
+class Killed(BaseException):
+    """Stands for the process's death: nothing in the program catches it."""
+
+
+@pytest.mark.parametrize("after", [1, 20, 41, 90, 130, 144])
+def test_stopped_after_any_round(uninterrupted, tmp_path, after):
+    """In one process, so that the moment is exact: after `after` rounds of all studies."""
+    rounds = 0
+
+    def stop(event):
+        nonlocal rounds
+        rounds += event["event"] == "round"
+        if rounds == after:
+            raise Killed
+
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **SETTINGS)
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
+
+
+def test_a_torn_journal_and_a_half_written_checkpoint(uninterrupted, tmp_path):
+    def stop(event):
+        if event["event"] == "incumbent" and event["tuner"] == "asha" and event["trial"] > 2:
+            raise Killed
+
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **SETTINGS)
+    with (folder / "asha-seed0" / "journal.jsonl").open("a") as journal:
+        journal.write('{"event": "round", "tri')
+    (folder / "asha-seed0" / "checkpoints" / "trial-0-round-9.tmp").write_bytes(b"half")
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
+
+
+def test_a_finished_run_resumes_to_itself(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "copy")
+    before = {path: path.read_bytes() for path in folder.glob("*/journal.jsonl")}
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_changed_settings_are_refused(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "copy")
+    text = (folder / "settings.toml").read_text()
+    (folder / "settings.toml").write_text(text.replace("cohort_size = 5", "cohort_size = 4"))
+    with pytest.raises(InputError, match=r"does not fit this run: it says .*\"event\": \"study\""):
+        fedtune.resume(folder, executor="serial")
+
+
+def test_no_run_folder(tmp_path):
+    with pytest.raises(InputError, match=r"is no run folder: it has no settings.toml"):
+        fedtune.resume(tmp_path)
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedtune", *arguments],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=folder.parent,
+    )
+
+
+def journal_size(folder):
+    return sum(path.stat().st_size for path in folder.glob("*/journal.jsonl"))
+
+
+def kill_in_the_middle(process, folder, wait):
+    """Kills the process and its workers some time after it has written something new; False if it ended before."""
+    size = journal_size(folder)
+    while journal_size(folder) == size:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    try:
+        process.wait(timeout=wait)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(uninterrupted, tmp_path):
+    """A real process and its workers, SIGKILLed NUM_KILLS times at random moments, under both executors."""
+    rng = np.random.default_rng(0)
+    kills = runs = 0
+    while kills < NUM_KILLS:
+        folder = tmp_path / f"run-{runs}"
+        arguments = [*COMMAND, "--out", str(folder)]
+        while True:
+            process = start(folder, *arguments, "--executor", ("serial", "pool")[kills % 2])
+            with process.stderr:
+                if not kill_in_the_middle(process, folder, rng.uniform(0.0, 0.5)):
+                    assert process.wait() == 0, process.stderr.read().decode()
+                    break
+            kills += 1
+            arguments = ["resume", str(folder)]
+        assert contents(folder) == contents(uninterrupted)
+        runs += 1
