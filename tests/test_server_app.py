@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from safetensors.torch import load_file
+
+from fedtune import plugins
+from fedtune.errors import InputError
+from fedtune.server.app import app, nodes_in_client_order
+from fedtune.server.flower_compat import pack
+from fedtune.server.grid import ClientAppGrid, ExecutorGrid
+from fedtune.server.strategy import FedTuneStrategy
+from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import resolve
+from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.tuning.fedex import FedExSettings
+from fedtune_clients.app import app as client_app
+
+NUM_CLIENTS = 5
+TABLE = {
+    "tuners": ["fedex", "asha"],
+    "seed": 3,
+    "max_rounds": 3,
+    "total_rounds": 9,
+    "cohort_size": 2,
+    "data": {"name": "digits", "num_clients": NUM_CLIENTS, "examples_per_client": 30},
+    "model": {"name": "mlp", "hidden": [12]},
+    "client": {"learning_rate": 0.2, "batch_size": 8},
+    "space": {"client": {"learning_rate": {"log_uniform": [0.01, 1.0]}}},
+    "tuner": {"fedex": {"pool_size": 3}},
+}
+
+
+def context(table, **run_config):
+    return Context(1, 1, {}, RecordDict(), {"settings": tomli_w.dumps(table), **run_config})
+
+
+def client_app_grid(table):
+    text = tomli_w.dumps(table)
+
+    def client_context(client):
+        return Context(1, client, {"partition-id": client}, RecordDict(), {"settings": text})
+
+    return ClientAppGrid(client_app, client_context, NUM_CLIENTS)
+
+
+def executor_grid(table):
+    settings = resolve([table])
+    machine = MachineSettings(settings.model, "local_sgd", "cpu")
+    return ExecutorGrid(SerialExecutor(machine, plugins.load_dataset(settings.data)), NUM_CLIENTS)
+
+
+class RenumberedGrid(ClientAppGrid):
+    """A grid whose nodes have other ids, in no order, and answer in no order, as in a deployment of Flower."""
+
+    def __init__(self, table, node_of):
+        super().__init__(client_app, self.context_of, NUM_CLIENTS)
+        self.text = tomli_w.dumps(table)
+        self.client_of = {node: client for client, node in enumerate(node_of)}
+
+    def context_of(self, node):
+        partition = self.client_of[node + 2]  # the plain grid takes a node's id - 2 for its client
+        return Context(1, node, {"partition-id": partition}, RecordDict(), {"settings": self.text})
+
+    def get_node_ids(self):
+        return set(self.client_of)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = super().send_and_receive(messages, timeout=timeout)
+        return sorted(replies, key=lambda reply: hash(reply.metadata.src_node_id % 7))
+
+
+def trained(grid, table, folder):
+    out = folder / "new" / "weights.safetensors"
+    app(grid, context(table, out=str(out)))
+    weights = load_file(out)
+    out.unlink()
+    return weights
+
+
+def by_hand(table):
+    """The weights by name after the same rounds, driven here."""
+    settings = resolve([table])
+    dataset = plugins.load_dataset(settings.data)
+    name = settings.tuners[0]
+    options = settings.tuner.get(name, {})
+    strategy = FedTuneStrategy(
+        make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0),
+        settings.server,
+        FedExSettings(**options),
+        cohort_size=settings.cohort_size,
+        num_classes=10,
+        seed=settings.seed,
+    )
+    grid = executor_grid(table)
+    arrays = pack(initial_weights(settings, dataset.spec, settings.seed).numpy())
+    for server_round in range(1, settings.max_rounds + 1):
+        replies = grid.send_and_receive(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
+        arrays, _ = strategy.aggregate_train(server_round, replies)
+    module = plugins.make_model(settings.model, dataset.spec)
+    flat = torch.from_numpy(arrays["weights"].numpy())
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("tuners", [["manual"], ["fedex", "asha"]])
+@pytest.mark.parametrize("make_grid", [client_app_grid, executor_grid])
+def test_it_trains_the_first_tuner_for_max_rounds_and_writes_the_weights(tuners, make_grid, tmp_path):
+    table = TABLE | {"tuners": tuners, "tuner": TABLE["tuner"] if "fedex" in tuners else {}}
+    weights = trained(make_grid(table), table, tmp_path)
+    assert_equal(weights, by_hand(table))
+    spec = plugins.load_dataset(table["data"]).spec
+    plugins.make_model(table["model"], spec).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 0, 4, 2, 1]])
+def test_node_ids_do_not_matter(order, tmp_path):
+    nodes = [2**62 + 17 * client for client in order]
+    grid = RenumberedGrid(TABLE, nodes)
+    assert nodes_in_client_order(grid) == nodes
+    assert_equal(trained(grid, TABLE, tmp_path), by_hand(TABLE))
+
+
+def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    app(executor_grid(TABLE), context(TABLE))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_nodes_that_say_they_are_the_same_client():
+    grid = RenumberedGrid(TABLE, [10, 11, 12, 13, 14])
+    grid.client_of |= {12: 4}
+    with pytest.raises(InputError, match=r"^every node must be a client of its own, got 2 nodes for client 4$"):
+        nodes_in_client_order(grid)
+
+
+def test_a_node_that_can_not_say_which_client_it_is():
+    grid = RenumberedGrid(TABLE, [10, 11, 12, 13, 14])
+    grid.client_of |= {12: 5}
+    said = r"^a node can't say which client it is: InputError: the client must be a whole number in 0\.\.4, got 5$"
+    with pytest.raises(InputError, match=said):
+        nodes_in_client_order(grid)
+
+
+def test_a_client_that_always_fails_costs_its_updates_only(tmp_path):
+    class Failing(RenumberedGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            messages = list(messages)
+            replies = super().send_and_receive(messages)
+            return [
+                Message(Error(2, "crashed"), reply_to=message)
+                if message.metadata.message_type == "train" and message.metadata.dst_node_id == 10
+                else reply
+                for message, reply in zip(messages, sorted(replies, key=self.position(messages)), strict=True)
+            ]
+
+        def position(self, messages):
+            ids = [message.metadata.message_id for message in messages]
+            return lambda reply: ids.index(reply.metadata.reply_to_message_id)
+
+    table = TABLE | {"cohort_size": 5}
+    weights = trained(Failing(table, [10, 11, 12, 13, 14]), table, tmp_path)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    name = next(iter(weights))
+    assert not torch.equal(weights[name], by_hand(table)[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tuners": ["asha", "fedex"]}, "a ServerApp trains one federation: tuners must begin with manual or fedex"),
+        ({"cohort_size": 6}, "cohort_size must be at most the number of clients, 5, got 6"),
+        ({"client": {"rate": 1}}, "unknown client hyperparameter 'client.rate'; known: client.batch_size, "),
+        ({"tuner": {"fedex": {"pool_size": 0}}}, "pool_size must be a whole number >= 1, got 0"),
+        ({"max_rounds": 0}, "max_rounds "),
+    ],
+)
+def test_settings_that_are_not_allowed(change, said):
+    with pytest.raises(InputError) as raised:
+        app(executor_grid(TABLE), context(TABLE | change))
+    assert str(raised.value).startswith(said)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_without_settings_or_with_broken_ones():
+    grid = executor_grid(TABLE)
+    with pytest.raises(InputError, match="the run's config must hold 'settings'"):
+        app(grid, Context(1, 1, {}, RecordDict(), {}))
+    with pytest.raises(InputError, match=r"^'settings' in the run's config is not TOML: .*line 1"):
+        app(grid, Context(1, 1, {}, RecordDict(), {"settings": "seed = = 1"}))
+
+
+def test_the_initial_weights_are_those_of_the_seed(tmp_path):
+    weights = [trained(executor_grid(TABLE | {"seed": seed}), TABLE | {"seed": seed}, tmp_path) for seed in (3, 4)]
+    assert not any(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from fedtune import plugins, rng
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.flat_model import FlatModel
+from fedtune.server.trials import client_program, initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import resolve
+from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.pool import make_pool
+from fedtune.tuning.space import LogUniform, PowerOfTwo
+from fedtune_clients.local_sgd import HYPERPARAMETERS
+
+TABLE = {
+    "data": {"name": "digits"},
+    "client": {"learning_rate": 0.05, "epochs": 2},
+    "server": {"learning_rate": 0.5, "clip_factor": 0.0},
+    "space": {
+        "client": {"learning_rate": {"log_uniform": [1e-3, 1.0]}, "batch_size": {"power_of_two": [8, 128]}},
+        "server": {"momentum": {"choice": [0.0, 0.9]}, "learning_rate": {"log_uniform": [0.1, 10.0]}},
+    },
+}
+FIXED_CLIENT = {name: hp.default for name, hp in HYPERPARAMETERS.items()} | {"learning_rate": 0.05, "epochs": 2}
+FIXED_SERVER = {"learning_rate": 0.5, "momentum": 0.0, "decay": 0.0, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3}
+
+
+def hyperparameters(**change):
+    return resolve_hyperparameters(resolve([TABLE, change]))
+
+
+def test_fixed_values_are_completed_by_the_defaults():
+    found = hyperparameters()
+    assert found.client == FIXED_CLIENT
+    assert found.server == FIXED_SERVER
+    assert found.space.client == {"learning_rate": LogUniform(1e-3, 1.0), "batch_size": PowerOfTwo(8, 128)}
+    assert set(found.space.server) == {"momentum", "learning_rate"}
+
+
+def test_the_client_program_decides_what_is_known(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from fedtune.tuning.space import Hyperparameter\n"
+        "HYPERPARAMETERS = {'warmth': Hyperparameter(3, integer=True)}\n"
+        "def train(model, weights, examples, config, rng):\n    return weights\n"
+    )
+    settings = resolve([{"data": {"name": "digits"}, "client": {"name": str(program)}}])
+    assert client_program(settings) == str(program)
+    assert resolve_hyperparameters(settings).client == {"warmth": 3}
+    assert client_program(resolve([TABLE])) == "local_sgd"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"client": {"rate": 1.0}}, "unknown client hyperparameter 'client.rate'; known: client.batch_size, client."),
+        ({"client": {"momentum": 1.0}}, "client.momentum must be a finite number >= 0.0 and < 1.0, got 1.0"),
+        ({"client": {"epochs": 1.5}}, "client.epochs must be a whole number >= 1, got 1.5"),
+        ({"client": {"name": "sgd"}}, "unknown client program 'sgd'; known: local_sgd"),
+        ({"space": {"client": {"rate": {"uniform": [0, 1]}}}}, "unknown client hyperparameter 'rate'; known: "),
+        ({"space": {"server": {"rate": {"uniform": [0, 1]}}}}, "unknown server hyperparameter 'rate'; known: beta1, "),
+        ({"space": {"client": {"momentum": {"uniform": [0, 1]}}}}, "client hyperparameter outside its range in "),
+        ({"space": {"client": {"momentum": {"normal": [0, 1]}}}}, "unknown domain of space.client.momentum 'normal'"),
+    ],
+)
+def test_hyperparameters_that_are_not_allowed(change, said):
+    with pytest.raises(InputError) as raised:
+        hyperparameters(**change)
+    assert str(raised.value).startswith(said)
+    assert isinstance(raised.value, UnknownNameError) == said.startswith("unknown")
+
+
+def test_manual_is_the_fixed_values():
+    trial = make_draw("manual", 4, hyperparameters(), {})(0)
+    assert (trial.number, trial.server, trial.pool) == (0, FIXED_SERVER, ((FIXED_CLIENT,),))
+
+
+def test_fedex_weighs_a_pool_around_the_fixed_values():
+    trial = make_draw("fedex", 4, hyperparameters(), {"pool_size": 5, "perturbation": 0.2})(0)
+    settings = FedExSettings(pool_size=5, perturbation=0.2)
+    domains = {"learning_rate": LogUniform(1e-3, 1.0), "batch_size": PowerOfTwo(8, 128)}
+    assert trial.server == FIXED_SERVER
+    assert trial.pool == make_pool(settings, FIXED_CLIENT, domains, rng.stream(4, "pool", 0))
+    assert trial.pool[0][0] == FIXED_CLIENT
+    assert trial.num_configs == 5
+
+
+def test_a_product_has_a_factor_for_each_searched_hyperparameter():
+    trial = make_draw("fedex", 4, hyperparameters(), {"form": "product", "pool_size": 3})(0)
+    assert [set(factor[0]) for factor in trial.pool[1:]] == [{"batch_size"}, {"learning_rate"}]
+
+
+def test_a_search_draws_what_is_searched_and_keeps_the_rest():
+    trials = [make_draw("random", 4, hyperparameters(), {})(number) for number in range(30)]
+    for trial in trials:
+        ((client,),) = trial.pool
+        assert LogUniform(1e-3, 1.0).contains(client["learning_rate"])
+        assert PowerOfTwo(8, 128).contains(client["batch_size"])
+        assert client == FIXED_CLIENT | {name: client[name] for name in ("learning_rate", "batch_size")}
+        assert trial.server == FIXED_SERVER | {name: trial.server[name] for name in ("learning_rate", "momentum")}
+    assert [trial.number for trial in trials] == list(range(30))
+    assert len({trial.pool[0][0]["learning_rate"] for trial in trials}) == 30
+    assert len({trial.server["learning_rate"] for trial in trials}) == 30
+    # Two options, 30 draws: the chance that one never comes up is 2 / 2^30.
+    assert {trial.server["momentum"] for trial in trials} == {0.0, 0.9}
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_trial_n_has_the_same_centre_under_every_search(number):
+    trials = [
+        make_draw(tuner, 4, hyperparameters(), {})(number) for tuner in ("random", "asha", "random+fedex", "asha+fedex")
+    ]
+    assert len({(tuple(trial.server.items()), tuple(trial.pool[0][0].items())) for trial in trials}) == 1
+    assert [trial.num_configs for trial in trials] == [1, 1, 9, 9]
+    assert trials[2] == trials[3]
+
+
+def test_a_trial_depends_on_seed_and_number_only():
+    draw = make_draw("random+fedex", 4, hyperparameters(), {})
+    in_order = [draw(number) for number in (0, 1, 2)]
+    again = make_draw("random+fedex", 4, hyperparameters(), {})
+    assert [again(number) for number in (2, 0, 1)] == [in_order[2], in_order[0], in_order[1]]
+    assert make_draw("random+fedex", 5, hyperparameters(), {})(1) != in_order[1]
+
+
+def test_the_initial_weights_depend_on_the_seed_alone():
+    settings = resolve([TABLE])
+    spec = plugins.load_dataset({"name": "digits", "num_clients": 3}).spec
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = initial_weights(settings, spec, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(initial_weights(settings, spec, 0), first)
+    assert not torch.equal(initial_weights(settings, spec, 1), first)
+    assert first.shape == (FlatModel(plugins.make_model(settings.model, spec)).num_weights,)
