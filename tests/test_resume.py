@@ -130,7 +130,7 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
         while True:
             process = start(folder, *arguments, "--executor", ("serial", "pool")[kills % 2])
             with process.stderr:
-                if not kill_in_the_middle(process, folder, rng.uniform(0.0, 0.5)):
+                if not kill_in_the_middle(process, folder, rng.uniform(0.0, 2.0)):
                     assert process.wait() == 0, process.stderr.read().decode()
                     break
             kills += 1

@@ -5,6 +5,7 @@ Every model holds `nn.Dropout` layers with p = 0; local SGD sets p to the client
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,38 @@ def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
         nn.Dropout(0.0),
         nn.Linear(dense, spec.num_classes),
     )
+
+
+def lstm(spec: DatasetSpec, *, embedding: int = 8, hidden: int = 256, layers: int = 2) -> nn.Module:
+    """The stacked LSTM of McMahan et al. (2017) and LEAF, which predicts the next token; dropout after each layer.
+
+    Tokens are classes, 0 to num_classes - 1. Each layer has torch's two biases, of which only the sum matters.
+    """
+    if spec.input_kind != "token" or len(spec.input_shape) != 1:
+        raise InputError(
+            f"the model lstm needs rows of tokens, got inputs of kind {spec.input_kind!r} and shape {spec.input_shape}"
+        )
+    for option, value in {"embedding": embedding, "hidden": hidden, "layers": layers}.items():
+        _check_width(f"model.{option}", value)
+    return _LSTM(spec.num_classes, embedding, hidden, layers)
+
+
+class _LSTM(nn.Module):
+    def __init__(self, num_classes: int, embedding: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, embedding)
+        widths = [embedding] + [hidden] * layers
+        # One nn.LSTM a layer: a stack in one module would not heed the client's dropout.
+        self.layers = nn.ModuleList(nn.LSTM(*pair, batch_first=True) for pair in pairwise(widths))
+        self.dropouts = nn.ModuleList(nn.Dropout(0.0) for _ in range(layers))
+        self.output = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.embedding(x)
+        for layer, dropout in zip(self.layers[:-1], self.dropouts[:-1], strict=True):
+            states = dropout(layer(states)[0])
+        last = self.layers[-1](states)[0][:, -1]
+        return self.output(self.dropouts[-1](last))
 
 
 class _MaxPool(nn.Module):

@@ -2,8 +2,8 @@
 
 The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097): roles with two lines or fewer are left out, lines are joined
 by a space and runs of spaces are one, an example is 80 characters and the one that follows, at every position, and a
-client's parts follow each other in time. The first window of a part begins where the last one of the part before ends,
-so that no character is a label in one part and seen in another: 80 positions are skipped at each of the two cuts.
+client's parts follow each other in time. At each of the two cuts 80 positions are skipped, so that the first window of
+a part begins after the last label of the part before, and no two parts share a character.
 
 Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and are
 left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one, and
@@ -15,6 +15,7 @@ import string
 import tarfile
 import tomllib
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,9 @@ def load(
     _check_options(partition, num_clients, fraction, min_samples, max_samples)
     roles = _drawn(read_roles(prepare() / ARCHIVE), fraction, seed)
     if partition == "role":
-        texts = {name: encode(line for speech in spoken for line in speech.lines) for name, spoken in roles.items()}
-        texts = {name: text for name, text in texts.items() if len(text) >= SKIPPED + min_samples}
+        texts = _long_enough(roles, min_samples)
     else:
-        texts = _deal(roles, len(roles) if num_clients is None else num_clients, seed)
-    smallest = min(map(len, texts.values()), default=0) - SKIPPED
-    if smallest < min_samples:
-        raise InputError(
-            f"every client must have {min_samples} examples: num_clients, fraction or min_samples must be smaller, got "
-            f"{len(texts)} clients, the smallest with {max(0, smallest)}"
-        )
+        texts = _deal(roles, len(roles) if num_clients is None else num_clients, min_samples, seed)
     used = [text[: None if max_samples is None else SKIPPED + max_samples] for text in texts.values()]
     return FederatedDataset.from_text(
         np.concatenate(used),
@@ -133,14 +127,31 @@ def _drawn(roles: dict[str, list[Speech]], fraction: float, seed: int) -> dict[s
     return {name: said for number, (name, said) in enumerate(roles.items()) if number in drawn}
 
 
-def _deal(roles: dict[str, list[Speech]], num_clients: int, seed: int) -> dict[str, UInt8[np.ndarray, "_"]]:
-    """The texts of `num_clients` clients who get all speeches in random order, each about the same number of
-    characters."""
-    said = [" ".join(speech.lines) for speeches_ in roles.values() for speech in speeches_]
-    shuffled = [said[number] for number in rng.stream(seed, "partition").permutation(len(said))]
+def _long_enough(roles: dict[str, list[Speech]], min_samples: int) -> dict[str, UInt8[np.ndarray, "_"]]:
+    """The texts of the roles that have min_samples examples."""
+    texts = {name: encode(line for speech in said for line in speech.lines) for name, said in roles.items()}
+    chosen = {name: text for name, text in texts.items() if len(text) - SKIPPED >= min_samples}
+    if not chosen:
+        most = max(map(len, texts.values())) - SKIPPED
+        raise InputError(f"min_samples must be at most {most}, the most that a role has, got {min_samples}")
+    return chosen
+
+
+def _deal(
+    roles: dict[str, list[Speech]], num_clients: int, min_samples: int, seed: int
+) -> dict[str, UInt8[np.ndarray, "_"]]:
+    """The texts of clients who get the roles' speeches in random order, each about the same number of characters."""
+    spoken = [" ".join(speech.lines) for said in roles.values() for speech in said]
+    shuffled = [spoken[number] for number in rng.stream(seed, "partition").permutation(len(spoken))]
     ends = np.cumsum([len(speech) for speech in shuffled])
-    cuts = np.searchsorted(ends, ends[-1] * np.arange(num_clients + 1) / num_clients)
-    return {str(client): encode(shuffled[cuts[client] : cuts[client + 1]]) for client in range(num_clients)}
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(num_clients + 1) / num_clients, side="right")
+    texts = {str(client): encode(shuffled[start:stop]) for client, (start, stop) in enumerate(pairwise(cuts))}
+    if (smallest := min(map(len, texts.values())) - SKIPPED) < min_samples:
+        raise InputError(
+            f"num_clients must be small enough to give each {min_samples} examples, got {num_clients}, with which one "
+            f"gets {max(0, smallest)}"
+        )
+    return texts
 
 
 def _split_in_time(num_characters: Int64[np.ndarray, "client"]) -> Int64[np.ndarray, "client 3 2"]:

@@ -74,7 +74,7 @@ class FedTuneStrategy(Strategy):
         clients = self._cohort(server_round, len(all_nodes))
         nodes = [all_nodes[client] for client in clients]
         draws = rng.stream(self.seed, "fedex", self.trial.number, server_round)
-        drawn = fedex.draw(self.fedex_state, self.fedex_settings, draws, len(nodes))[::-1].copy()  # 4
+        drawn = fedex.draw(self.fedex_state, self.fedex_settings, draws, len(nodes))  # 4
         self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
         return [
             Message(

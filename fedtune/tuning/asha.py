@@ -59,7 +59,8 @@ class ASHA:
 
     def promote(self) -> Job | None:
         """The job of the trial that may go on, from the highest rung that has one."""
-        for k in reversed(range(len(self._rungs) - (not self.infinite_horizon))):  # 13
+        promoting = self._rungs if self.infinite_horizon else self._rungs[:-1]
+        for k in reversed(range(len(promoting))):  # 13
             number = self._rungs[k].promote()  # 14, 15
             if number is not None:  # 16
                 return self._start(self._trials[number], k + 1)  # 17

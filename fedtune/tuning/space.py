@@ -1,7 +1,9 @@
 """Search spaces: what values a hyperparameter may take, how one is drawn, and how one is moved a little.
 
 A configuration maps hyperparameter names to plain floats and ints. Every domain can `sample` a value, `perturb` one,
-`clip` one to the nearest it allows, and say whether it `contains` one. Perturbing moves by at most a fraction of the
+`clip` one to the nearest it allows, and say whether it `contains` one; `to_unit` and `from_unit` map it to [0, 1] and
+back on its own scale, where each of finitely many values has an equal share of [0, 1] and sits in the middle of it.
+Perturbing moves by at most a fraction of the
 range on the domain's own scale, and first clips a value that lies outside, so that the result is always inside.
 
 The spaces at the end are those of Khodak et al., NeurIPS 2021 (arXiv 2106.04502). Departure: momentum stops at 0.999,
@@ -102,6 +104,12 @@ class Uniform:
     def clip(self, value: Number) -> float:
         return float(min(max(value, self.low), self.high))
 
+    def to_unit(self, value: Number) -> float:
+        return (self.clip(value) - self.low) / (self.high - self.low)
+
+    def from_unit(self, unit: float) -> float:
+        return self.clip(self.low + unit * (self.high - self.low))
+
     def contains(self, value: Number) -> bool:
         return self.clip(value) == value
 
@@ -129,6 +137,12 @@ class LogUniform:
     def clip(self, value: Number) -> float:
         return float(min(max(value, self.low), self.high))
 
+    def to_unit(self, value: Number) -> float:
+        return (math.log(self.clip(value)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+
+    def from_unit(self, unit: float) -> float:
+        return self.clip(math.exp(math.log(self.low) + unit * (math.log(self.high) - math.log(self.low))))
+
     def contains(self, value: Number) -> bool:
         return self.clip(value) == value
 
@@ -153,6 +167,12 @@ class Integer:
 
     def clip(self, value: Number) -> int:
         return round(min(max(value, self.low), self.high))
+
+    def to_unit(self, value: Number) -> float:
+        return _middle(self.clip(value) - self.low, self.high - self.low + 1)
+
+    def from_unit(self, unit: float) -> int:
+        return self.low + _share(unit, self.high - self.low + 1)
 
     def contains(self, value: Number) -> bool:
         return self.clip(value) == value
@@ -182,6 +202,16 @@ class PowerOfTwo:
         """The nearest power by ratio."""
         return 1 << round(math.log2(min(max(value, self.low), self.high)))
 
+    def to_unit(self, value: Number) -> float:
+        return _middle(self.clip(value).bit_length() - self.low.bit_length(), self._num_values)
+
+    def from_unit(self, unit: float) -> int:
+        return self.low << _share(unit, self._num_values)
+
+    @property
+    def _num_values(self) -> int:
+        return self.high.bit_length() - self.low.bit_length() + 1
+
     def contains(self, value: Number) -> bool:
         return self.clip(value) == value
 
@@ -205,6 +235,12 @@ class Choice:
 
     def clip(self, value: Number) -> Number:
         return min(self.options, key=lambda option: abs(option - value))
+
+    def to_unit(self, value: Number) -> float:
+        return _middle(self.options.index(self.clip(value)), len(self.options))
+
+    def from_unit(self, unit: float) -> Number:
+        return self.options[_share(unit, len(self.options))]
 
     def contains(self, value: Number) -> bool:
         return value in self.options
@@ -285,6 +321,16 @@ def _whole_step(width: int, rng: np.random.Generator, fraction: float) -> int:
     """
     reach = math.ceil(fraction * width)
     return int(rng.integers(-reach, reach, endpoint=True))
+
+
+def _middle(index: int, size: int) -> float:
+    """The middle of the index-th of `size` equal shares of [0, 1]."""
+    return (index + 0.5) / size
+
+
+def _share(unit: float, size: int) -> int:
+    """Which of `size` equal shares of [0, 1] a number lies in."""
+    return min(int(unit * size), size - 1)
 
 
 FEDEX_CLIENT_SPACE: dict[str, Domain] = {

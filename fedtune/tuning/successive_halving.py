@@ -15,9 +15,9 @@ R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_r
 place for a trial is free while every job of the brackets that were opened runs or waits for others, a new bracket is
 opened; the oldest bracket that has a job goes first (section 3.3.1).
 
-Departures: line 3 has > in the text, which its own example (n = 9, r = 1, R = 9, eta = 3) fails. Nobody is cut after the
-last rung. R / r must be a power of eta, so that the last rung is R itself. A trial whose error is not finite does not
-go on, even where too few others did better.
+Departures: line 3 has > in the text, which its own example (n = 9, r = 1, R = 9, eta = 3) fails. Nobody is cut after
+the last rung. R / r must be a power of eta, so that the last rung is R itself. A trial whose error is not finite does
+not go on, even where too few others did better.
 """
 
 import math

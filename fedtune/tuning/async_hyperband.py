@@ -1,0 +1,139 @@
+"""Asynchronous Hyperband: brackets of ASHA that differ in how early they stop (thesis, sections 3.3.2 and 3.5.1).
+
+The user gives n, the number of configurations, and R, the rounds of one; the rest has defaults:
+
+    eta = 4;  r = R / 256, five rungs;  brackets s = 0, 1, 2, bracket s with a base rung of r eta^s rounds
+    mean resource of a configuration in bracket s, if nobody is promoted wrongly:  (number of rungs) R / eta^(s_max - s)
+    n is shared in inverse proportion to it: 12/17, 15/68 and 5/68, each rounded down, the remainder to the first
+
+The brackets are filled one after another, and whoever can be promoted in any of them goes first: so only the last one's
+end ever waits. Without n the brackets are looped through for ever (section 3.3.2), a pass drawing as many
+configurations into each as Hyperband would; a bracket keeps its rungs from pass to pass, and its later promotions are
+the better for it (section 3.5.4).
+
+Modes: `standard` runs the more aggressive half of the brackets, rounded up, `aggressive` only the first, `conservative`
+all, down to random search (which brackets these two run, the text leaves open).
+
+Filled in: R / 256 is seldom whole. So r is the smallest whole number of rounds for which R / r is a power of eta, but
+there are no more than five rungs: 1 for R = 64, 4 for R = 1024; `min_rounds` sets another. Where n is too small for
+some bracket to be sure of training anybody for R rounds, that is an error before the run. (The text prints the shares
+as 70.5, 22.1 and 7.1 %, which don't add up.)
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import count
+
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.tuning.asha import ASHA
+from fedtune.tuning.hyperband import bracket_plans
+from fedtune.tuning.rungs import default_min_rounds, num_halvings, rung_rounds
+from fedtune.tuning.space import checked_number
+from fedtune.tuning.trial import Draw, Job
+
+MODES = ("aggressive", "standard", "conservative")
+MOST_RUNGS = 5
+
+
+class AsyncHyperband:
+    """A tuner that runs several brackets of ASHA; `widths` is how many configurations a pass draws into each."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        max_rounds: int,
+        num_configs: int | None = None,
+        min_rounds: int | None = None,
+        reduction_factor: int = 4,
+        mode: str = "standard",
+    ) -> None:
+        if min_rounds is None:
+            min_rounds = few_rungs_min_rounds(max_rounds, reduction_factor)
+        rounds = rung_rounds(max_rounds, min_rounds, reduction_factor)
+        num_brackets = how_many_brackets(mode, len(rounds))
+        if num_configs is None:
+            plans = bracket_plans(rounds, reduction_factor)[:num_brackets]
+            self.widths = [plan.num_configs for plan in plans]
+        else:
+            checked_number("num_configs", num_configs, low=1, integer=True)
+            check_enough(num_configs, len(rounds), reduction_factor, num_brackets)
+            self.widths = shares(num_configs, len(rounds), reduction_factor, num_brackets)
+        draws = map(draw, count())
+        self._brackets = [
+            ASHA(lambda _: next(draws), max_rounds, min_rounds, reduction_factor, s, width)
+            for s, width in enumerate(self.widths)
+        ]
+        self._turns = self._passes(1 if num_configs is not None else None)
+        self._filling = next(self._turns)
+        self._bracket_of: dict[int, ASHA] = {}  # by the number of the trial
+
+    def ask(self) -> Job | None:
+        """The next job; None once n configurations are drawn and nobody can be promoted."""
+        for bracket in self._brackets:
+            job = bracket.promote()
+            if job is not None:
+                return job
+        return self._grow()
+
+    def tell(self, job: Job, error: float) -> None:
+        """Enter a job's error in its bracket."""
+        self._bracket_of.get(job.trial.number, self._brackets[0]).tell(job, error)
+
+    def _grow(self) -> Job | None:
+        """The job of a new trial in the bracket that is being filled, or in the next one if that is full."""
+        job = self._filling.grow()
+        if job is None:
+            bracket = next(self._turns, None)
+            if bracket is None:
+                return None
+            self._filling = bracket
+            job = bracket.grow()
+            assert job is not None
+        self._bracket_of[job.trial.number] = self._filling
+        return job
+
+    def _passes(self, num_passes: int | None) -> Iterator[ASHA]:
+        """The brackets in turn, each with room for a pass more; None is passes without end."""
+        for passed in count() if num_passes is None else range(num_passes):
+            for bracket, width in zip(self._brackets, self.widths, strict=True):
+                bracket.num_configs = (passed + 1) * width
+                yield bracket
+
+
+def few_rungs_min_rounds(max_rounds: int, reduction_factor: int) -> int:
+    """The smallest whole r for which R / r is a power of eta and there are no more than five rungs."""
+    checked_number("max_rounds", max_rounds, low=1, integer=True)
+    checked_number("reduction_factor", reduction_factor, low=2, integer=True)
+    min_rounds = default_min_rounds(max_rounds, reduction_factor)
+    while num_halvings(max_rounds, min_rounds, reduction_factor) >= MOST_RUNGS:
+        min_rounds *= reduction_factor
+    return min_rounds
+
+
+def how_many_brackets(mode: str, num_rungs: int) -> int:
+    """How many of the brackets a mode runs, of as many as there are rungs: 1, 3 and 5 of five."""
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    return {"aggressive": 1, "standard": (num_rungs + 1) // 2, "conservative": num_rungs}[mode]
+
+
+def shares(num_configs: int, num_rungs: int, reduction_factor: int, num_brackets: int) -> list[int]:
+    """How many of n configurations each bracket gets, so that all are expected to train for equally many rounds."""
+    inverse = [Fraction(reduction_factor ** (num_rungs - s - 1), num_rungs - s) for s in range(num_brackets)]
+    widths = [int(num_configs * each / sum(inverse)) for each in inverse]
+    return [num_configs - sum(widths[1:]), *widths[1:]]
+
+
+def check_enough(num_configs: int, num_rungs: int, reduction_factor: int, num_brackets: int) -> None:
+    """Raises InputError where n is too small for a bracket to be sure of training a configuration for R rounds."""
+
+    def too_narrow(n: int) -> list[int]:
+        widths = shares(n, num_rungs, reduction_factor, num_brackets)
+        return [s for s, width in enumerate(widths) if width < reduction_factor ** (num_rungs - s - 1)]
+
+    if too_narrow(num_configs):
+        enough = next(n for n in count(num_configs) if not too_narrow(n))
+        raise InputError(
+            f"num_configs must be >= {enough} for each of {num_brackets} brackets to train one to max_rounds, "
+            f"got {num_configs}; a larger min_rounds needs fewer"
+        )

@@ -1,0 +1,180 @@
+"""BOHB: Hyperband whose configurations come from a model (Falkner, Klein and Hutter, ICML 2018, Algorithm 2).
+
+    input: observations D, fraction of random runs rho, percentile q, number of samples N_s,
+           minimum number of points N_min to build a model, bandwidth factor b_w
+     1  if rand() < rho: return a random configuration
+     2  b = argmax {D_b : |D_b| >= N_min + 2}                          the largest resource with enough observations
+     3  if there is none: return a random configuration
+     4  fit l to the best N_l = max(N_min, q |D_b|), and g to the worst N_g = max(N_min, |D_b| - N_l)
+     5  draw N_s samples according to l'                               l with its bandwidths times b_w
+     6  return the sample with the highest ratio l(x) / g(x)
+
+with rho = 1/3, q = 15 %, N_s = 64, b_w = 3 and N_min = d + 1 for d searched hyperparameters, as in the paper. l and g
+are kernel densities over configurations mapped to [0, 1]^d: a product of one kernel a dimension, Gaussian, and for the
+options of a choice that of Aitchison and Aitken, which stays with probability 1 - b and else moves to any other. The
+bandwidth is b = 1.06 sigma N^(-1 / (4 + d)) in each dimension, and at least 1e-3.
+
+Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last; a choice of c options
+has b <= (c - 1) / c, where it has forgotten where it was. Trial n is the same as random search's trial n unless the
+model chose it. A decision of the model costs time in proportion to |D_b|, unlike those of the other tuners.
+"""
+
+import math
+from bisect import insort
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedtune import rng
+from fedtune.tuning.hyperband import hyperband
+from fedtune.tuning.rungs import Key
+from fedtune.tuning.space import Choice, Config, Domain, SearchSpace
+from fedtune.tuning.trial import Draw, Job, Trial, rank_key
+
+RANDOM_FRACTION = 1 / 3
+GOOD_FRACTION = 0.15
+NUM_SAMPLES = 64
+BANDWIDTH_FACTOR = 3.0
+MIN_BANDWIDTH = 1e-3
+
+Compose = Callable[[int, Config, Config], Trial]  # the trial of a number, and of the searched server and client values
+
+
+class BOHB:
+    """A tuner that runs Hyperband over configurations that a model of the errors so far proposes."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        compose: Compose,
+        space: SearchSpace,
+        seed: int,
+        max_rounds: int,
+        min_rounds: int | None = None,
+        reduction_factor: int = 3,
+    ) -> None:
+        self._draw = draw
+        self._compose = compose
+        self._server, self._client = _several_values(space.server), _several_values(space.client)
+        domains = [*self._server.values(), *self._client.values()]
+        self._num_options = np.array([len(each.options) if isinstance(each, Choice) else 0 for each in domains], int)
+        self._seed = seed
+        self._observations: dict[int, list[tuple[Key, list[float]]]] = {}  # by rounds, the best first
+        self._hyperband = hyperband(self._propose, max_rounds, min_rounds, reduction_factor)
+
+    def ask(self) -> Job:
+        """Hyperband's next job."""
+        return self._hyperband.ask()
+
+    def tell(self, job: Job, error: float) -> None:
+        """Enter a job's error in its bracket and in the model."""
+        self._hyperband.tell(job, error)
+        observation = rank_key(error, job.trial.number), self._to_unit(job.trial)
+        insort(self._observations.setdefault(job.rounds, []), observation)
+
+    def _propose(self, number: int) -> Trial:
+        """Algorithm 2."""
+        draws = rng.stream(self._seed, "bohb", number)
+        if draws.random() < RANDOM_FRACTION:  # 1
+            return self._draw(number)
+        num_points = len(self._num_options) + 3
+        rounds = max((b for b, points in self._observations.items() if len(points) >= num_points), default=None)  # 2
+        if rounds is None or not len(self._num_options):  # 3
+            return self._draw(number)
+        points = np.array([point for _, point in self._observations[rounds]])
+        proposed = propose(points, self._num_options, draws)
+        return self._compose(number, *self._from_unit(proposed.tolist()))
+
+    def _to_unit(self, trial: Trial) -> list[float]:
+        server, client = trial.server, trial.pool[0][0]
+        return [
+            *(domain.to_unit(server[name]) for name, domain in self._server.items()),
+            *(domain.to_unit(client[name]) for name, domain in self._client.items()),
+        ]
+
+    def _from_unit(self, point: list[float]) -> tuple[Config, Config]:
+        units = iter(point)
+        server = {name: domain.from_unit(next(units)) for name, domain in self._server.items()}
+        return server, {name: domain.from_unit(next(units)) for name, domain in self._client.items()}
+
+
+def propose(
+    points: Float[np.ndarray, "point dimension"], num_options: Int[np.ndarray, " dimension"], draws: np.random.Generator
+) -> Float[np.ndarray, " dimension"]:
+    """Lines 4 to 6, given the observed configurations from the best to the worst.
+
+    `num_options` says how many options a dimension has, and is 0 for one with a scale.
+    """
+    fewest = len(num_options) + 1
+    num_good = max(fewest, int(GOOD_FRACTION * len(points)))
+    good, bad = points[:num_good], points[-max(fewest, len(points) - num_good) :]
+    width, width_bad = bandwidths(good, num_options), bandwidths(bad, num_options)  # 4
+    samples = sample_around(good, BANDWIDTH_FACTOR * width, num_options, draws)  # 5
+    ratio = log_density(samples, good, width, num_options) - log_density(samples, bad, width_bad, num_options)
+    best: np.ndarray = samples[ratio.argmax()]  # 6
+    return best
+
+
+def bandwidths(
+    points: Float[np.ndarray, "point dimension"], num_options: Int[np.ndarray, " dimension"]
+) -> Float[np.ndarray, " dimension"]:
+    """The normal-reference rule."""
+    num_points, dimension = points.shape
+    return _capped(1.06 * points.std(axis=0) * num_points ** (-1 / (4 + dimension)), num_options)
+
+
+def log_density(
+    x: Float[np.ndarray, "sample dimension"],
+    points: Float[np.ndarray, "point dimension"],
+    width: Float[np.ndarray, " dimension"],
+    num_options: Int[np.ndarray, " dimension"],
+) -> Float[np.ndarray, " sample"]:
+    """The logarithm of the kernel density around the points."""
+    log_kernel = np.zeros((len(x), len(points)))
+    for i, (b, options) in enumerate(zip(width.tolist(), num_options.tolist(), strict=True)):
+        distance = x[:, i, None] - points[:, i]  # (sample, point)
+        if options:
+            log_kernel += np.where(distance == 0, math.log1p(-b), math.log(b / (options - 1)))
+        else:
+            log_kernel -= (distance / b) ** 2 / 2 + math.log(b * math.sqrt(2 * math.pi))
+    highest = log_kernel.max(axis=1)
+    log_mean: np.ndarray = highest + np.log(np.exp(log_kernel - highest[:, None]).mean(axis=1))
+    return log_mean
+
+
+def sample_around(
+    points: Float[np.ndarray, "point dimension"],
+    width: Float[np.ndarray, " dimension"],
+    num_options: Int[np.ndarray, " dimension"],
+    draws: np.random.Generator,
+) -> Float[np.ndarray, "sample dimension"]:
+    """Samples of the kernel density, truncated to [0, 1]."""
+    samples = points[draws.integers(len(points), size=NUM_SAMPLES)]
+    for i, (b, options) in enumerate(zip(_capped(width, num_options).tolist(), num_options.tolist(), strict=True)):
+        centre = samples[:, i].copy()
+        if options:
+            step = np.where(draws.random(NUM_SAMPLES) < b, draws.integers(1, options, size=NUM_SAMPLES), 0)
+            samples[:, i] = (np.floor(centre * options) + step) % options / options + 0.5 / options
+            continue
+        outside = np.ones(NUM_SAMPLES, bool)
+        while outside.any():
+            samples[outside, i] = draws.normal(centre[outside], b)
+            outside = (samples[:, i] < 0) | (samples[:, i] > 1)
+    return samples
+
+
+def _capped(
+    width: Float[np.ndarray, " dimension"], num_options: Int[np.ndarray, " dimension"]
+) -> Float[np.ndarray, " dimension"]:
+    most = np.where(num_options > 0, 1 - 1 / np.maximum(num_options, 1), np.inf)
+    return np.clip(width, MIN_BANDWIDTH, most)
+
+
+def _several_values(domains: Mapping[str, Domain]) -> dict[str, Domain]:
+    """The domains that leave something to choose, by name."""
+    return {
+        name: domain
+        for name, domain in sorted(domains.items())
+        if not (isinstance(domain, Choice) and len(domain.options) == 1)
+    }

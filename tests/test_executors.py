@@ -1,0 +1,397 @@
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from multiprocessing.connection import wait
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.flat_model import FlatModel
+from fedtune.simulation.executors import num_workers
+from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
+from fedtune_clients.models import mlp
+
+MODEL = {"name": "mlp", "hidden": [8]}
+SETTINGS = MachineSettings(MODEL, "local_sgd", "cpu")
+SIZES = (12, 200, 31, 90, 55, 400, 17, 60)
+CONFIG = {
+    **{"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "batch_size": 8, "epochs": 2},
+    **{"dropout": 0.3, "proximal_mu": 0.1},
+}
+
+# Local SGD, and what else a client program may do, by its configuration.
+PROGRAM = '''
+import os, sys, time
+from pathlib import Path
+
+from fedtune_clients import local_sgd
+
+HYPERPARAMETERS = local_sgd.HYPERPARAMETERS
+MARK = Path(__file__).with_name("mark")
+
+
+def train(model, weights, examples, config, rng):
+    config = dict(config)
+    if config.pop("raise", 0):
+        raise ValueError("no luck")
+    if config.pop("leave", 0):
+        sys.exit("farewell")
+    if config.pop("die", 0):
+        os._exit(3)
+    if config.pop("hang once", 0) and not MARK.exists():
+        part = MARK.with_suffix(".part")
+        part.write_text(str(os.getpid()))
+        part.rename(MARK)
+        time.sleep(600)
+    if config.pop("hang", 0):
+        print("training", flush=True)
+        time.sleep(600)
+    return local_sgd.train(model, weights, examples, config, rng)
+'''
+
+SCRIPT = '''
+import sys
+
+import numpy as np
+import torch
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.tasks import TrainTask
+
+y = np.arange(30) % 3
+dataset = FederatedDataset.from_clients({"a": (np.eye(3)[y], y)}, name="made up", num_classes=3)
+executor = PoolExecutor(MachineSettings({"name": "logistic"}, PROGRAM, "cpu"), dataset, 2)
+try:
+    ticket = executor.submit(torch.zeros(12), [TrainTask(0, CONFIG, seed) for seed in range(2)])
+    while not executor.finished(ticket):
+        executor.step()
+    print(len(executor.collect(ticket)), "done")
+finally:
+    executor.close()
+'''
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    clients = {str(n): (rng.integers(0, 256, (n, 5), dtype=np.uint8), rng.integers(0, 3, n)) for n in SIZES}
+    return FederatedDataset.from_clients(clients, name="made up", num_classes=3, scale=1 / 255)
+
+
+@pytest.fixture(scope="module")
+def weights(dataset):
+    torch.manual_seed(0)
+    return FlatModel(mlp(dataset.spec, hidden=MODEL["hidden"])).flat.clone()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """The settings of machines that run PROGRAM."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return MachineSettings(MODEL, str(tmp_path / "program.py"), "cpu")
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-workers")
+def pool(request, dataset):
+    with closing(PoolExecutor(SETTINGS, dataset, request.param)) as executor:
+        yield executor
+
+
+def batches(weights):
+    """Pairs (weights, tasks), of every kind."""
+    clients = range(len(SIZES))
+    return [
+        (weights, [TrainTask(client, CONFIG, seed=client) for client in clients]),
+        (-weights, [TrainTask(client, CONFIG | {"dropout": 0.0}, seed=9, error_before=True) for client in (5, 0, 1)]),
+        (weights, [EvaluateTask((0, 3, 1)), EvaluateTask((5,)), EvaluateTask((2, 4))]),
+        (weights + 1, [PersonaliseTask(client, CONFIG, seed=client) for client in reversed(clients)]),
+    ]
+
+
+def kept(result):
+    """The result in memory of its own."""
+    return (result.weights.tolist(), result.metrics) if isinstance(result, Update) else result
+
+
+def run(executor, jobs):
+    """What becomes of batches that are all in flight at once, the last one first in the executor's order."""
+    tickets = [executor.submit(*job, order=-number) for number, job in enumerate(jobs)]
+    results = []
+    for ticket in tickets:
+        while not executor.finished(ticket):
+            executor.step()
+        results.append([kept(result) for result in executor.collect(ticket)])
+        executor.release(ticket)
+    return results
+
+
+def run_serially(settings, dataset, jobs):
+    with closing(SerialExecutor(settings, dataset)) as executor:
+        return run(executor, jobs)
+
+
+def make_chunks(executor, weights):
+    """Lets the pool learn how long tasks take, from when on it sends several at a time."""
+    run(executor, [(weights, [EvaluateTask((client,)) for client in range(len(SIZES))])])
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+def test_the_pool_gives_the_serial_executors_bits_whatever_the_order_of_submission(pool, dataset, weights, turn):
+    jobs = batches(weights)
+    expected = run_serially(SETTINGS, dataset, jobs)
+    for _ in range(2):  # the second time in memory that was used before
+        jobs, expected = jobs[turn:] + jobs[:turn], expected[turn:] + expected[:turn]
+        assert run(pool, jobs) == expected
+
+
+def test_results_are_those_of_the_tasks_in_their_order(pool, dataset, weights):
+    train, before, evaluate, personalise = run(pool, batches(weights))
+    num_train, num_validation = dataset.num_examples("train").tolist(), dataset.num_examples("validation").tolist()
+    assert [metrics["num_train"] for _, metrics in train] == num_train
+    assert [metrics["num_train"] for _, metrics in before] == [num_train[client] for client in (5, 0, 1)]
+    sizes = [[metrics["num_validation"] for metrics in task] for task in evaluate]
+    assert sizes == [[num_validation[client] for client in task] for task in ((0, 3, 1), (5,), (2, 4))]
+    assert [metrics["num_validation"] for (metrics,) in personalise] == num_validation[::-1]
+
+
+def test_a_result_does_not_depend_on_the_tasks_around_it(dataset, weights):
+    (job, *_) = batches(weights)
+    (together,) = run_serially(SETTINGS, dataset, [job])
+    alone = [run_serially(SETTINGS, dataset, [(weights, [task])])[0][0] for task in job[1]]
+    assert together == alone
+
+
+def test_weights_may_change_once_the_pool_has_them(pool, dataset, weights):
+    (expected,) = run_serially(SETTINGS, dataset, [(weights, [EvaluateTask((0,))])])
+    mine = weights.clone()
+    ticket = pool.submit(mine, [EvaluateTask((0,))])
+    mine.zero_()
+    while not pool.finished(ticket):
+        pool.step()
+    assert pool.collect(ticket) == expected
+
+
+def addresses(executor, weights, num_tasks):
+    """A ticket for a finished batch of training tasks, and where its updates lie."""
+    ticket = executor.submit(weights, [TrainTask(client, CONFIG, 1) for client in range(num_tasks)])
+    while not executor.finished(ticket):
+        executor.step()
+    return ticket, {result.weights.data_ptr() for result in executor.collect(ticket)}
+
+
+def test_memory_is_used_again_once_it_is_released_and_no_sooner(pool, weights):
+    first, first_addresses = addresses(pool, weights, 3)
+    second, second_addresses = addresses(pool, weights, 3)
+    assert not first_addresses & second_addresses
+    pool.release(first)
+    third, third_addresses = addresses(pool, weights, 3)
+    assert third_addresses == first_addresses
+    pool.release(second)
+    assert addresses(pool, weights, 2)[1] < second_addresses
+    pool.release(third)
+
+
+def test_a_batch_takes_the_smallest_memory_that_holds_it(pool, weights):
+    tickets = [addresses(pool, weights, num_tasks) for num_tasks in (8, 2, 5)]
+    for ticket, _ in tickets:
+        pool.release(ticket)
+    assert addresses(pool, weights, 1)[1] < tickets[1][1]
+    assert addresses(pool, weights, 4)[1] < tickets[2][1]
+    assert addresses(pool, weights, 8)[1] == tickets[0][1]
+
+
+@pytest.mark.parametrize("make", [SerialExecutor, lambda *arguments: PoolExecutor(*arguments, 2)])
+def test_a_step_without_work_returns(make, dataset, weights):
+    with closing(make(SETTINGS, dataset)) as executor:
+        executor.step()
+        ticket = executor.submit(weights, [EvaluateTask((0,))])
+        while not executor.finished(ticket):
+            executor.step()
+        executor.step()
+
+
+@pytest.mark.parametrize("what", ["raise", "leave"])
+def test_a_client_program_that_raises_or_exits_is_a_failure_of_its_client(program, dataset, weights, what):
+    clumsy = CONFIG | {what: 1}
+    jobs = [(weights, [TrainTask(0, CONFIG, 1), TrainTask(1, clumsy, 1), PersonaliseTask(2, clumsy, 1)])]
+    ((good, *failures),) = run_serially(program, dataset, jobs)
+    with closing(PoolExecutor(program, dataset, 2)) as executor:
+        assert run(executor, jobs) == [[good, *failures]]
+    assert run_serially(SETTINGS, dataset, [(weights, jobs[0][1][:1])]) == [[good]]
+    reason = {"raise": "ValueError: no luck", "leave": "SystemExit: farewell"}[what]
+    for client, failure in zip((1, 2), failures, strict=True):
+        assert isinstance(failure, Failure)
+        assert failure.message.startswith(f"client {client} with {clumsy}: {reason} ({program.client}:")
+
+
+def test_an_evaluation_that_raises_is_a_failure(tmp_path, dataset, weights):
+    code = "from torch import nn\ndef make(spec): return nn.Linear(5, 3)\n"  # takes no integers
+    (tmp_path / "model.py").write_text(code)
+    settings = MachineSettings({"name": f"{tmp_path}/model.py:make"}, "local_sgd", "cpu")
+    jobs = [(torch.zeros(17), [EvaluateTask((0, 1))])]  # 18 weights are needed
+    ((failure,),) = expected = run_serially(settings, dataset, jobs)
+    assert failure.message.startswith("evaluating clients 0, 1: RuntimeError: ")
+    with closing(PoolExecutor(settings, dataset, 1)) as executor:
+        assert run(executor, jobs) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_kills_its_worker_twice_is_lost_and_no_other(program, dataset, weights, workers):
+    deadly = CONFIG | {"die": 1}
+    tasks = [TrainTask(seed % len(SIZES), deadly if seed in (4, 11) else CONFIG, seed) for seed in range(16)]
+    with closing(PoolExecutor(program, dataset, workers)) as executor:
+        make_chunks(executor, weights)
+        (results,) = run(executor, [(weights, tasks)])
+    (expected,) = run_serially(program, dataset, [(weights, [task for task in tasks if task.config == CONFIG])])
+    for seed in (11, 4):
+        message = f"client {seed % len(SIZES)} with {deadly}: ended its worker process twice, exit code 3"
+        assert results.pop(seed) == Failure(message)
+    assert results == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_replaced_and_its_work_done_again(tmp_path, program, dataset, weights, workers):
+    slow = CONFIG | {"hang once": 1}
+    jobs = [(weights, [TrainTask(client, slow if client == 3 else CONFIG, 5) for client in range(len(SIZES))])]
+    mark = tmp_path / "mark"
+
+    def kill():
+        while not mark.exists():
+            time.sleep(0.01)
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with closing(PoolExecutor(program, dataset, workers)) as executor:
+        results = run(executor, jobs)
+        pids = {process.pid for process in multiprocessing.active_children()}
+    thread.join()
+    assert results == run_serially(program, dataset, jobs)  # there is a mark now, so it does not hang
+    assert len(pids) == workers
+    assert int(mark.read_text()) not in pids
+
+
+def test_workers_that_die_idle_are_replaced_wherever_the_parent_now_works(tmp_path, dataset, weights, monkeypatch):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    settings = MachineSettings(MODEL, "program.py", "cpu")
+    expected = run_serially(settings, dataset, batches(weights))
+    with closing(PoolExecutor(settings, dataset, 2)) as executor:
+        make_chunks(executor, weights)
+        monkeypatch.chdir("/")
+        for _ in range(2):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+                wait([process.sentinel])
+            assert run(executor, batches(weights)) == expected
+
+
+def test_a_worker_that_ends_before_it_is_ready_is_an_error(tmp_path, dataset, weights):
+    (tmp_path / "model.py").write_text("import os\ndef make(spec): os._exit(7)\n")
+    settings = MachineSettings({"name": f"{tmp_path}/model.py:make"}, "local_sgd", "cpu")
+    with closing(PoolExecutor(settings, dataset, 2)) as executor:
+        with pytest.raises(RuntimeError, match="^worker processes end before they are ready, exit code 7$"):
+            run(executor, batches(weights))
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path, dataset, weights):
+    (tmp_path / "model.py").write_text("def make(spec): raise ValueError('no such layer')\n")
+    settings = MachineSettings({"name": f"{tmp_path}/model.py:make"}, "local_sgd", "cpu")
+    with closing(PoolExecutor(settings, dataset, 2)) as executor:
+        with pytest.raises(RuntimeError, match="^a worker process can't start: ValueError: no such layer$"):
+            run(executor, batches(weights))
+
+
+def test_long_messages_in_both_directions_do_not_lock(program, dataset, weights):
+    # A task of half a megabyte, and a failure that repeats it: more than a pipe holds.
+    config = {f"a rather long name {number}": 1.0 for number in range(20_000)} | {"raise": 1}
+    jobs = [(weights, [TrainTask(0, config, seed) for seed in range(12)])]
+    with closing(PoolExecutor(program, dataset, 1)) as executor:
+        make_chunks(executor, weights)
+        (results,) = run(executor, jobs)
+    assert all(str(config) in failure.message for failure in results)
+
+
+def test_closing_leaves_neither_processes_nor_descriptors(program, dataset, weights):
+    PoolExecutor(SETTINGS, dataset, 1).close()  # what stays for all pools is there now
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    executor = PoolExecutor(program, dataset, 2)
+    run(executor, batches(weights))
+    run(executor, [(weights, [TrainTask(0, CONFIG | {"die": 1}, 1)])])
+    executor.submit(weights, [TrainTask(client, CONFIG | {"hang": 1}, 1) for client in range(4)])
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    executor.close()
+    assert not any(process.is_alive() for process in processes)
+    assert not multiprocessing.active_children()
+    del executor, processes
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_an_executor_that_is_dropped_ends_its_workers(dataset):
+    executor = PoolExecutor(SETTINGS, dataset, 2)
+    sentinels = [process.sentinel for process in multiprocessing.active_children()]
+    del executor
+    gc.collect()
+    while sentinels:
+        ended = wait(sentinels)
+        sentinels = [sentinel for sentinel in sentinels if sentinel not in ended]
+
+
+def script(tmp_path, **config):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return SCRIPT.replace("PROGRAM", repr(str(tmp_path / "program.py"))).replace("CONFIG", repr(config))
+
+
+def start(tmp_path):
+    """A process group that runs a pool, once both of its workers are in the middle of a task."""
+    code = script(tmp_path, hang=1)
+    arguments = [sys.executable, "-c", code]
+    process = subprocess.Popen(arguments, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["training\n"] * 2
+    return process
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    process = start(tmp_path)
+    process.kill()
+    # The output ends once the last process that holds it has ended.
+    assert process.communicate(timeout=60) == ("", "")
+
+
+def test_control_c_is_the_parents_alone(tmp_path):
+    process = start(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert output == ""
+    assert errors.count("Traceback") == 1
+    assert errors.endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_a_script_needs_no_main_guard(tmp_path, way):
+    code = script(tmp_path, epochs=1)
+    (tmp_path / "script.py").write_text(code)
+    arguments = {"file": [str(tmp_path / "script.py")], "stdin": ["-"]}[way]
+    done = subprocess.run([sys.executable, *arguments], input=code, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("2 done\n", "")
+
+
+def test_number_of_workers():
+    assert num_workers(3) == 3
+    assert 1 <= num_workers(0) <= os.cpu_count()
