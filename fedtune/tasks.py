@@ -44,7 +44,7 @@ Task = TrainTask | EvaluateTask | PersonaliseTask
 def describe(task: Task) -> str:
     """What a message calls the task."""
     if isinstance(task, EvaluateTask):
-        return f"evaluating clients {', '.join(map(str, task.clients))}"
+        return f"evaluating clients {task.clients[0]}..{task.clients[-1]}"
     return f"client {task.client} with {dict(task.config)}"
 
 

@@ -1,4 +1,3 @@
-import heapq
 import itertools
 import math
 import random
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_cluster import completions
 
 from fedtune.errors import InputError
 from fedtune.tuning.asha import ASHA
@@ -85,21 +85,28 @@ def test_the_jobs_of_one_worker_by_hand():
     halvings=st.integers(0, 4),
     early_stopping_rate=st.integers(0, 4),
     num_configs=st.none() | st.integers(1, 60),
+    infinite_horizon=st.booleans(),
     workers=st.integers(1, 30),
+    dropped=st.sampled_from([0, 0.2]),
     seed=st.integers(0, 2**32),
 )
-def test_asha_is_algorithm_3(reduction_factor, halvings, early_stopping_rate, num_configs, workers, seed):
+def test_asha_is_algorithm_3(
+    reduction_factor, halvings, early_stopping_rate, num_configs, infinite_horizon, workers, dropped, seed
+):
     """For any losses (a configuration's differ from rung to rung), any number of workers, and any order of completion.
 
-    Several jobs may complete before the next one is asked for, so that more than one rung has somebody to promote.
+    Several jobs may complete before the next one is asked for, so that more than one rung has somebody to promote; and
+    a job may never come back.
     """
     s = min(early_stopping_rate, halvings)
-    asha = ASHA(draw, 2 * reduction_factor**halvings, 2, reduction_factor, s, num_configs)
-    literal = LiteralASHA(halvings - s, reduction_factor, num_configs)
+    asha = ASHA(draw, 2 * reduction_factor**halvings, 2, reduction_factor, s, num_configs, infinite_horizon)
+    literal = LiteralASHA(20 if infinite_horizon else halvings - s, reduction_factor, num_configs)
     rng, running = random.Random(seed), []
     for _ in range(300):
         if running and (len(running) == workers or rng.random() < 0.5):
             job = running.pop(rng.randrange(len(running)))
+            if rng.random() < dropped:
+                continue
             loss = rng.choice([rng.random(), rng.random(), 0.25, 0.5, math.nan, math.inf, -math.inf])
             asha.tell(job, loss)
             literal.complete(job.trial.number, job.rung, loss)
@@ -138,19 +145,31 @@ def test_candidates_are_counted_among_all_who_finished():
 @pytest.mark.parametrize("error_of", [lambda number: number / 100, lambda number: 1 - number / 100])
 def test_the_first_configuration_of_figure_3_1_on_nine_workers(resumes, finished, error_of):
     """R = 9: the first reaches R after 1 + 3 + 9 = 13 if each promotion starts afresh, after 9 if it resumes."""
-    tuner, now, events, order = ASHA(draw, 9), 0, [], itertools.count()
-    while True:
-        while len(events) < 9:
-            job = tuner.ask()
-            before = job.rounds // 3 if resumes and job.rung > 0 else 0
-            heapq.heappush(events, (now + job.rounds - before, next(order), job))
-        now = events[0][0]
-        while events and events[0][0] == now:
-            job = heapq.heappop(events)[2]
-            if job.rounds == 9:
-                assert now == finished
-                return
-            tuner.tell(job, error_of(job.trial.number))
+    run = completions(ASHA(draw, 9), 9, lambda job: error_of(job.trial.number), resumes=resumes)
+    assert next(time for time, job in run if job.rounds == 9) == finished
+
+
+def test_an_infinite_horizon_has_no_top_rung():
+    """One worker and eta = 2; each trial is better than those before it."""
+    jobs = list(itertools.islice(serial_jobs(ASHA(draw, 4, 1, 2), lambda number: 1 / (1 + number)), 200))
+    endless = ASHA(draw, 4, 1, 2, infinite_horizon=True)
+    more_jobs = list(itertools.islice(serial_jobs(endless, lambda number: 1 / (1 + number)), 200))
+    assert max(rung for _, rung in jobs) == 2
+    num_rungs = max(rung for _, rung in more_jobs) + 1
+    assert num_rungs > 5
+    assert endless.rung_rounds == tuple(2**k for k in range(num_rungs))
+
+
+def test_more_configurations_can_be_asked_of_a_bracket_that_is_over():
+    """As section 3.5.4 recommends: what comes next is what would have come, had they been allowed from the start."""
+    errors = [0.3, 0.1, 0.5, 0.2, 0.6, 0.4, 0.05, 0.7, 0.8]
+    tuner, jobs = ASHA(draw, 9, num_configs=4), []
+    for num_configs in (4, 9):
+        tuner.num_configs = num_configs
+        while (job := tuner.ask()) is not None:
+            jobs.append((job.trial.number, job.rung))
+            tuner.tell(job, errors[job.trial.number])
+    assert jobs == list(itertools.islice(serial_jobs(ASHA(draw, 9), [*errors, 1.0].__getitem__), len(jobs)))
 
 
 def test_mispromotions_stay_below_the_square_root():

@@ -50,6 +50,14 @@ def test_a_packed_array_is_a_view_that_flower_can_serialise():
     assert np.array_equal(plain.numpy(), weights)
 
 
+def test_on_the_wire_a_view_is_a_plain_array():
+    weights = np.arange(5, dtype=np.float32)
+    view, plain = ViewArray(weights), Array(weights)
+    assert view.deflate() == plain.deflate()
+    assert view.object_id == plain.object_id
+    assert view.children.keys() == plain.children.keys()
+
+
 def test_two_views_of_the_same_values_are_equal_to_flower():
     weights = np.arange(5, dtype=np.float32)
     assert ViewArray(weights).object_id == ViewArray(weights.copy()).object_id != ViewArray(weights + 1).object_id

@@ -198,6 +198,37 @@ def test_a_run_without_settings_or_with_broken_ones():
         app(grid, Context(1, 1, {}, RecordDict(), {"settings": "seed = = 1"}))
 
 
+def test_nodes_evaluate_as_often_as_the_settings_say(monkeypatch):
+    grid, asked = executor_grid(TABLE), []
+    push = grid.push_messages
+
+    def listen(messages):
+        messages = list(messages)
+        asked.append([message.metadata.message_type for message in messages])
+        return push(messages)
+
+    monkeypatch.setattr(grid, "push_messages", listen)
+    app(grid, context(TABLE | {"evaluation": {"every": 2}}))
+    train, evaluate = ["train"] * 2, ["evaluate"] * NUM_CLIENTS
+    assert asked == [["query"] * NUM_CLIENTS, train, [], train, evaluate, train, []]
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_one_thread_for_it_might_add_in_another_order_than_two(side):
+    threads, grid = torch.get_num_threads(), executor_grid(TABLE)
+    torch.set_num_threads(2)
+    try:
+        if side == "server":
+            with pytest.raises(InputError, match="cohort_size"):
+                app(grid, context(TABLE | {"cohort_size": 6}))
+        else:  # another seed: settings that the client was not asked about before
+            grid = client_app_grid(TABLE | {"seed": 1234})
+            assert nodes_in_client_order(grid) == list(grid.get_node_ids())
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_initial_weights_are_those_of_the_seed(tmp_path):
     weights = [trained(executor_grid(TABLE | {"seed": seed}), TABLE | {"seed": seed}, tmp_path) for seed in (3, 4)]
     assert not any(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])

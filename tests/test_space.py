@@ -67,6 +67,37 @@ def test_samples_are_plain_numbers_of_the_domain(domain, seed):
     assert domain.contains(value)
 
 
+@given(domains, seeds)
+def test_to_unit_and_back(domain, seed):
+    value = domain.sample(np.random.default_rng(seed))
+    unit = domain.to_unit(value)
+    assert 0 <= unit <= 1
+    back = domain.from_unit(unit)
+    assert type(back) is type(value)
+    assert back == pytest.approx(value, rel=1e-12, abs=1e-12)
+    if not isinstance(domain, Uniform | LogUniform):
+        assert back == value
+        assert domain.to_unit(back) == unit
+
+
+@given(domains, st.floats(0, 1))
+def test_from_unit_follows_the_scale(domain, unit):
+    """Real numbers by their place on the scale; of k values each has the share [i / k, (i + 1) / k)."""
+    value = domain.from_unit(unit)
+    assert domain.contains(value)
+    if isinstance(domain, Uniform | LogUniform):
+        low, high = scale(domain, domain.low), scale(domain, domain.high)
+        assert scale(domain, value) == pytest.approx(low + unit * (high - low), abs=1e-12)
+        return
+    options = {
+        Integer: lambda: range(domain.low, domain.high + 1),
+        PowerOfTwo: lambda: [8, 16, 32, 64, 128],
+        Choice: lambda: domain.options,
+    }[type(domain)]()
+    assert value == options[min(int(unit * len(options)), len(options) - 1)]
+    assert domain.to_unit(value) == (list(options).index(value) + 0.5) / len(options)
+
+
 @pytest.mark.parametrize("domain", [Uniform(-2.0, 0.5), LogUniform(1e-4, 1.0)])
 def test_samples_are_uniform_on_the_scale(domain):
     """False alarm below 2 exp(-2 * 4000 * 0.05^2) = 4e-9 (Dvoretzky, Kiefer and Wolfowitz, with Massart's constant)."""

@@ -84,6 +84,13 @@ def test_fedex_weighs_a_pool_around_the_fixed_values():
     assert trial.num_configs == 5
 
 
+def test_every_trial_of_a_search_perturbs_on_its_own():
+    settings, domains = FedExSettings(), {"learning_rate": LogUniform(1e-3, 1.0), "batch_size": PowerOfTwo(8, 128)}
+    for number in (0, 3):
+        pool = make_draw("asha+fedex", 4, hyperparameters(), {})(number).pool
+        assert pool == make_pool(settings, pool[0][0], domains, rng.stream(4, "pool", number))
+
+
 def test_a_product_has_a_factor_for_each_searched_hyperparameter():
     trial = make_draw("fedex", 4, hyperparameters(), {"form": "product", "pool_size": 3})(0)
     assert [set(factor[0]) for factor in trial.pool[1:]] == [{"batch_size"}, {"learning_rate"}]

@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_every=settings.evaluate_every,
     )
     weights = initial_weights(settings, spec, settings.seed)
-    result = strategy.start(grid, pack(weights.numpy()), num_rounds=settings.total_rounds)
+    result = strategy.start(grid, pack(weights.numpy()), num_rounds=settings.max_rounds)
     if "out" in context.run_config:
         model = FlatModel(plugins.make_model(settings.model, spec))
         trained = model.state_dict(torch.from_numpy(result.arrays["weights"].numpy()))

@@ -23,7 +23,8 @@ from fedtune.simulation.executors import num_workers
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
-from fedtune.simulation.study import Listener, Study, StudyResult
+from fedtune.simulation.results import StudyResult
+from fedtune.simulation.study import Listener, Study
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.space import SearchSpace

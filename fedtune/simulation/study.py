@@ -24,6 +24,7 @@ from fedtune.simulation.clock import Clock
 from fedtune.simulation.evaluation import Evaluation, evaluation_clients
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
 from fedtune.simulation.journal import FORMAT, Journal
+from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
 from fedtune.simulation.trial_store import TrialHistory, TrialStore
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
@@ -43,15 +44,6 @@ class RunningJob:
     history: TrialHistory
     training: Iterator[int]
     ticket: int | None = None
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """A study's rows of rounds.parquet, trials.parquet and results.csv."""
-
-    rounds: list[dict[str, Any]]
-    trials: list[dict[str, Any]]
-    result: dict[str, Any]
 
 
 class Study:
@@ -118,13 +110,14 @@ class Study:
             job = self._tuner.ask()
             if job is None:
                 return
-            history = self._trials.setdefault(job.trial.number, TrialHistory(job.trial))
+            history = self._trials.get(job.trial.number) or TrialHistory(job.trial)
             num_rounds = job.rounds - history.rounds
             if self._spent + num_rounds > self._settings.total_rounds:
                 self._exhausted = True
                 return
             self._spent += num_rounds
             history.rounds = job.rounds
+            self._trials[job.trial.number] = history
             self._start(job, num_rounds, history)
 
     def _start(self, job: Job, num_rounds: int, history: TrialHistory) -> None:
@@ -136,7 +129,7 @@ class Study:
             rounds=job.rounds,
             started=started,
             finishes=finishes,
-            **_plan(job.trial),
+            **plan(job.trial),
         )
         running = RunningJob(job, history, self._train(job, history, started, finishes))
         running.ticket = next(running.training, None)
@@ -241,72 +234,17 @@ class Study:
         self._store.keep_only(best.trial)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
         federation = self._federation(history.trial, lambda federation, record: None)
-        rounds = self._round_rows()
-        return StudyResult(rounds, self._trial_rows(), self._result_row(federation, history, rounds))
-
-    def _round_rows(self) -> list[dict[str, Any]]:
-        rows = sorted(
-            (
-                {**record_as_row(record), "trial": number, "virtual_time": time}
-                | {"score": history.scores.get(record.round, float("nan"))}
-                for number, history in self._trials.items()
-                for record, time in zip(history.records, history.times, strict=True)
-            ),
-            key=lambda row: (row["virtual_time"], row["trial"]),
-        )
-        tells = iter([*self._incumbents, (float("inf"), -1)])
-        time, trial = next(tells)
-        current = 0 if self._one_federation else -1
-        for spent, row in enumerate(rows, start=1):
-            while time <= row["virtual_time"]:
-                current = trial
-                time, trial = next(tells)
-            row |= {"tuner": self.name, "seed": self.seed, "spent": spent, "incumbent": current}
-        return rows
-
-    def _trial_rows(self) -> list[dict[str, Any]]:
-        return [
+        return StudyResult(
+            round_rows(self.name, self.seed, self._trials, self._incumbents, one_federation=self._one_federation),
+            trial_rows(self.name, self.seed, self._trials),
             {
-                **{"tuner": self.name, "seed": self.seed, "trial": number, "rounds": history.rounds},
-                "score": history.scores.get(len(history.records), float("nan")),
-                "test_error": history.last_test_error(),
-                "config": json.dumps(_plan(history.trial)),
-            }
-            for number, history in sorted(self._trials.items())
-        ]
-
-    def _result_row(
-        self, federation: Federation, history: TrialHistory, rounds: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        max_rounds = self._settings.max_rounds
-        sampled = self._personalised["sampled"]
-        argmax, at_max_rounds = (self._personalised.get(reading, sampled) for reading in ("argmax", "at_max_rounds"))
-        totals = {
-            name: sum(row[name] for row in rounds) for name in ("client_updates", "bytes", "lost", "dropped", "clipped")
-        }
-        return {
-            **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": history.trial.number},
-            **{
-                "rounds": len(rounds),
-                "max_rounds": max_rounds,
-                "rounds_of_trial": federation.round,
-                "virtual_time": self._clock.time,
-                **totals,
+                **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
+                **{"max_rounds": self._settings.max_rounds, "virtual_time": self._clock.time},
+                **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
+                "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
+                "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
             },
-            "validation_error": history.tail("validation_error"),
-            "test_error": history.tail("test_error"),
-            "test_error_last": history.last_test_error(),
-            "test_error_personalised": sampled.test_error,
-            "test_error_personalised_argmax": argmax.test_error,
-            "test_error_at_max_rounds": history.tail("test_error", max_rounds),
-            "test_error_personalised_at_max_rounds": at_max_rounds.test_error,
-            "config": json.dumps({"server": dict(federation.trial.server), "client": dict(federation.best_config())}),
-            "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
-        }
-
-
-def _plan(trial: Trial) -> dict[str, Any]:
-    return {"server": dict(trial.server), "pool": [[dict(config) for config in factor] for factor in trial.pool]}
+        )
 
 
 def digest(settings: Settings) -> str:

@@ -14,14 +14,13 @@ are kernel densities over configurations mapped to [0, 1]^d: a product of one ke
 options of a choice that of Aitchison and Aitken, which stays with probability 1 - b and else moves to any other. The
 bandwidth is b = 1.06 sigma N^(-1 / (4 + d)) in each dimension, and at least 1e-3.
 
-Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last; a choice of c options
-has b <= (c - 1) / c, where it has forgotten where it was. Trial n is the same as random search's trial n unless the
-model chose it. A decision of the model costs time in proportion to |D_b|, unlike those of the other tuners.
+Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last. Trial n is the same as
+random search's trial n unless the model chose it. A decision of the model costs time in proportion to |D_b|, unlike
+those of the other tuners.
 """
 
 import math
 from bisect import insort
-from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,16 +28,14 @@ from jaxtyping import Float, Int
 from fedtune import rng
 from fedtune.tuning.hyperband import hyperband
 from fedtune.tuning.rungs import Key
-from fedtune.tuning.space import Choice, Config, Domain, SearchSpace
-from fedtune.tuning.trial import Draw, Job, Trial, rank_key
+from fedtune.tuning.space import Choice, Config, SearchSpace
+from fedtune.tuning.trial import Compose, Draw, Job, Trial, rank_key
 
 RANDOM_FRACTION = 1 / 3
 GOOD_FRACTION = 0.15
 NUM_SAMPLES = 64
 BANDWIDTH_FACTOR = 3.0
 MIN_BANDWIDTH = 1e-3
-
-Compose = Callable[[int, Config, Config], Trial]  # the trial of a number, and of the searched server and client values
 
 
 class BOHB:
@@ -56,7 +53,7 @@ class BOHB:
     ) -> None:
         self._draw = draw
         self._compose = compose
-        self._server, self._client = _several_values(space.server), _several_values(space.client)
+        self._server, self._client = dict(sorted(space.server.items())), dict(sorted(space.client.items()))
         domains = [*self._server.values(), *self._client.values()]
         self._num_options = np.array([len(each.options) if isinstance(each, Choice) else 0 for each in domains], int)
         self._seed = seed
@@ -80,7 +77,7 @@ class BOHB:
             return self._draw(number)
         num_points = len(self._num_options) + 3
         rounds = max((b for b, points in self._observations.items() if len(points) >= num_points), default=None)  # 2
-        if rounds is None or not len(self._num_options):  # 3
+        if rounds is None:  # 3
             return self._draw(number)
         points = np.array([point for _, point in self._observations[rounds]])
         proposed = propose(points, self._num_options, draws)
@@ -109,19 +106,18 @@ def propose(
     fewest = len(num_options) + 1
     num_good = max(fewest, int(GOOD_FRACTION * len(points)))
     good, bad = points[:num_good], points[-max(fewest, len(points) - num_good) :]
-    width, width_bad = bandwidths(good, num_options), bandwidths(bad, num_options)  # 4
+    width, width_bad = bandwidths(good), bandwidths(bad)  # 4
     samples = sample_around(good, BANDWIDTH_FACTOR * width, num_options, draws)  # 5
     ratio = log_density(samples, good, width, num_options) - log_density(samples, bad, width_bad, num_options)
     best: np.ndarray = samples[ratio.argmax()]  # 6
     return best
 
 
-def bandwidths(
-    points: Float[np.ndarray, "point dimension"], num_options: Int[np.ndarray, " dimension"]
-) -> Float[np.ndarray, " dimension"]:
+def bandwidths(points: Float[np.ndarray, "point dimension"]) -> Float[np.ndarray, " dimension"]:
     """The normal-reference rule."""
     num_points, dimension = points.shape
-    return _capped(1.06 * points.std(axis=0) * num_points ** (-1 / (4 + dimension)), num_options)
+    width: np.ndarray = np.maximum(MIN_BANDWIDTH, 1.06 * points.std(axis=0) * num_points ** (-1 / (4 + dimension)))
+    return width
 
 
 def log_density(
@@ -134,7 +130,9 @@ def log_density(
     log_kernel = np.zeros((len(x), len(points)))
     for i, (b, options) in enumerate(zip(width.tolist(), num_options.tolist(), strict=True)):
         distance = x[:, i, None] - points[:, i]  # (sample, point)
-        if options:
+        if options == 1:
+            continue
+        if options > 1:
             log_kernel += np.where(distance == 0, math.log1p(-b), math.log(b / (options - 1)))
         else:
             log_kernel -= (distance / b) ** 2 / 2 + math.log(b * math.sqrt(2 * math.pi))
@@ -151,30 +149,17 @@ def sample_around(
 ) -> Float[np.ndarray, "sample dimension"]:
     """Samples of the kernel density, truncated to [0, 1]."""
     samples = points[draws.integers(len(points), size=NUM_SAMPLES)]
-    for i, (b, options) in enumerate(zip(_capped(width, num_options).tolist(), num_options.tolist(), strict=True)):
+    for i, (b, options) in enumerate(zip(width.tolist(), num_options.tolist(), strict=True)):
+        if options == 1:
+            continue
         centre = samples[:, i].copy()
-        if options:
-            step = np.where(draws.random(NUM_SAMPLES) < b, draws.integers(1, options, size=NUM_SAMPLES), 0)
-            samples[:, i] = (np.floor(centre * options) + step) % options / options + 0.5 / options
+        if options > 1:
+            moves = draws.random(NUM_SAMPLES) < min(b, 1 - 1 / options)  # at most, where it forgets where it was
+            step = np.where(moves, draws.integers(1, options, size=NUM_SAMPLES), 0)
+            samples[:, i] = ((np.floor(centre * options) + step) % options + 0.5) / options
             continue
         outside = np.ones(NUM_SAMPLES, bool)
         while outside.any():
             samples[outside, i] = draws.normal(centre[outside], b)
             outside = (samples[:, i] < 0) | (samples[:, i] > 1)
     return samples
-
-
-def _capped(
-    width: Float[np.ndarray, " dimension"], num_options: Int[np.ndarray, " dimension"]
-) -> Float[np.ndarray, " dimension"]:
-    most = np.where(num_options > 0, 1 - 1 / np.maximum(num_options, 1), np.inf)
-    return np.clip(width, MIN_BANDWIDTH, most)
-
-
-def _several_values(domains: Mapping[str, Domain]) -> dict[str, Domain]:
-    """The domains that leave something to choose, by name."""
-    return {
-        name: domain
-        for name, domain in sorted(domains.items())
-        if not (isinstance(domain, Choice) and len(domain.options) == 1)
-    }

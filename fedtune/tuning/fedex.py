@@ -126,9 +126,9 @@ def update(
     heard = num_validation > 0
     if not heard.any() or settings.step_size == "off":
         return state
-    drawn, error, num_validation = drawn[heard], _bounded(error[heard], worst), num_validation[heard]
+    drawn, error, num_validation = drawn[heard], bounded(error[heard], worst), num_validation[heard]
     if error_before is not None:
-        error_before = _bounded(error_before[heard], worst)
+        error_before = bounded(error_before[heard], worst)
     advantage = error - _baseline(state, error, num_validation, settings, error_before)
     share = num_validation / num_validation.sum()
     rounds = state.rounds + 1
@@ -150,8 +150,13 @@ def update(
 
 
 def entropy(state: FedExState, settings: FedExSettings) -> float:
-    """The entropy of what clients draw from, in nats, summed over the factors; at first the log of the pool's size."""
-    positive = [theta[theta > 0] for theta in probabilities(state, settings)]
+    """The entropy of what clients draw from; at first the log of the pool's size."""
+    return entropy_of(probabilities(state, settings))
+
+
+def entropy_of(thetas: tuple[Float[np.ndarray, "_"], ...]) -> float:
+    """The entropy of independent distributions together, in nats."""
+    positive = [theta[theta > 0] for theta in thetas]
     return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))
 
 
@@ -178,7 +183,7 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> FedExState:
     return FedExState(tuple(log_theta), arrays["gradient_norm"], past_error, past_weight, int(arrays["rounds"][0]))
 
 
-def _bounded(error: Float[np.ndarray, " client"], worst: float) -> Float[np.ndarray, " client"]:
+def bounded(error: Float[np.ndarray, " client"], worst: float) -> Float[np.ndarray, " client"]:
     error = np.asarray(error, np.float64)
     return np.minimum(np.where(np.isfinite(error), error, worst), worst)
 

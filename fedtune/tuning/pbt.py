@@ -30,8 +30,8 @@ import numpy as np
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.tuning.rungs import Key
-from fedtune.tuning.space import Choice, Config, Domain, Integer, Number, PowerOfTwo, checked_number
-from fedtune.tuning.trial import Draw, Job, Trial, rank_key
+from fedtune.tuning.space import Choice, Config, Domain, Integer, Number, PowerOfTwo, SearchSpace, checked_number
+from fedtune.tuning.trial import Compose, Draw, Job, Trial, rank_key
 
 POPULATION_SIZE = 25
 INTERVALS = 30
@@ -186,9 +186,20 @@ def default_population_size(max_rounds: int, total_rounds: int) -> int:
     return min(POPULATION_SIZE, total_rounds // max_rounds)
 
 
+def make_explore(compose: Compose, space: SearchSpace, seed: int) -> Explore:
+    """Explores the server's configuration and the centre of the pool."""
+
+    def explore(parent: Trial, number: int) -> Trial:
+        draws = rng.stream(seed, "pbt explore", number)
+        server = explore_config(space.server, parent.server, draws)
+        return compose(number, server, explore_config(space.client, parent.pool[0][0], draws))
+
+    return explore
+
+
 def explore_config(domains: Mapping[str, Domain], config: Config, draws: np.random.Generator) -> dict[str, Number]:
-    """The configuration with each hyperparameter that has a domain explored; the others keep their value."""
-    explored = dict(config)
+    """A new value for each hyperparameter that has a domain."""
+    explored = {}
     for name in sorted(domains):
         resample, up = draws.random(2) < (1 / 4, 1 / 2)
         fresh = domains[name].sample(draws)

@@ -1,11 +1,14 @@
-"""The finite pools of client configurations that FedEx weighs: one centre and small perturbations of it."""
+"""The finite pools of client configurations within one federation.
+
+FedEx weighs one centre and small perturbations of it; elimination starts from the whole space.
+"""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.space import Config, Domain, perturb
+from fedtune.tuning.space import Config, Domain, perturb, sample
 from fedtune.tuning.trial import Pool
 
 
@@ -38,3 +41,8 @@ def product_pool(
         values = [centre[name], *(domains[name].perturb(centre[name], rng, fraction) for _ in range(size - 1))]
         factors.append(tuple({name: value} for value in dict.fromkeys(values)))
     return (((fixed,),) if fixed else ()) + tuple(factors)
+
+
+def whole_space_pool(centre: Config, domains: Mapping[str, Domain], rng: np.random.Generator, size: int) -> Pool:
+    """A flat pool: the centre and size - 1 configurations with every searched hyperparameter drawn from its domain."""
+    return ((dict(centre), *({**centre, **sample(domains, rng)} for _ in range(size - 1))),)

@@ -33,6 +33,9 @@ class Trial:
 
 
 Draw = Callable[[int], Trial]  # makes trial number n from a random stream of its own
+Compose = Callable[
+    [int, Config, Config], Trial
+]  # makes it from the values of what is searched: the server's, the client's
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Who computes what the clients do: one process, or a pool of them; the results are equal to the bit."""
 
 import multiprocessing
-import multiprocessing.forkserver
 import os
+import signal
+from multiprocessing import forkserver, resource_tracker
 
 
 def num_workers(requested: int) -> int:
@@ -12,5 +13,13 @@ def num_workers(requested: int) -> int:
 
 def start_forkserver() -> None:
     """Lets the process that worker processes are forked from import torch while this one goes on; call it early."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["fedtune.simulation.executors.worker"])
-    multiprocessing.forkserver.ensure_running()
+    # torch by itself, for a preload that fails is passed over in silence, as where fedtune is not installed.
+    preload = ["torch", "fedtune.simulation.executors.worker"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    resource_tracker.ensure_running()  # by itself ensure_running below would start it, which unblocks the signal
+    # Ctrl-C is this process's to handle: that process and all workers are born with it blocked.
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.simulation.executors import start_forkserver, worker
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.shared_memory import SharedArray
@@ -75,7 +76,7 @@ class PoolExecutor:
         self._settings = settings
         self._dataset = dataset
         self._folder = os.getcwd()
-        self._data = [SharedArray.copy_of(array) for array in (dataset.x, dataset.y, dataset.ranges)]
+        self._data = {name: SharedArray.copy_of(array) for name, array in dataset.shared().items()}
         self._queue: list[tuple[float, float, int, Piece]] = []
         self._sequence = itertools.count()
         self._batches: dict[int, Batch] = {}
@@ -149,7 +150,7 @@ class PoolExecutor:
         start, stop = self._dataset.ranges[task.client, 0]
         num_train = int(stop - start)
         num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
-        return task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps)
+        return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
 
     def _enqueue(self, order: float, piece: Piece) -> None:
         heapq.heappush(self._queue, (order, -piece.cost, next(self._sequence), piece))
@@ -204,7 +205,7 @@ class PoolExecutor:
             self._replace(worker_)
             return
         if isinstance(message, Failure):
-            raise RuntimeError(f"a worker process can't start: {message.message}")
+            raise InputError(f"a worker process can't start: {message.message}")
         if message is None:
             worker_.ready, self._deaths_before_ready = True, 0
         else:
@@ -214,9 +215,10 @@ class PoolExecutor:
         self._seconds_per_cost = answer.seconds / sum(piece.cost for piece in chunk)
         for piece, result in zip(chunk, answer.results, strict=True):
             if isinstance(result, dict):
-                block = self._batches[piece.ticket].block
-                result = Update(self._rows(block)[piece.index + 1], result)
-            self._record(piece, result)
+                rows = self._rows(self._batches[piece.ticket].block)
+                self._record(piece, Update(rows[piece.index + 1], result))
+            else:
+                self._record(piece, result)
 
     def _record(self, piece: Piece, result: Result) -> None:
         batch = self._batches[piece.ticket]
@@ -244,7 +246,7 @@ class PoolExecutor:
     def _start_worker(self) -> Worker:
         context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
-        arguments = (theirs, self._folder, self._settings, self._dataset.spec, *self._data)
+        arguments = (theirs, self._folder, self._settings, self._dataset.spec, self._data)
         process = context.Process(target=worker.main, args=arguments, daemon=True)
         # A worker would import the user's script again, which fails without an `if __name__ == "__main__"` and on
         # stdin.

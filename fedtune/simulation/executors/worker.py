@@ -1,9 +1,9 @@
 """A worker process of the pool: reads tasks, writes updates into shared memory, answers with metrics."""
 
 import os
-import signal
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -33,18 +33,15 @@ def main(
     folder: str,
     settings: MachineSettings,
     spec: DatasetSpec,
-    x: np.ndarray,
-    y: np.ndarray,
-    ranges: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
 ) -> None:
     """Serves until the parent is gone, working in `folder`. Its first answer is None, or why it can't start."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     blocks: dict[int, np.ndarray] = {}
     chunks: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
     try:
         os.chdir(folder)  # plug-ins may be named by a path relative to it
-        machine = Machine(settings, FederatedDataset("shared", spec, x, y, [""] * len(ranges), ranges))
+        machine = Machine(settings, FederatedDataset.from_shared(spec, arrays))
     except Exception as error:
         connection.send(Failure(f"{type(error).__name__}: {error}"))
         return

@@ -1,0 +1,95 @@
+"""A finished study as rows: of rounds.parquet, trials.parquet and results.csv."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.federation import record_as_row
+from fedtune.simulation.trial_store import TrialHistory
+from fedtune.tuning.trial import Trial
+
+TOTALS = ("client_updates", "bytes", "lost", "dropped", "clipped")  # summed over all rounds of all trials
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study's rows of the three files."""
+
+    rounds: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def round_rows(
+    tuner: str,
+    seed: int,
+    trials: Mapping[int, TrialHistory],
+    incumbents: Sequence[tuple[float, int]],
+    *,
+    one_federation: bool,
+) -> list[dict[str, Any]]:
+    """A row a round of a trial, in virtual order. `incumbents` are (virtual time, trial) of each tell, in their order.
+
+    `spent` counts the rounds up to and with the row. `incumbent` is the trial one would pick just after it, -1 before
+    the first tell, unless there is only one to pick.
+    """
+    rows = sorted(
+        (
+            {**record_as_row(record), "trial": number, "virtual_time": time}
+            | {"score": history.scores.get(record.round, math.nan)}
+            for number, history in trials.items()
+            for record, time in zip(history.records, history.times, strict=True)
+        ),
+        key=lambda row: (row["virtual_time"], row["trial"]),
+    )
+    tells = iter([*incumbents, (math.inf, -1)])
+    time, trial = next(tells)
+    current = 0 if one_federation else -1
+    for spent, row in enumerate(rows, start=1):
+        while time <= row["virtual_time"]:
+            current = trial
+            time, trial = next(tells)
+        row |= {"tuner": tuner, "seed": seed, "spent": spent, "incumbent": current}
+    return rows
+
+
+def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> list[dict[str, Any]]:
+    """A row a trial: its rounds, its last score and test error, and its configuration as JSON."""
+    return [
+        {
+            **{"tuner": tuner, "seed": seed, "trial": number, "rounds": len(history.records)},
+            "score": history.scores.get(len(history.records), math.nan),
+            "test_error": history.last_test_error(),
+            "config": json.dumps(plan(history.trial)),
+        }
+        for number, history in sorted(trials.items())
+    ]
+
+
+def result_row(
+    trials: Mapping[int, TrialHistory], best: int, max_rounds: int, personalised: Mapping[str, Evaluation]
+) -> dict[str, Any]:
+    """What was spent over all trials, and the errors of the best one at both readings of an equal budget."""
+    history = trials[best]
+    records = [record for each in trials.values() for record in each.records]
+    sampled = personalised["sampled"]
+    argmax, at_max_rounds = (personalised.get(reading, sampled) for reading in ("argmax", "at_max_rounds"))
+    return {
+        **{"rounds": len(records), "rounds_of_trial": len(history.records)},
+        **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
+        "validation_error": history.tail("validation_error"),
+        "test_error": history.tail("test_error"),
+        "test_error_last": history.last_test_error(),
+        "test_error_personalised": sampled.test_error,
+        "test_error_personalised_argmax": argmax.test_error,
+        "test_error_at_max_rounds": history.tail("test_error", max_rounds),
+        "test_error_personalised_at_max_rounds": at_max_rounds.test_error,
+    }
+
+
+def plan(trial: Trial) -> dict[str, Any]:
+    """The trial's configurations as JSON holds them."""
+    return {"server": dict(trial.server), "pool": [[dict(config) for config in factor] for factor in trial.pool]}
