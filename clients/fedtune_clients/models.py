@@ -84,7 +84,8 @@ class _LSTM(nn.Module):
         for layer, dropout in zip(self.layers[:-1], self.dropouts[:-1], strict=True):
             states = dropout(layer(states)[0])
         last = self.layers[-1](states)[0][:, -1]
-        return self.output(self.dropouts[-1](last))
+        logits: Tensor = self.output(self.dropouts[-1](last))
+        return logits
 
 
 class _MaxPool(nn.Module):

