@@ -220,10 +220,13 @@ def test_what_is_proposed_is_of_the_space_and_completed_by_compose():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_where_errors_are_small(seed):
-    """The median error of trials 100 to 199 of random search is 0.65, of BOHB it was 0.35 at most over 100 seeds."""
+    """Of trials 100 to 199 the median error is 0.54 under random search; BOHB's was 0.01 at most over 60 seeds.
+
+    So a false alarm has a probability below 5 % (at 95 % confidence), if 0.01 were the bound.
+    """
     errors = [error_of(trial) for trial in trials(make(seed=seed), 200)[100:]]
     assert np.median([error_of(draw(number)) for number in range(100, 200)]) > 0.5
-    assert np.median(errors) < 0.5
+    assert np.median(errors) < 0.1
 
 
 def test_the_seed_decides_and_the_number_of_the_trial():

@@ -1,4 +1,5 @@
 import time
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -261,3 +262,65 @@ def test_arrays_that_do_not_fit_together_are_refused():
     ]:
         with pytest.raises(InputError, match=message):
             FederatedDataset("bad", spec, *broken)
+
+
+def of_text(text, parts=((0, 2), (2, 3), (3, 4)), window=3, num_classes=10):
+    return FederatedDataset.from_text(
+        text, ["a"], np.array([parts]), name="text", window=window, num_classes=num_classes
+    )
+
+
+def test_examples_of_a_text_are_its_windows_and_the_characters_that_follow():
+    text = np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)
+    dataset = of_text(text)
+    assert dataset.spec == DatasetSpec((3,), "token", 10)
+    assert dataset.x.tolist() == [[3, 1, 4], [1, 4, 1], [4, 1, 5], [1, 5, 9]]
+    assert dataset.y.tolist() == [1, 5, 9, 2]
+    assert dataset.check() == []
+    x, y = dataset.examples(0, "train")
+    assert (x.tolist(), y.tolist()) == ([[3, 1, 4], [1, 4, 1]], [1, 5])
+
+
+def test_a_text_is_kept_once():
+    text = np.zeros(200_000, np.uint8)
+    tracemalloc.start()
+    dataset = of_text(text, ((0, 100_000), (100_000, 110_000), (110_000, 120_000)), window=80)
+    dataset.check()
+    dataset.stats()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.shares_memory(dataset.x, text)
+    assert dataset.x.nbytes == 80 * len(dataset.y)
+    assert peak < dataset.x.nbytes / 2  # some arrays of one number an example
+
+
+@pytest.mark.parametrize("window", [0, 7, 8])
+def test_a_window_that_does_not_fit_is_refused(window):
+    with pytest.raises(InputError, match=rf"window must be 1 to 6 \(the text has 7 characters\), got {window}"):
+        of_text(np.zeros(7, np.uint8), window=window)
+
+
+def test_check_reports_characters_that_are_no_class():
+    text = np.array([10, 1, 4, 1, 11, 9, 2], np.uint8)  # the first is no label of any example
+    assert of_text(text).check() == [
+        "text: characters must be in 0..9, got 2 others, such as 10",
+        "client 'a': labels must be in 0..9, got 1 others, such as 11",
+    ]
+
+
+@pytest.mark.parametrize("make", [lambda: of_text(np.arange(7, dtype=np.uint8)), lambda: numbered([5, 9])])
+def test_another_process_makes_the_same_examples_from_the_shared_arrays(make):
+    dataset = make()
+    again = FederatedDataset.from_shared(dataset.spec, dataset.shared())
+    assert again.num_clients == dataset.num_clients
+    for client in range(dataset.num_clients):
+        for part in PARTS:
+            for array, expected in zip(again.examples(client, part), dataset.examples(client, part), strict=True):
+                assert np.shares_memory(array, expected)
+                assert array.tolist() == expected.tolist()
+
+
+def test_what_is_shared_of_a_text_are_not_its_windows():
+    dataset = of_text(np.zeros(1000, np.uint8), window=80)
+    assert set(dataset.shared()) == {"text", "y", "ranges"}
+    assert sum(array.nbytes for array in dataset.shared().values()) < 1000 + 8 * 1000 + 100

@@ -323,8 +323,8 @@ def test_a_pool_of_one_configuration(step_size):
         assert np.array_equal(drawn, np.zeros((4, 1)))
         state = fedex.update(state, drawn, np.array([0.1, 0.9, np.nan, 0.3]), np.array([1, 2, 3, 4]), settings, 1.0)
     assert np.array_equal(np.exp(state.log_theta[0]), [1.0])
-    assert math.copysign(1, fedex.entropy(state, settings)) == 1
-    assert fedex.entropy(state, settings) == 0
+    assert math.copysign(1, fedex.entropy(fedex.probabilities(state, settings))) == 1
+    assert fedex.entropy(fedex.probabilities(state, settings)) == 0
 
 
 # Learning.
@@ -370,7 +370,7 @@ def test_theta_finds_the_better_arm(baseline):
         state = fedex.update(state, drawn, error, np.full(10, 7), settings, 1.0, np.full(10, 0.5))
     assert fedex.probabilities(state, settings)[0][0] > 0.9
     assert fedex.best(state) == (0,)
-    assert fedex.entropy(state, settings) < 0.4
+    assert fedex.entropy(fedex.probabilities(state, settings)) < 0.4
 
 
 # Drawing.
@@ -426,13 +426,15 @@ def test_expand_merges_one_element_of_each_factor():
 
 def test_entropy_and_best():
     settings = FedExSettings()
-    assert fedex.entropy(fedex.init(make_pool(9, 4)), settings) == pytest.approx(math.log(9) + math.log(4))
+    assert fedex.entropy(fedex.probabilities(fedex.init(make_pool(9, 4)), settings)) == pytest.approx(
+        math.log(9) + math.log(4)
+    )
     state = state_at([0.25, 0.75], [0.2, 0.4, 0.4])
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) - (0.2 * math.log(0.2) + 0.8 * math.log(0.4))
-    assert fedex.entropy(state, settings) == pytest.approx(expected)
+    assert fedex.entropy(fedex.probabilities(state, settings)) == pytest.approx(expected)
     assert fedex.best(state) == (1, 1)
     gone = fedex.init(make_pool(2))._replace(log_theta=(np.array([0.0, -1000.0]),))
-    assert fedex.entropy(gone, settings) == 0
+    assert fedex.entropy(fedex.probabilities(gone, settings)) == 0
 
 
 # Keeping it.

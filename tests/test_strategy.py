@@ -21,6 +21,7 @@ from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.tuning import fedex
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.pool import make_pool
 from fedtune.tuning.trial import Trial
 from fedtune_clients import local_sgd
@@ -68,9 +69,8 @@ def make_strategy(pool=POOL, number=0, server=(), settings=(), cohort_size=COHOR
     return FedTuneStrategy(
         Trial(number, {**SERVER, **dict(server)}, pool),
         ServerSettings(**dict(settings)),
-        FedExSettings(**fedex_settings),
+        FedExPolicy(pool, FedExSettings(**fedex_settings), num_classes=3),
         cohort_size=cohort_size,
-        num_classes=3,
         seed=seed,
     )
 
@@ -156,7 +156,7 @@ def test_two_rounds_by_hand(dataset, grid, initial):
     state, weights = fedex.init(POOL), initial
     for server_round in (1, 2):
         messages = configure(strategy, grid, weights, server_round)
-        drawn = fedex.draw(state, settings, rng.stream(SEED, "fedex", 0, server_round), COHORT)
+        drawn = fedex.draw(state, settings, rng.stream(SEED, "policy", 0, server_round), COHORT)
         cohort = cohort_of(server_round)
         assert clients(messages) == cohort
         assert seeds(messages) == [client_seed(server_round, client) for client in cohort]
@@ -176,11 +176,11 @@ def test_two_rounds_by_hand(dataset, grid, initial):
         weights, state = mean, fedex.update(state, drawn, np.array(error), num_validation, settings, 1.0)
 
         assert np.array_equal(arrays["weights"].numpy(), weights.numpy())
-        assert np.array_equal(strategy.fedex_state.log_theta[0], state.log_theta[0])
-        assert np.array_equal(strategy.fedex_state.gradient_norm, state.gradient_norm)
-        assert strategy.fedex_state[2:] == state[2:]
+        assert np.array_equal(strategy.policy.state.log_theta[0], state.log_theta[0])
+        assert np.array_equal(strategy.policy.state.gradient_norm, state.gradient_norm)
+        assert strategy.policy.state[2:] == state[2:]
         assert metrics["error"] == pytest.approx(num_validation @ error / num_validation.sum())
-        assert metrics["entropy"] == fedex.entropy(state, settings)
+        assert metrics["entropy"] == fedex.entropy(fedex.probabilities(state, settings))
     assert not np.allclose(state.log_theta[0], fedex.init(POOL).log_theta[0])
 
 
@@ -188,7 +188,7 @@ def test_a_drawn_configuration_shifts_neither_cohort_nor_client_seeds(grid, init
     rounds = range(1, 6)
     alone, many = make_strategy(pool=((CONFIG,),)), make_strategy()
     sharp = make_strategy()
-    sharp.fedex_state = sharp.fedex_state._replace(log_theta=(np.array([-9.0, -9.0, math.log1p(-2 * math.exp(-9))]),))
+    sharp.policy.state = sharp.policy.state._replace(log_theta=(np.array([-9.0, -9.0, math.log1p(-2 * math.exp(-9))]),))
     sent = [[configure(strategy, grid, initial, t) for t in rounds] for strategy in (alone, many, sharp)]
     for one, other, third in zip(*sent, strict=True):
         assert clients(one) == clients(other) == clients(third)
@@ -223,7 +223,7 @@ def test_step_size_off_leaves_theta(grid, initial):
     strategy = make_strategy(step_size="off")
     weights, metrics = train_rounds(strategy, grid, initial, 3)
     assert not torch.equal(weights, initial)
-    assert np.array_equal(strategy.fedex_state.log_theta[0], np.full(3, -math.log(3)))
+    assert np.array_equal(strategy.policy.state.log_theta[0], np.full(3, -math.log(3)))
     assert [seen["entropy"] for seen in metrics] == pytest.approx([math.log(3)] * 3)
 
 
@@ -237,11 +237,11 @@ def test_the_client_baseline_is_the_signal_before_training(dataset, grid, initia
     strategy.aggregate_train(1, replies)
     reported = [reply.content.metric_records["metrics"] for reply in replies]
     after, before = (np.array([m[name] for m in reported]) for name in (signal, f"{signal}_before"))
-    drawn = fedex.draw(fedex.init(POOL), FedExSettings(), rng.stream(SEED, "fedex", 0, 1), COHORT)
+    drawn = fedex.draw(fedex.init(POOL), FedExSettings(), rng.stream(SEED, "policy", 0, 1), COHORT)
     num_validation = dataset.num_examples("validation")[cohort_of(1)]
     worst = {"error": 1.0, "loss": 2 * math.log(3)}[signal]
     expected = fedex.update(fedex.init(POOL), drawn, after, num_validation, FedExSettings(**options), worst, before)
-    assert np.array_equal(strategy.fedex_state.log_theta[0], expected.log_theta[0])
+    assert np.array_equal(strategy.policy.state.log_theta[0], expected.log_theta[0])
     assert not any(
         message.content.config_records["config"]["error_before"]
         for message in configure(make_strategy(), grid, initial)
@@ -253,7 +253,7 @@ def test_the_server_optimiser_acts_on_the_mean_and_keeps_its_moments(grid, initi
     strategy = make_strategy(server=server, settings={"optimizer": "yogi"})
     plain, state, weights = make_strategy(), optimizers.init(initial), initial
     for server_round in (1, 2):
-        plain.fedex_state = strategy.fedex_state  # so that both draw the same configurations
+        plain.policy.state = strategy.policy.state  # so that both draw the same configurations
         mean, _ = train_rounds(plain, grid, weights, 1, first=server_round)
         actual, _ = train_rounds(strategy, grid, weights, 1, first=server_round)
         weights, state = optimizers.update("yogi", state, weights, mean, {**SERVER, **server}, server_round)
@@ -294,7 +294,7 @@ def aggregate(grid, initial, change, **options):
 
 def theta_after(heard, error, settings, worst=1.0):
     """Log theta as fedex.update has it for the clients that were heard."""
-    drawn = fedex.draw(fedex.init(POOL), settings, rng.stream(SEED, "fedex", 0, 1), COHORT)
+    drawn = fedex.draw(fedex.init(POOL), settings, rng.stream(SEED, "policy", 0, 1), COHORT)
     num_validation = np.array(NUM_VALIDATION)[heard]
     return fedex.update(fedex.init(POOL), drawn[heard], np.array(error), num_validation, settings, worst).log_theta[0]
 
@@ -312,9 +312,9 @@ def test_a_client_that_is_not_finite_is_dropped_counted_and_the_worst_for_theta(
     share = torch.tensor([10, 20, 0, 40]) / 70
     torch.testing.assert_close((weights - initial)[:4], share, atol=1e-6, rtol=0)
     reported = {"error": [0.25, 0.5, worst, 1.0], "loss": [0.5, 0.5, worst, 0.5]}[signal]
-    expected = theta_after([0, 1, 2, 3], reported, strategy.fedex_settings, worst)
-    assert np.array_equal(strategy.fedex_state.log_theta[0], expected)
-    assert not np.array_equal(expected, theta_after([0, 1, 3], np.delete(reported, 2), strategy.fedex_settings, worst))
+    expected = theta_after([0, 1, 2, 3], reported, strategy.policy.settings, worst)
+    assert np.array_equal(strategy.policy.state.log_theta[0], expected)
+    assert not np.array_equal(expected, theta_after([0, 1, 3], np.delete(reported, 2), strategy.policy.settings, worst))
 
 
 @pytest.mark.parametrize("size", [1e3, 1e30])
@@ -326,8 +326,8 @@ def test_an_exploded_update_is_clipped_counted_and_keeps_its_error(grid, initial
     assert (metrics["lost"], metrics["dropped"], metrics["clipped"]) == (0, 0, 1)
     change = torch.tensor([10, 20 * 3.0, 30, 40]) / 100  # its norm is three times the median of 1
     torch.testing.assert_close((weights - initial)[:4], change, atol=1e-5, rtol=0)
-    expected = theta_after([0, 1, 2, 3], ERRORS, strategy.fedex_settings)
-    assert np.array_equal(strategy.fedex_state.log_theta[0], expected)
+    expected = theta_after([0, 1, 2, 3], ERRORS, strategy.policy.settings)
+    assert np.array_equal(strategy.policy.state.log_theta[0], expected)
 
 
 def lost(message):
@@ -339,7 +339,7 @@ def test_a_client_that_answers_with_an_error_is_lost_and_counted(grid, initial):
     assert (metrics["cohort"], metrics["lost"], metrics["dropped"]) == (4, 1, 0)
     torch.testing.assert_close((weights - initial)[:4], torch.tensor([0, 20, 30, 40]) / 90, atol=1e-6, rtol=0)
     assert np.array_equal(
-        strategy.fedex_state.log_theta[0], theta_after([1, 2, 3], ERRORS[1:], strategy.fedex_settings)
+        strategy.policy.state.log_theta[0], theta_after([1, 2, 3], ERRORS[1:], strategy.policy.settings)
     )
     assert metrics["error"] == pytest.approx((2 * 0.5 + 3 * 0.0 + 4 * 1.0) / 9)
 
@@ -348,7 +348,7 @@ def test_a_client_that_answers_with_an_error_is_lost_and_counted(grid, initial):
 def test_a_round_without_a_usable_update_changes_nothing(grid, initial, case):
     strategy = make_strategy(settings={"optimizer": "adam"})
     first, _ = train_rounds(strategy, grid, initial, 1)
-    theta, moments = fedex.to_arrays(strategy.fedex_state), [m.clone() for m in strategy.optimizer_state]
+    theta, moments = fedex.to_arrays(strategy.policy.state), [m.clone() for m in strategy.optimizer_state]
     messages = configure(strategy, grid, first, 2)
     replies = {
         "nobody answers": [],
@@ -357,12 +357,12 @@ def test_a_round_without_a_usable_update_changes_nothing(grid, initial, case):
     }[case]
     arrays, metrics = strategy.aggregate_train(2, replies)
     assert np.array_equal(arrays["weights"].numpy(), first.numpy())
-    assert all(np.array_equal(theta[name], array) for name, array in fedex.to_arrays(strategy.fedex_state).items())
+    assert all(np.array_equal(theta[name], array) for name, array in fedex.to_arrays(strategy.policy.state).items())
     assert all(torch.equal(old, new) for old, new in zip(moments, strategy.optimizer_state, strict=True))
     assert (metrics["lost"], metrics["dropped"]) == ((0, 4) if case == "all are NaN" else (4, 0))
     assert math.isnan(metrics["error"]) == (case != "all are NaN")
     train_rounds(strategy, grid, first, 1, first=3)
-    assert strategy.fedex_state.rounds == theta["rounds"][0] + 1  # the next one goes on as if nothing had been
+    assert strategy.policy.state.rounds == theta["rounds"][0] + 1  # the next one goes on as if nothing had been
 
 
 def test_the_order_of_the_replies_changes_no_bit(grid, initial):
@@ -370,7 +370,7 @@ def test_the_order_of_the_replies_changes_no_bit(grid, initial):
         strategy = make_strategy(baseline="leave_one_out")
         replies = grid.send_and_receive(configure(strategy, grid, initial))
         arrays, metrics = strategy.aggregate_train(1, [replies[index] for index in order])
-        return arrays["weights"].numpy().tobytes(), strategy.fedex_state.log_theta[0].tobytes(), dict(metrics)
+        return arrays["weights"].numpy().tobytes(), strategy.policy.state.log_theta[0].tobytes(), dict(metrics)
 
     expected = outcome(range(COHORT))
     assert all(outcome(order) == expected for order in itertools.permutations(range(COHORT)))
@@ -386,11 +386,11 @@ def test_test_labels_decide_nothing(dataset, grid, initial):
         strategy, grid = make_strategy(), make_grid(changed)
         weights, _ = train_rounds(strategy, grid, initial, 3)
         replies = grid.send_and_receive(strategy.configure_evaluate(3, pack(weights.numpy()), ConfigRecord(), grid))
-        return weights, strategy.fedex_state.log_theta[0], strategy.aggregate_evaluate(3, replies)["test_error"]
+        return weights, strategy.policy.state.log_theta[0], strategy.aggregate_evaluate(3, replies)["test_error"]
 
     strategy = make_strategy()
     weights, _ = train_rounds(strategy, grid, initial, 3)
-    theta = strategy.fedex_state.log_theta[0]
+    theta = strategy.policy.state.log_theta[0]
     evaluated = grid.send_and_receive(strategy.configure_evaluate(3, pack(weights.numpy()), ConfigRecord(), grid))
     test_error = strategy.aggregate_evaluate(3, evaluated)["test_error"]
     assert np.array_equal(run("test")[0].numpy(), weights.numpy())
@@ -415,9 +415,8 @@ def test_evaluation_may_be_left_out_between_rounds(grid, initial):
     strategy = FedTuneStrategy(
         Trial(0, SERVER, POOL),
         ServerSettings(),
-        FedExSettings(),
+        FedExPolicy(POOL, FedExSettings(), num_classes=3),
         cohort_size=2,
-        num_classes=3,
         seed=0,
         evaluate_every=3,
     )

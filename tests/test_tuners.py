@@ -7,16 +7,21 @@ from fedtune.tuning.asha import ASHA
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.one_federation import OneFederation
 from fedtune.tuning.random_search import RandomSearch
+from fedtune.tuning.space import LogUniform, SearchSpace
 from fedtune.tuning.trial import Trial, Tuner
-from fedtune.tuning.tuners import TUNERS, base_name, fedex_settings, make_tuner, uses_fedex
+from fedtune.tuning.tuners import TUNERS, base_name, fedex_settings, make_tuner, uses_fedex, within_one_federation
 
 
 def draw(number):
-    return Trial(number, {}, (({},),))
+    return Trial(number, {}, (({"learning_rate": 0.1},),))
 
 
 def make(name, **options):
-    return make_tuner(name, draw, max_rounds=81, total_rounds=405, options=options)
+    def compose(number, server, client):
+        return Trial(number, server, ((client,),))
+
+    space = SearchSpace({"learning_rate": LogUniform(1e-3, 1.0)}, {})
+    return make_tuner(name, draw, max_rounds=81, total_rounds=405, options=options, compose=compose, space=space)
 
 
 KINDS = [
@@ -40,8 +45,9 @@ def test_the_tuners_by_name(name, kind, base, fedex):
 
 
 def test_this_test_knows_every_tuner():
-    searches = {"sha", "sha+fedex", "hyperband", "async_hyperband"}  # each has a test file of its own
-    assert set(TUNERS) == {name for name, *_ in KINDS} | searches
+    searches = {"sha", "sha+fedex", "hyperband", "async_hyperband", "pbt", "bohb"}  # each has a test file of its own
+    within = {"uniform", "rsws", "elimination", "elimination+fedex"}
+    assert set(TUNERS) == {name for name, *_ in KINDS} | searches | within
 
 
 @pytest.mark.parametrize("name", sorted(set(TUNERS) - {"async_hyperband"}))  # 81 is no power of its 4
@@ -51,7 +57,7 @@ def test_every_tuner_trains_within_the_rounds_and_takes_any_error(name):
         job = tuner.ask()
         if job is None:
             break
-        assert job.rounds <= (405 if base_name(name) in ("manual", "fedex") else 81)
+        assert job.rounds <= (405 if within_one_federation(name) else 81)
         tuner.tell(job, error)
 
 

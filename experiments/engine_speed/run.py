@@ -19,6 +19,7 @@ from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
 
 FOLDER = Path(__file__).parent
@@ -69,9 +70,8 @@ def make_strategy() -> FedTuneStrategy:
     return FedTuneStrategy(
         TRIAL,
         ServerSettings(),
-        FedExSettings(),
+        FedExPolicy(TRIAL.pool, FedExSettings(), NUM_CLASSES),
         cohort_size=COHORT_SIZE,
-        num_classes=NUM_CLASSES,
         seed=SEED,
     )
 

@@ -19,8 +19,7 @@ from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.tuners import fedex_settings
+from fedtune.tuning.tuners import make_policy, within_one_federation
 
 app = ServerApp()
 
@@ -31,16 +30,26 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # two threads add in another order than one
     settings = protocol.run_settings(context.run_config.get("settings"))
     name = settings.tuners[0]
-    if name not in ("manual", "fedex"):
-        raise InputError(f"a ServerApp trains one federation: tuners must begin with manual or fedex, got {name!r}")
+    if not within_one_federation(name):
+        raise InputError(f"a ServerApp trains one federation: tuners must begin with one such as fedex, got {name!r}")
     options = settings.tuner.get(name, {})
     spec = plugins.load_dataset(settings.data).spec
-    strategy = FedTuneStrategy(
-        make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0),
-        settings.server,
-        fedex_settings(name, options) or FedExSettings(),
-        cohort_size=settings.cohort_size,
+    hyperparameters = resolve_hyperparameters(settings)
+    trial = make_draw(name, settings.seed, hyperparameters, options)(0)
+    policy = make_policy(
+        name,
+        options,
+        trial,
+        max_rounds=settings.max_rounds,
         num_classes=spec.num_classes,
+        domains=hyperparameters.space.client,
+        seed=settings.seed,
+    )
+    strategy = FedTuneStrategy(
+        trial,
+        settings.server,
+        policy,
+        cohort_size=settings.cohort_size,
         seed=settings.seed,
         nodes=nodes_in_client_order(grid),
         evaluate_every=settings.evaluate_every,

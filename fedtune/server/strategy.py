@@ -1,7 +1,8 @@
-"""The server's strategy: federated averaging, a server optimiser, and FedEx over a pool of client configurations.
+"""The server's strategy: federated averaging, a server optimiser, and a policy over a pool of client configurations.
 
 Algorithm 7 (FedEx) with Flower's two halves of a round: `configure_train` does lines 2 to 4, the clients lines 5 and 6,
-`aggregate_train` lines 8 to 10 (see `fedtune.tuning.fedex`). A pool of one configuration is plain federated averaging.
+`aggregate_train` lines 8 to 10 (see `fedtune.tuning.fedex`). Elimination and its like take FedEx's place as another
+policy. A pool of one configuration is plain federated averaging.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.settings import ServerSettings
 from fedtune.tuning import fedex
-from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
 
 
@@ -35,10 +36,11 @@ class RoundPlan:
 
 
 class FedTuneStrategy(Strategy):
-    """FedAvg with a server optimiser and FedEx, for one trial. All randomness comes from streams keyed by `seed`.
+    """FedAvg with a server optimiser, for one trial whose configurations a policy hands out.
 
+    All randomness comes from streams keyed by `seed`.
     `nodes` are the nodes in client order; None means by ascending node id. Every `evaluate_every` rounds Flower's own
-    loop has all of them evaluate the weights. Between rounds the whole state is `optimizer_state` and `fedex_state`;
+    loop has all of them evaluate the weights. Between rounds the whole state is `optimizer_state` and the policy's;
     the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
     """
 
@@ -46,22 +48,19 @@ class FedTuneStrategy(Strategy):
         self,
         trial: Trial,
         settings: ServerSettings,
-        fedex_settings: FedExSettings,
+        policy: Policy,
         *,
         cohort_size: int,
-        num_classes: int,
         seed: int,
         nodes: Sequence[int] | None = None,
         evaluate_every: int = 1,
     ) -> None:
         self.trial = trial
         self.settings = settings
-        self.fedex_settings = fedex_settings
+        self.policy = policy
         self.cohort_size = cohort_size
         self.seed = seed
         self.optimizer_state: optimizers.OptimizerState | None = None
-        self.fedex_state = fedex.init(trial.pool)
-        self._worst_error = fedex.worst_error(fedex_settings.signal, num_classes)
         self._nodes = nodes
         self._evaluate_every = evaluate_every
         self._plan: RoundPlan | None = None
@@ -73,8 +72,7 @@ class FedTuneStrategy(Strategy):
         all_nodes = self._nodes_in_client_order(grid)
         clients = self._cohort(server_round, len(all_nodes))
         nodes = [all_nodes[client] for client in clients]
-        draws = rng.stream(self.seed, "fedex", self.trial.number, server_round)
-        drawn = fedex.draw(self.fedex_state, self.fedex_settings, draws, len(nodes))  # 4
+        drawn = self.policy.draw(rng.stream(self.seed, "policy", self.trial.number, server_round), len(nodes))  # 4
         self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
         return [
             Message(
@@ -88,7 +86,7 @@ class FedTuneStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The new weights and the round's numbers; without a usable update weights and theta stay as they were."""
+        """The new weights and the round's numbers; without a usable update the weights stay as they were."""
         plan = self._plan
         assert plan is not None
         assert plan.server_round == server_round
@@ -103,8 +101,8 @@ class FedTuneStrategy(Strategy):
             weights, self.optimizer_state = optimizers.update(
                 self.settings.optimizer, state, plan.weights, mean.weights, self.trial.server, server_round
             )  # 8
-            self._update_theta(plan.drawn[list(answers)], metrics, mean.dropped)
-        entropy = fedex.entropy(self.fedex_state, self.fedex_settings) if self.trial.num_configs > 1 else float("nan")
+        self._update_policy(plan, list(answers), metrics, mean.dropped)  # 9, 10
+        entropy = fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan")
         return pack(weights.numpy()), MetricRecord(
             {
                 "cohort": len(plan.nodes),
@@ -165,22 +163,23 @@ class FedTuneStrategy(Strategy):
     def _client_config(self, config: ConfigRecord, server_round: int, client: int, drawn: np.ndarray) -> ConfigRecord:
         return protocol.train_config(
             config,
-            fedex.expand(self.trial.pool, drawn),
+            fedex.expand(self.policy.pool, drawn),
             rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
-            error_before=self.fedex_settings.baseline == "client",
+            error_before=self.policy.needs_error_before,
         )
 
-    def _update_theta(self, drawn: np.ndarray, metrics: list[MetricRecord], dropped: np.ndarray) -> None:
-        signal = self.fedex_settings.signal
-        self.fedex_state = fedex.update(
-            self.fedex_state,
-            drawn,
-            np.where(dropped, np.nan, _column(metrics, signal)),  # a dropped update counts as the worst error
-            _column(metrics, "num_validation").astype(np.int64),
-            self.fedex_settings,
-            self._worst_error,
-            _column(metrics, f"{signal}_before") if self.fedex_settings.baseline == "client" else None,
-        )  # 9, 10
+    def _update_policy(
+        self, plan: RoundPlan, answered: list[int], metrics: list[MetricRecord], dropped: np.ndarray
+    ) -> None:
+        """Tells the policy of the whole cohort: a dropped update has the error NaN, a lost client no examples."""
+        signal = self.policy.signal
+        error, before = np.full(len(plan.nodes), np.nan), np.full(len(plan.nodes), np.nan)
+        num_validation = np.zeros(len(plan.nodes), np.int64)
+        error[answered] = np.where(dropped, np.nan, _column(metrics, signal))
+        num_validation[answered] = _column(metrics, "num_validation")
+        if self.policy.needs_error_before:
+            before[answered] = _column(metrics, f"{signal}_before")
+        self.policy.update(plan.drawn, error, num_validation, before if self.policy.needs_error_before else None)
 
 
 def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Message]:

@@ -13,10 +13,9 @@ from fedtune.errors import UnknownNameError
 from fedtune.flat_model import FlatModel
 from fedtune.server import optimizers
 from fedtune.settings import Settings
-from fedtune.tuning.pool import make_pool
 from fedtune.tuning.space import Config, SearchSpace, check_space, parse_domain, sample
-from fedtune.tuning.trial import Draw, Trial
-from fedtune.tuning.tuners import base_name, fedex_settings
+from fedtune.tuning.trial import Compose, Draw, Trial
+from fedtune.tuning.tuners import make_trial_pool, within_one_federation
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,32 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     return Hyperparameters(client, server, space)
 
 
+def make_compose(tuner: str, seed: int, hyperparameters: Hyperparameters, options: Mapping[str, Any]) -> Compose:
+    """Makes the trials of a tuner, whose `[tuner.NAME]` table is `options`, from the values of what is searched."""
+
+    def compose(number: int, server: Config, client: Config) -> Trial:
+        centre = {**hyperparameters.client, **client}
+        draws = rng.stream(seed, "pool", number)
+        pool = make_trial_pool(tuner, options, centre, hyperparameters.space.client, draws)
+        return Trial(number, {**hyperparameters.server, **server}, pool)
+
+    return compose
+
+
 def make_draw(tuner: str, seed: int, hyperparameters: Hyperparameters, options: Mapping[str, Any]) -> Draw:
-    """Makes the trials of a tuner whose `[tuner.NAME]` table is `options`.
+    """Makes the trials of a tuner, each from random streams of its own.
 
     Tuners within one federation start from the fixed values; the others draw. Trial n has the same centre under every
     one that draws.
     """
-    fedex = fedex_settings(tuner, options)
-    searches = base_name(tuner) not in ("manual", "fedex")
+    compose = make_compose(tuner, seed, hyperparameters, options)
+    space = hyperparameters.space
 
     def draw(number: int) -> Trial:
-        server, client = hyperparameters.server, hyperparameters.client
-        if searches:
-            server = {**server, **sample(hyperparameters.space.server, rng.stream(seed, "server config", number))}
-            client = {**client, **sample(hyperparameters.space.client, rng.stream(seed, "client config", number))}
-        if fedex is None:
-            return Trial(number, server, ((client,),))
-        return Trial(
-            number, server, make_pool(fedex, client, hyperparameters.space.client, rng.stream(seed, "pool", number))
-        )
+        if within_one_federation(tuner):
+            return compose(number, {}, {})
+        server = sample(space.server, rng.stream(seed, "server config", number))
+        return compose(number, server, sample(space.client, rng.stream(seed, "client config", number)))
 
     return draw
 

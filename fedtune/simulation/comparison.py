@@ -17,7 +17,14 @@ import torch
 from fedtune import plugins
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.server.trials import Hyperparameters, client_program, initial_weights, make_draw, resolve_hyperparameters
+from fedtune.server.trials import (
+    Hyperparameters,
+    client_program,
+    initial_weights,
+    make_compose,
+    make_draw,
+    resolve_hyperparameters,
+)
 from fedtune.settings import Settings, write_settings
 from fedtune.simulation.executors import num_workers
 from fedtune.simulation.executors.machine import MachineSettings
@@ -26,10 +33,10 @@ from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.simulation.results import StudyResult
 from fedtune.simulation.study import Listener, Study
 from fedtune.tasks import Executor
-from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import SearchSpace
 from fedtune.tuning.trial import Trial
-from fedtune.tuning.tuners import base_name, fedex_settings, make_tuner
+from fedtune.tuning.tuners import checked_options, make_policy, make_tuner, within_one_federation
 
 VERSIONED = ("fedtune", "torch", "numpy", "flwr", "pandas", "flwr-datasets")
 
@@ -75,25 +82,41 @@ class Comparison:
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
         settings, options = self.settings, self.settings.tuner.get(name, {})
+        space = self.hyperparameters.space
         tuner = make_tuner(
             name,
             make_draw(name, seed, self.hyperparameters, options),
             max_rounds=settings.max_rounds,
             total_rounds=settings.total_rounds,
             options=options,
+            compose=make_compose(name, seed, self.hyperparameters, options),
+            space=space,
+            seed=seed,
         )
+
+        def policy(trial: Trial) -> Policy:
+            return make_policy(
+                name,
+                options,
+                trial,
+                max_rounds=settings.max_rounds,
+                num_classes=self.dataset.spec.num_classes,
+                domains=space.client,
+                seed=seed,
+            )
+
         return Study(
             name,
             seed,
             tuner,
             settings,
-            fedex_settings(name, options) or FedExSettings(),
+            policy,
             self.dataset,
             executor,
             initial_weights(settings, self.dataset.spec, seed),
             folder / f"{name}-seed{seed}",
             listener,
-            one_federation=base_name(name) in ("manual", "fedex"),
+            one_federation=within_one_federation(name),
         )
 
 
@@ -118,7 +141,7 @@ def prepare(settings: Settings) -> Comparison:
 def check_tuners(settings: Settings, space: SearchSpace) -> None:
     """Raises InputError unless every tuner can be made from its table and has something to search."""
     for name, options in settings.tuner.items():
-        fedex_settings(name, options)  # a table of a tuner that is not run must be right all the same
+        checked_options(name, options)  # a table of a tuner that is not run must be right all the same
     for name in settings.tuners:
         make_tuner(
             name,
@@ -126,6 +149,8 @@ def check_tuners(settings: Settings, space: SearchSpace) -> None:
             max_rounds=settings.max_rounds,
             total_rounds=settings.total_rounds,
             options=settings.tuner.get(name, {}),
+            compose=lambda number, server, client: Trial(number, {}, (({},),)),
+            space=space,
         )
     searching = [name for name in settings.tuners if name != "manual"]
     if searching and not space.client and not space.server:

@@ -116,16 +116,15 @@ class Federation:
     def sampled_config(self, client: int) -> Config:
         """The configuration that a client draws from theta for its own personalisation (Algorithm 7's result)."""
         draws = rng.stream(self.strategy.seed, "personalise", self.trial.number, self.round, client)
-        drawn = fedex.draw(self.strategy.fedex_state, self.strategy.fedex_settings, draws, 1)
-        return fedex.expand(self.trial.pool, drawn[0])
+        return fedex.expand(self.strategy.policy.pool, self.strategy.policy.draw(draws, 1)[0])
 
     def best_config(self) -> Config:
         """The configuration with the largest probability."""
-        return fedex.expand(self.trial.pool, np.array(fedex.best(self.strategy.fedex_state)))
+        return fedex.expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
 
     def theta(self) -> tuple[Float[np.ndarray, "_"], ...]:
         """The distribution over the pool, one array a factor."""
-        return fedex.probabilities(self.strategy.fedex_state, self.strategy.fedex_settings)
+        return self.strategy.policy.probabilities()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state to checkpoint."""
@@ -134,7 +133,7 @@ class Federation:
             "round": np.array(self.round),
             "weights": self.weights.numpy(),
             **({f"optimizer.{name}": moment.numpy() for name, moment in moments._asdict().items()} if moments else {}),
-            **{f"fedex.{name}": array for name, array in fedex.to_arrays(self.strategy.fedex_state).items()},
+            **{f"policy.{name}": array for name, array in self.strategy.policy.to_arrays().items()},
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -144,7 +143,7 @@ class Federation:
         moments = _with_prefix(arrays, "optimizer.")
         if moments:
             self.strategy.optimizer_state = OptimizerState(**{n: torch.from_numpy(a) for n, a in moments.items()})
-        self.strategy.fedex_state = fedex.from_arrays(_with_prefix(arrays, "fedex."))
+        self.strategy.policy.restore(_with_prefix(arrays, "policy."))
 
     def _take(self, ticket: int) -> list[Any]:
         results = self._executor.collect(ticket)

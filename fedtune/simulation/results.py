@@ -60,8 +60,8 @@ def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> lis
     """A row a trial: its rounds, its last score and test error, and its configuration as JSON."""
     return [
         {
-            **{"tuner": tuner, "seed": seed, "trial": number, "rounds": len(history.records)},
-            "score": history.scores.get(len(history.records), math.nan),
+            **{"tuner": tuner, "seed": seed, "trial": number, "rounds": history.told},
+            "score": history.scores.get(history.told, math.nan),
             "test_error": history.last_test_error(),
             "config": json.dumps(plan(history.trial)),
         }
@@ -78,7 +78,7 @@ def result_row(
     sampled = personalised["sampled"]
     argmax, at_max_rounds = (personalised.get(reading, sampled) for reading in ("argmax", "at_max_rounds"))
     return {
-        **{"rounds": len(records), "rounds_of_trial": len(history.records)},
+        **{"rounds": len(records), "rounds_of_trial": history.told},
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
         "validation_error": history.tail("validation_error"),
         "test_error": history.tail("test_error"),

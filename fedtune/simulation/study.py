@@ -27,7 +27,7 @@ from fedtune.simulation.journal import FORMAT, Journal
 from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
 from fedtune.simulation.trial_store import TrialHistory, TrialStore
 from fedtune.tasks import Executor
-from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
 
@@ -55,7 +55,7 @@ class Study:
         seed: int,
         tuner: Tuner,
         settings: Settings,
-        fedex_settings: FedExSettings,
+        make_policy: Callable[[Trial], Policy],
         dataset: FederatedDataset,
         executor: Executor,
         initial_weights: Float[torch.Tensor, "weight"],
@@ -68,7 +68,7 @@ class Study:
         self.seed = seed
         self._tuner = tuner
         self._settings = settings
-        self._fedex_settings = fedex_settings
+        self._make_policy = make_policy
         self._dataset = dataset
         self._executor = executor
         self._initial_weights = initial_weights
@@ -110,15 +110,17 @@ class Study:
             job = self._tuner.ask()
             if job is None:
                 return
-            history = self._trials.get(job.trial.number) or TrialHistory(job.trial)
-            num_rounds = job.rounds - history.rounds
+            history = self._trials.get(job.trial.number) or self._new_history(job.trial)
+            num_rounds = job.rounds - history.told
             if self._spent + num_rounds > self._settings.total_rounds:
                 self._exhausted = True
                 return
             self._spent += num_rounds
-            history.rounds = job.rounds
             self._trials[job.trial.number] = history
             self._start(job, num_rounds, history)
+
+    def _new_history(self, trial: Trial) -> TrialHistory:
+        return TrialHistory(trial, start=0 if trial.parent is None else self._trials[trial.parent].told)
 
     def _start(self, job: Job, num_rounds: int, history: TrialHistory) -> None:
         started, finishes = self._clock.time, self._clock.time + num_rounds * ROUND_TIME
@@ -139,7 +141,7 @@ class Study:
 
     def _train(self, job: Job, history: TrialHistory, started: float, finishes: float) -> Iterator[int]:
         """Brings the trial to the job's last round: from the journal as far as it knows, then by training."""
-        number, first = job.trial.number, len(history.records)
+        number, first = job.trial.number, history.told
 
         def on_round(record: RoundRecord) -> None:
             history.records.append(record)
@@ -152,6 +154,8 @@ class Study:
             self._store.write(federation, record)
             on_round(record)
 
+        if job.trial.parent is not None and first == history.start:
+            self._store.inherit(number, job.trial.parent)
         known = min(self._store.latest(number), job.rounds)
         for record in self._store.past_records(number, first, known):
             on_round(record)
@@ -165,9 +169,8 @@ class Study:
         strategy = FedTuneStrategy(
             trial,
             self._settings.server,
-            self._fedex_settings,
+            self._make_policy(trial),
             cohort_size=self._settings.cohort_size,
-            num_classes=self._dataset.spec.num_classes,
             seed=self.seed,
         )
         federation = Federation(

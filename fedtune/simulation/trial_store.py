@@ -5,6 +5,7 @@ last told job where that is an older one. So disk use is at most two checkpoints
 rounds.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,15 @@ class TrialHistory:
     """A trial so far: its rounds, the virtual times at which they ended, and by round what the tuner was told."""
 
     trial: Trial
+    start: int = 0  # the round at which it took over its parent's state
     records: list[RoundRecord] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
-    rounds: int = 0  # of its jobs that were started
+
+    @property
+    def told(self) -> int:
+        """The round at the end of its last told job."""
+        return max(self.scores, default=self.start)
 
     def tail(self, error: str, up_to: int | None = None) -> float:
         """The tail mean of a field of the evaluations up to a round; None is the last one."""
@@ -69,6 +75,14 @@ class TrialStore:
             self._latest[number] = record.round
             if previous != self._told.get(number):
                 self._path(number, previous).unlink(missing_ok=True)
+
+    def inherit(self, trial: int, parent: int) -> None:
+        """Gives a new trial the state that its parent's last told job left, unless it had got it before."""
+        if not self.latest(trial):
+            server_round = self._told[parent]
+            shutil.copyfile(self._path(parent, server_round), self._path(trial, server_round))
+            self._journal.note("checkpoint", trial=trial, round=server_round)
+            self._latest[trial] = server_round
 
     def told(self, trial: int, server_round: int) -> None:
         """The job that ended with this round was told: its state is kept until the next one is."""

@@ -149,12 +149,7 @@ def update(
     return FedExState(tuple(log_theta), gradient_norm, past_error, past_weight, rounds)
 
 
-def entropy(state: FedExState, settings: FedExSettings) -> float:
-    """The entropy of what clients draw from; at first the log of the pool's size."""
-    return entropy_of(probabilities(state, settings))
-
-
-def entropy_of(thetas: tuple[Float[np.ndarray, "_"], ...]) -> float:
+def entropy(thetas: tuple[Float[np.ndarray, "_"], ...]) -> float:
     """The entropy of independent distributions together, in nats."""
     positive = [theta[theta > 0] for theta in thetas]
     return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))

@@ -27,7 +27,7 @@ from fedtune.tuning.space import Config, Domain, SearchSpace, checked_number
 from fedtune.tuning.successive_halving import successive_halving
 from fedtune.tuning.trial import Compose, Draw, Pool, Trial, Tuner
 
-BUILDERS: dict[str, Callable[..., Tuner]] = {
+TUNERS: dict[str, Callable[..., Tuner]] = {
     **dict.fromkeys(("manual", "fedex", "uniform", "rsws", "elimination", "elimination+fedex"), OneFederation),
     **dict.fromkeys(("random", "random+fedex"), RandomSearch),
     **dict.fromkeys(("sha", "sha+fedex"), successive_halving),
@@ -37,10 +37,6 @@ BUILDERS: dict[str, Callable[..., Tuner]] = {
     "pbt": PBT,
     "bohb": BOHB,
 }
-
-# The server and the study can't run these yet: a policy inside a federation, a trial that starts from another's state.
-AWAITED = ("uniform", "rsws", "elimination", "elimination+fedex", "pbt", "bohb")
-TUNERS = {name: build for name, build in BUILDERS.items() if name not in AWAITED}
 
 # What [tuner.NAME] may set beside the settings of what goes on within a federation.
 OPTIONS: dict[Callable[..., Tuner], dict[str, type]] = {
@@ -60,7 +56,7 @@ OPTIONS: dict[Callable[..., Tuner], dict[str, type]] = {
 FEDEX_OPTIONS: dict[str, type] = {field.name: type(field.default) for field in fields(FedExSettings)}
 ELIMINATION_OPTIONS: dict[str, type] = {field.name: int for field in fields(EliminationSettings)}
 WITHIN_OPTIONS: dict[str, dict[str, type]] = {
-    **{name: FEDEX_OPTIONS for name in BUILDERS if "fedex" in name.split("+")},
+    **{name: FEDEX_OPTIONS for name in TUNERS if "fedex" in name.split("+")},
     "uniform": {name: FEDEX_OPTIONS[name] for name in ("pool_size", "perturbation", "form")},
     "rsws": {"num_configs": int},
     "elimination": ELIMINATION_OPTIONS,
@@ -81,7 +77,7 @@ def base_name(name: str) -> str:
 
 def within_one_federation(name: str) -> bool:
     """Whether all of this tuner happens in one trial, around the fixed values."""
-    return BUILDERS[name] is OneFederation
+    return TUNERS[name] is OneFederation
 
 
 def make_tuner(
@@ -103,7 +99,7 @@ def make_tuner(
     fedex_settings(name, options)
     if base_name(name) == "elimination":
         elimination_settings(name, options).resolve(max_rounds)
-    build = BUILDERS[name]
+    build = TUNERS[name]
     own = {option: chosen[option] for option in OPTIONS[build] if option in chosen}
     if build is OneFederation:
         return OneFederation(draw, max_rounds, total_rounds)
@@ -175,7 +171,7 @@ def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as whole or real numbers, strings and booleans. Raises UnknownNameError or InputError."""
     if name not in TUNERS:
         raise UnknownNameError("tuner", name, TUNERS)
-    known = {**OPTIONS[BUILDERS[name]], **WITHIN_OPTIONS.get(name, {})}
+    known = {**OPTIONS[TUNERS[name]], **WITHIN_OPTIONS.get(name, {})}
     for option in options:
         if option not in known:
             raise UnknownNameError(f"option of tuner {name}", option, known or ["none"])
