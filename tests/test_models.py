@@ -10,7 +10,7 @@ from fedtune_clients import local_sgd
 from fedtune_clients.models import cnn, logistic, lstm, mlp
 
 MNIST = DatasetSpec((28, 28), "real", 10, 1 / 255)
-TEXT = DatasetSpec((80,), "token", 81)
+TEXT = DatasetSpec((12,), "token", 81)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_lstm_is_torchs_stack_read_at_its_last_step():
     for layer, module in enumerate(ours.layers):
         for name, parameter in module.named_parameters():
             getattr(stack, name.replace("_l0", f"_l{layer}")).data = parameter.data
-    x = torch.randint(0, 81, (5, 80))
+    x = torch.randint(0, 81, (5, 12))
     states, _ = stack(ours.embedding(x.t()))  # (step, example, unit)
     torch.testing.assert_close(ours(x), ours.output(states[-1]))
 
@@ -126,17 +126,17 @@ def test_the_lstm_is_torchs_stack_read_at_its_last_step():
 def test_every_dropout_of_the_lstm_acts_where_it_should(which):
     """Dropping all that passes a dropout layer leaves the biases alone to speak: all rows get the same logits."""
     model = lstm(TEXT, hidden=16, layers=2)
-    x = torch.randint(0, 81, (5, 80))
+    x = torch.randint(0, 81, (5, 12))
     assert (model(x)[0] != model(x)[1]).any()
     model.dropouts[which].p = 1.0
     logits = model(x)
-    assert torch.equal(logits, logits[:1].expand_as(logits))
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))  # to rounding: rows are computed in blocks
 
 
 def test_the_clients_dropout_reaches_the_lstm():
     model = FlatModel(lstm(TEXT, hidden=8, layers=2))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 81, (20, 80), generator=generator)
+    x = torch.randint(0, 81, (20, 12), generator=generator)
     examples, weights = Examples(x, x[:, 0]), model.flat.clone()
     trained = [
         local_sgd.train(model, weights, examples, {"dropout": dropout}, np.random.default_rng(0)).clone()

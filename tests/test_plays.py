@@ -58,7 +58,9 @@ def test_a_direction_is_left_out_and_ends_no_speech(direction, lines):
     assert parse(f"ACT I.\n\nKING.\nOne.\n\n{direction}Two.\n") == [("KING", lines)]
 
 
-@pytest.mark.parametrize("heading", ["ACT II.", "Scene 2. A wood.", "EPILOGUE", "SONG.", "[SONG]", "     SPRING", "THE END"])
+@pytest.mark.parametrize(
+    "heading", ["ACT II.", "Scene 2. A wood.", "EPILOGUE", "SONG.", "[SONG]", "     SPRING", "THE END"]
+)
 def test_a_heading_ends_a_speech(heading):
     text = f"ACT I.\n\nKING.\nOne.\n\n{heading}\n\nA wood near Athens.\n\nFOOL.\nTwo.\n"
     assert parse(text) == [("KING", ["One."]), ("FOOL", ["Two."])]
@@ -126,11 +128,31 @@ def test_what_only_looks_like_a_label_is_speech(line):
 
 
 def test_labels_of_some_plays_are_in_mixed_case():
-    text = "ACT I.\n\nP. Queen.\nBoth here.\n\nHam.\nWho?\nHam.\n\n1 Clown. He.\n\nRos and Guil.\nWe.\n\nRos. and Guil.\nAy.\n\n1 Clown.\nI.\n"
+    text = """\
+        ACT I.
+
+        P. Queen.
+        Both here.
+
+        Ham.
+        Who?
+        Ham.
+
+        1 Clown. Hear me.
+
+        Ros and Guil.
+        We.
+
+        Ros. and Guil.
+        Ay.
+
+        1 Clown.
+        I.
+        """
     assert parse(text, "hamlet") == [
         ("P_QUEEN", ["Both here."]),
         ("HAM", ["Who?", "Ham."]),  # within a paragraph a name is speech
-        ("1_CLOWN", ["He."]),
+        ("1_CLOWN", ["Hear me."]),
         ("ROS_AND_GUIL", ["We."]),
         ("ROS_AND_GUIL", ["Ay."]),
         ("1_CLOWN", ["I."]),

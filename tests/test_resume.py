@@ -55,6 +55,54 @@ def test_stopped_after_any_round(uninterrupted, tmp_path, after):
     assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
 
 
+FAMILY = {
+    "max_rounds": 9,
+    "total_rounds": 45,
+    "seeds": 1,
+    "tuners": ["uniform", "rsws", "elimination+fedex", "sha", "hyperband", "pbt", "bohb"],
+    "evaluation": {"every": 3},
+    "tuner": {"elimination+fedex": {"num_configs": 4, "rounds_per_halving": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_family(tmp_path_factory):
+    return fedtune.compare("digits", executor="serial", out=tmp_path_factory.mktemp("resume") / "family", **FAMILY)
+
+
+def test_every_tuner_of_the_family_runs_within_its_budget(whole_family):
+    results = whole_family.results
+    assert results["tuner"].tolist() == FAMILY["tuners"]
+    assert (results["rounds"] <= 45).all()
+    assert (results["test_error"] < 0.6).all()  # guessing has 0.9
+
+
+def test_a_trial_of_pbt_goes_on_from_its_parent(whole_family):
+    trials = whole_family.trials[whole_family.trials["tuner"] == "pbt"]
+    rounds = whole_family.rounds[whole_family.rounds["tuner"] == "pbt"].groupby("trial")["round"].agg(["min", "size"])
+    merged = trials.set_index("trial").join(rounds)
+    children = merged[merged["min"] > 1]
+    assert len(children) > 0
+    assert (children["rounds"] == children["min"] - 1 + children["size"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [30, 100, 170, 220, 235, 250, 290])
+def test_the_family_stopped_after_any_round(whole_family, tmp_path, after):
+    rounds = 0
+
+    def stop(event):
+        nonlocal rounds
+        rounds += event["event"] == "round"
+        if rounds == after:
+            raise Killed
+
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **FAMILY)
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(whole_family.folder)
+
+
 def test_a_torn_journal_and_a_half_written_checkpoint(uninterrupted, tmp_path):
     def stop(event):
         if event["event"] == "incumbent" and event["tuner"] == "asha" and event["trial"] > 2:

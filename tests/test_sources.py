@@ -226,7 +226,7 @@ def test_pip_fetches_an_archive_whose_checksum_it_must_check_itself(cache, fake_
     ("body", "packed", "reason"),
     [
         (f"shutil.copy(packed, {ARCHIVE!r})", b"other", f"{ARCHIVE} has the wrong checksum"),
-        ("shutil.copy(packed, 'old-1.3.tar.gz')", PACKED, f"cannot get {ARCHIVE}"),
+        ("shutil.copy(packed, 'old-1.3.tar.gz')", PACKED, f"{ARCHIVE} is not what pip gave: old-1.3.tar.gz"),
         ("sys.exit('No module named pip')", b"", "exit code 1, 0 packages: No module named pip"),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_pip_that_fails_is_one_clear_error(cache, fake_python, body, packed, r
     fake_python(body, packed)
     with pytest.raises(InputError) as caught:
         fetch("some", {ARCHIVE: ARCHIVE_CHECKSUM}, [PIP])
-    assert "tried pip download old==1.2" in str(caught.value)
+    assert "tried pip download old==1.2: " in str(caught.value)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []

@@ -86,23 +86,24 @@ def load(
 def read_roles(archive: Path) -> dict[str, list[Speech]]:
     """The speeches of each role that has three lines or more, by `PLAY_ROLE`, play after play in alphabetical order."""
     roles: dict[str, list[Speech]] = {}
-    for play, text in sorted(_read_plays(archive).items()):
+    for play, text in sorted(read_plays(archive).items()):
         for speech in speeches(play, text):
             roles.setdefault(f"{play.upper()}_{speech.role}", []).append(speech)
     return {name: said for name, said in roles.items() if sum(len(speech.lines) for speech in said) >= MIN_LINES}
+
+
+def read_plays(archive: Path) -> dict[str, str]:
+    """The text of each play, by its name in the edition."""
+    with tarfile.open(archive) as files:
+        named = {match[1]: name for name in files.getnames() if (match := PLAY_FILE.fullmatch(name))}
+        contents = {play: files.extractfile(name) for play, name in named.items() if play not in POEMS}
+        return {play: content.read().decode("latin-1") for play, content in contents.items() if content}
 
 
 def encode(lines: Iterable[str]) -> UInt8[np.ndarray, "character"]:
     """The lines as one text, each run of spaces and line ends one space, each character its place in VOCABULARY."""
     text = " ".join(" ".join(lines).split())
     return CODES[np.frombuffer(text.encode("latin-1"), np.uint8)]
-
-
-def _read_plays(archive: Path) -> dict[str, str]:
-    with tarfile.open(archive) as files:
-        named = {match[1]: name for name in files.getnames() if (match := PLAY_FILE.fullmatch(name))}
-        contents = {play: files.extractfile(name) for play, name in named.items() if play not in POEMS}
-        return {play: content.read().decode("latin-1") for play, content in contents.items() if content}
 
 
 def _check_options(

