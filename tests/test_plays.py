@@ -51,7 +51,9 @@ def test_a_play_may_begin_in_several_ways(beginning):
         ("[FOOLS] vanish.]\n\n", ["One.", "Two."]),  # never opened
         ("Enter FOOL.\n\n", ["One.", "Two."]),
         ("One and a half. [Exit FOOL.\n", ["One.", "One and a half.", "Two."]),  # to the end of the line
+        ("DUMB SHOW.\n\n", ["One.", "Two."]),
         ("@@@\n\n", ["One.", "Two."]),
+        ("[Aside.]\n\nI.\n", ["One.", "I.", "Two."]),  # one letter is no label
     ],
 )
 def test_a_direction_is_left_out_and_ends_no_speech(direction, lines):

@@ -7,7 +7,7 @@ window of a part begins after the last label of the part before, and no two part
 
 Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and
 are left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one,
-and `iid` deals whole speeches instead of windows, since windows of one speech share characters.
+and `iid` deals whole lines, in speeches, instead of windows, which share characters.
 """
 
 import re
@@ -61,7 +61,7 @@ def load(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """A `fraction` of the roles, drawn at random, as they are (`role`) or their speeches dealt to num_clients (`iid`).
+    """A `fraction` of the roles, drawn at random, as they are (`role`) or what they say dealt to num_clients (`iid`).
 
     Roles with fewer than min_samples examples in their three parts are left out; of one with more than max_samples the
     first ones are taken, None meaning all. With `iid`, num_clients None means as many clients as roles.
@@ -143,12 +143,15 @@ def _long_enough(roles: dict[str, list[Speech]], min_samples: int) -> dict[str, 
 def _deal(
     roles: dict[str, list[Speech]], num_clients: int, min_samples: int, seed: int
 ) -> dict[str, UInt8[np.ndarray, "_"]]:
-    """The texts of clients who get the roles' speeches in random order, each about the same number of characters."""
-    spoken = [" ".join(speech.lines) for said in roles.values() for speech in said]
-    shuffled = [spoken[number] for number in rng.stream(seed, "partition").permutation(len(spoken))]
-    ends = np.cumsum([len(speech) for speech in shuffled])
+    """The texts of clients who get all lines of the roles, each about the same number of characters.
+
+    The lines of a speech stay together, the speeches are in random order.
+    """
+    spoken = [speech for said in roles.values() for speech in said]
+    lines = [line for number in rng.stream(seed, "partition").permutation(len(spoken)) for line in spoken[number].lines]
+    ends = np.cumsum([len(line) + 1 for line in lines])
     cuts = np.searchsorted(ends, ends[-1] * np.arange(num_clients + 1) / num_clients, side="right")
-    texts = {str(client): encode(shuffled[start:stop]) for client, (start, stop) in enumerate(pairwise(cuts))}
+    texts = {str(client): encode(lines[start:stop]) for client, (start, stop) in enumerate(pairwise(cuts))}
     if (smallest := min(map(len, texts.values())) - SKIPPED) < min_samples:
         raise InputError(
             f"num_clients must be small enough to give each {min_samples} examples, got {num_clients}, with which one "

@@ -1,60 +1,70 @@
-"""Measures rounds a second of the executors and of a plain loop, in turn, on equal work; see README.md."""
+"""Measures rounds a second of the executors beside a plain loop that does the same work; see README.md."""
 
+import argparse
 import copy
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from flwr.app import ConfigRecord
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from fedtune import rng
+from fedtune import plugins, rng
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.flat_model import Examples, FlatModel, make_examples
+from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
+from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
+from fedtune.simulation.executors import num_workers, start_forkserver
+from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.tasks import Executor
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
 
 FOLDER = Path(__file__).parent
-ROUNDS = {"logistic": 40, "mlp": 12, "cnn": 2}  # of one measurement: some tenths of a second
+ROUNDS = {"logistic": 40, "mlp": 16, "cnn": 2}  # of one measurement: about a second
+SEED, NUM_CLIENTS, COHORT_SIZE, NUM_CLASSES = 0, 40, 10, 10
+TRAIN, EXAMPLES = 100, 124  # of a client: 100 to train, 12 to validate, 12 to test
 CONFIG = {"learning_rate": 0.05, "batch_size": 20, "epochs": 1}
-COHORT_SIZE = 10
-NUM_CLIENTS = 40
-EXAMPLES = 124  # of a client: 100 to train, 12 to validate, 12 to test
-NUM_CLASSES = 10
-IN_FLIGHT = 4  # federations at once, as `parallel_trials` has it
-SEED = 0
-TRIAL = Trial(0, ServerSettings().model_dump(), ((CONFIG,),))
-# Engines sum in different orders: their weights differ by this much at most, as a share of how far training moved them.
-TOLERANCE = 1e-2
-
-Measure = Callable[[int], torch.Tensor]  # the weights after that many rounds from the initial ones
-
-
-class Engine(NamedTuple):
-    """Something that trains: its threads in this process, the rounds that it does side by side, and how."""
-
-    threads: int
-    federations: int
-    measure: Measure
+TRIAL = Trial(0, {name: known.default for name, known in HYPERPARAMETERS.items()}, ((CONFIG,),))
+IN_FLIGHT = 4  # trials at once, as a search has them
+# Engines add in different orders: how far their weights may differ, as a share of how far training moved them.
+TOLERANCE = 1e-3
+COLOURS = {"plain, 1 thread": "#BBBBBB", "plain": "#666666", "serial": "#56B4E9", "pool": "#0072B2"}
+COLOURS["pool, 4 trials"] = "#004466"
 
 
 class Work(NamedTuple):
-    """A client's training in a round, as the plain loop needs it."""
+    """What a client trains on in one round of the plain loop."""
 
     client: int
     order: list[int]  # of its training examples
 
 
+class Engine(NamedTuple):
+    """A way to train, with so many threads in this process: the weights after a number of rounds."""
+
+    threads: int
+    num_federations: int  # that do those rounds, side by side
+    train: Callable[[int], Tensor]
+
+
 def make_dataset() -> FederatedDataset:
-    """Clients of MNIST's shape: noise around a pattern for each class."""
+    """Clients of MNIST's shape: a pattern for each class, under noise."""
     draws = rng.stream(SEED, "examples")
     patterns = draws.integers(0, 256, (NUM_CLASSES, 28, 28))
     clients = {}
@@ -67,17 +77,12 @@ def make_dataset() -> FederatedDataset:
 
 def make_strategy() -> FedTuneStrategy:
     """Plain federated averaging."""
-    return FedTuneStrategy(
-        TRIAL,
-        ServerSettings(),
-        FedExPolicy(TRIAL.pool, FedExSettings(), NUM_CLASSES),
-        cohort_size=COHORT_SIZE,
-        seed=SEED,
-    )
+    policy = FedExPolicy(TRIAL.pool, FedExSettings(), NUM_CLASSES)
+    return FedTuneStrategy(TRIAL, ServerSettings(), policy, cohort_size=COHORT_SIZE, seed=SEED)
 
 
-def federation(executor: Executor, weights: torch.Tensor, rounds: int) -> Iterator[int]:
-    """Yields the tickets that it waits for; returns the weights after the rounds."""
+def federation(executor: Executor, weights: Tensor, rounds: int) -> Generator[int, None, Tensor]:
+    """Yields each ticket that it waits for; returns the weights after the rounds."""
     strategy, grid = make_strategy(), ExecutorGrid(executor, NUM_CLIENTS)
     for server_round in range(1, rounds + 1):
         arrays = pack(weights.numpy())
@@ -89,11 +94,10 @@ def federation(executor: Executor, weights: torch.Tensor, rounds: int) -> Iterat
     return weights
 
 
-def simulate(executor: Executor, weights: torch.Tensor, rounds: int, federations: int) -> torch.Tensor:
-    """The weights after the rounds of several federations in flight at once, all alike."""
-    waiting = {
-        training: next(training) for training in (federation(executor, weights, rounds) for _ in range(federations))
-    }
+def simulate(executor: Executor, weights: Tensor, num_federations: int, rounds: int) -> Tensor:
+    """The weights after the rounds of each of several federations that are in flight at once, all alike."""
+    trainings = [federation(executor, weights, rounds) for _ in range(num_federations)]
+    waiting = {training: next(training) for training in trainings}
     while waiting:
         ready = [training for training, ticket in waiting.items() if executor.finished(ticket)]
         for training in ready:
@@ -107,42 +111,146 @@ def simulate(executor: Executor, weights: torch.Tensor, rounds: int, federations
     return result
 
 
-def plan(rounds: int) -> list[list[Work]]:
-    """What the clients do in each round: the cohorts that the strategy draws, the orders that local SGD draws."""
+def make_plan(weights: Tensor, rounds: int) -> list[list[Work]]:
+    """Each round's cohort as the strategy draws it, and the order in which local SGD takes a client's examples."""
     strategy, grid = make_strategy(), ExecutorGrid(None, NUM_CLIENTS)
-    rounds_of_work = []
+    plan = []
     for server_round in range(1, rounds + 1):
-        messages = strategy.configure_train(server_round, pack(np.zeros(1, np.float32)), ConfigRecord(), grid)
-        rounds_of_work.append([])
-        for message in messages:
-            generator = np.random.Generator(np.random.PCG64(message.content.config_records["config"]["seed"]))
-            generator.integers(2**63)  # the seed of the dropout layers
-            order = generator.permutation(100).tolist()
-            rounds_of_work[-1].append(Work(message.metadata.dst_node_id - FIRST_NODE_ID, order))
-    return rounds_of_work
+        messages = strategy.configure_train(server_round, pack(weights.numpy()), ConfigRecord(), grid)
+        draws = [np.random.Generator(np.random.PCG64(protocol.seed(message))) for message in messages]
+        for draw in draws:
+            draw.integers(2**63)  # the seed of the dropout layers
+        clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
+        plan.append(
+            [Work(client, draw.permutation(TRAIN).tolist()) for client, draw in zip(clients, draws, strict=True)]
+        )
+    return plan
 
 
-def plain_rounds(module: torch.nn.Module, parts: dict, works: list[list[Work]], rounds: int) -> torch.Tensor:
-    """What most simulators do: a copy of the model, a DataLoader and an optimiser for each client."""
-    for cohort in works[:rounds]:
+def plain_loop(
+    module: nn.Module, parts: Sequence[tuple[TensorDataset, Examples]], plan: list[list[Work]], rounds: int
+) -> Tensor:
+    """A copy of the model, a DataLoader and an optimiser for each client, and a mean of state_dicts at the end."""
+    for cohort in plan[:rounds]:
         states = []
         for client, order in cohort:
+            train, validation = parts[client]
             local = copy.deepcopy(module)
-            train, (x, y) = parts[client]
-            optimizer = torch.optim.SGD(local.parameters(), lr=CONFIG["learning_rate"])
             local.train()
-            for _ in range(CONFIG["epochs"]):
-                for inputs, labels in DataLoader(train, CONFIG["batch_size"], sampler=order):
-                    optimizer.zero_grad()
-                    cross_entropy(local(inputs), labels).backward()
-                    optimizer.step()
+            optimizer = torch.optim.SGD(local.parameters(), lr=CONFIG["learning_rate"])
+            for x, y in DataLoader(train, CONFIG["batch_size"], sampler=order):
+                optimizer.zero_grad()
+                cross_entropy(local(x), y).backward()
+                optimizer.step()
             local.eval()
-            with torch.no_grad():
-                logits = local(x)
-                cross_entropy(logits, y).item()
-                (logits.argmax(1) != y).float().mean().item()
+            with torch.inference_mode():
+                logits = local(validation.x)
+                cross_entropy(logits, validation.y).item()
+                (logits.argmax(1) != validation.y).float().mean().item()
             states.append(local.state_dict())
-        mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
         module = copy.deepcopy(module)
-        module.load_state_dict(mean)
+        module.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
     return torch.cat([tensor.reshape(-1) for tensor in module.state_dict().values()])
+
+
+def make_parts(dataset: FederatedDataset) -> list[tuple[TensorDataset, Examples]]:
+    """Each client's training and validation examples, in memory in the form that the model gets."""
+    parts = []
+    for client in range(NUM_CLIENTS):
+        train, validation = (
+            make_examples(*dataset.examples(client, part), dataset.spec, "cpu") for part in ("train", "validation")
+        )
+        parts.append((TensorDataset(*train), validation))
+    return parts
+
+
+def measure(model: str, dataset: FederatedDataset, repeats: int, threads: int) -> list[dict[str, object]]:
+    """A row for each engine and repeat; the engines take turns. Raises unless they all end at the same weights."""
+    settings = MachineSettings({"name": model}, "local_sgd", "cpu")
+    torch.manual_seed(SEED)
+    module = plugins.make_model(settings.model, dataset.spec)
+    weights = FlatModel(module).flat.clone()
+    serial, pool = SerialExecutor(settings, dataset), PoolExecutor(settings, dataset, num_workers(0))
+    plain = partial(plain_loop, module, make_parts(dataset), make_plan(weights, ROUNDS[model]))
+    engines = {
+        "plain, 1 thread": Engine(1, 1, plain),
+        "plain": Engine(threads, 1, plain),
+        "serial": Engine(1, 1, partial(simulate, serial, weights, 1)),
+        "pool": Engine(1, 1, partial(simulate, pool, weights, 1)),
+        f"pool, {IN_FLIGHT} trials": Engine(1, IN_FLIGHT, partial(simulate, pool, weights, IN_FLIGHT)),
+    }
+    check_equal_work(model, weights, {name: engine.train(1) for name, engine in engines.items()})
+    rows = []
+    for repeat in range(repeats):
+        for name, engine in engines.items():
+            torch.set_num_threads(engine.threads)
+            started = time.perf_counter()
+            engine.train(ROUNDS[model])
+            seconds = time.perf_counter() - started
+            rounds = ROUNDS[model] * engine.num_federations
+            rows.append({"model": model, "engine": name, "repeat": repeat, "rounds_per_second": rounds / seconds})
+    pool.close()
+    return rows
+
+
+def check_equal_work(model: str, initial: Tensor, trained: dict[str, Tensor]) -> None:
+    """Raises unless one round led all engines to nearly the same weights, ours to the very same."""
+    serial = trained["serial"]
+    for name, weights in trained.items():
+        difference = float((weights - serial).norm() / (serial - initial).norm())
+        if difference > (0 if name.startswith("pool") else TOLERANCE):
+            raise RuntimeError(f"{model}: {name} and serial differ by {difference:.1e} of the way that they trained")
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each model and engine the median, least and most rounds a second, and its speed beside two others.
+
+    "by plain" is beside the faster of the two plain loops, "by serial" beside the serial executor.
+    """
+    table = rows.groupby(["model", "engine"], sort=False)["rounds_per_second"].agg(["median", "min", "max"])
+    median = table["median"].unstack()
+    references = {"plain": median[["plain, 1 thread", "plain"]].max(axis=1), "serial": median["serial"]}
+    for name, reference in references.items():
+        table[f"by {name}"] = table["median"] / reference.reindex(table.index, level="model")
+    return table
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draws each engine's speed in units of the faster plain loop's, with the range over the repeats."""
+    figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    models = table.index.get_level_values("model").unique()
+    for number, (engine, colour) in enumerate(COLOURS.items()):
+        part = table.xs(engine, level="engine").loc[models]
+        height = part["by plain"]
+        least, most = (part[end] / part["median"] * height for end in ("min", "max"))
+        position = np.arange(len(models)) + (number - 2) * 0.16
+        axes.bar(position, height, 0.15, yerr=[height - least, most - height], color=colour, label=engine, capsize=2)
+    axes.set_xticks(np.arange(len(models)), models)
+    axes.axhline(1, color="#222222", linewidth=0.8)
+    axes.set_ylabel("rounds a second, the faster plain loop = 1")
+    axes.set_title("How much faster than a plain loop are the executors?", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=3)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9, help="measurements of each engine (default 9)")
+    parser.add_argument("--models", nargs="+", default=list(ROUNDS), choices=list(ROUNDS))
+    arguments = parser.parse_args()
+    start_forkserver()
+    threads, dataset = torch.get_num_threads(), make_dataset()
+    rows = [row for model in arguments.models for row in measure(model, dataset, arguments.repeats, threads)]
+    frame = pd.DataFrame(rows)
+    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.4g")
+    table = summarise(frame)
+    plot(table, FOLDER / "figures" / "speed.png")
+    print(f"{num_workers(0)} workers, {threads} threads in the plain loop, torch {torch.__version__}")
+    print(table.round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()
