@@ -168,6 +168,9 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"fedtune: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        typer.echo(f"fedtune: {error}", err=True)
+        sys.exit(1)
 
 
 def _run(what: str, flags: dict[str, Any], assignments: list[str] | None, out: Path | None, force: bool) -> None:

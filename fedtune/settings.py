@@ -182,6 +182,7 @@ def _input_error(error: ValidationError, model: type[BaseModel]) -> InputError:
     if first["type"] == "missing":
         return InputError(f"the setting {name} is missing")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace("valid dictionary", "table").replace("valid list", "list")
     if not location:
         return InputError(message)
     return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")

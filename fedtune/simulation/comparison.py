@@ -176,7 +176,10 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
         if not (folder / "settings.toml").is_file():
             raise InputError(f"--out {folder} exists and is not a run folder; it is not overwritten even with --force")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--out must be a folder that can be made, got {folder}: {error.strerror}") from None
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     (folder / "settings.toml").write_text(write_settings(settings))
 

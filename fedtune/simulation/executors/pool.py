@@ -125,8 +125,6 @@ class PoolExecutor:
     def close(self) -> None:
         """Kills all workers."""
         for worker_ in self._workers:
-            worker_.process.kill()
-        for worker_ in self._workers:
             _end(worker_)
         self._workers = []
 
