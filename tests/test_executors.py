@@ -361,8 +361,15 @@ def script(tmp_path, **config):
 
 def popen(code):
     """A process that runs the code, in a process group of its own."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    # A shell's background job ignores Ctrl-C, and would hand that down to this process.
+    heed_control_c = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", heed_control_c + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def start(tmp_path):
