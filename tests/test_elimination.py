@@ -185,7 +185,7 @@ def test_each_is_dealt_once_before_any_is_dealt_twice(num_configs, cohort_sizes,
 def test_any_client_may_get_any_configuration():
     """Three cards for five clients, dealt 4000 times: every client gets each with probability 1 / 3.
 
-    False alarm below 15 * 2 exp(-2 * 4000 * 0.04^2) = 9e-5 (Hoeffding).
+    False alarm below 16 * 2 exp(-2 * 4000 * 0.04^2) = 9e-5 (Hoeffding).
     """
     state, rng = elimination.init(3), np.random.default_rng(0)
     drawn = np.array([elimination.draw(state, rng, 5)[:, 0] for _ in range(4000)])
@@ -193,6 +193,9 @@ def test_any_client_may_get_any_configuration():
     np.testing.assert_allclose(shares, 1 / 3, atol=0.04)
     state = state._replace(dealt=np.array([1, 0, 1]))
     assert (elimination.draw(state, rng, 1) == 1).all()
+    pairs = np.array([elimination.draw(state, rng, 2)[:, 0] for _ in range(4000)])
+    assert ((pairs == 1).sum(axis=1) == 1).all()
+    assert (pairs[:, 0] == 1).mean() == pytest.approx(1 / 2, abs=0.04)  # the card that is due goes to either client
 
 
 def test_the_deck_follows_from_the_state_and_the_stream_alone():

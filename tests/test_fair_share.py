@@ -25,7 +25,7 @@ def test_what_one_cannot_use_goes_to_the_others():
 def test_weights():
     assert fair_share(32, [64, 64], [3, 1]) == [24, 8]
     assert fair_share(32, [12, 64, 64], [3, 1, 1]) == [12, 10, 10]
-    assert fair_share(30, [64, 64, 64], [0.5, 0.25, 0.25]) == [16, 7, 7]  # 15, 7.5 and 7.5: the last worker to the first of equals
+    assert fair_share(30, [64, 64, 64], [0.5, 0.25, 0.25]) == [16, 7, 7]  # of 15, 7.5 and 7.5
 
 
 def test_fewer_workers_than_jobs():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fedtune.tuning.fedex import FedExSettings, expand
-from fedtune.tuning.pool import make_pool, perturbed_pool, product_pool
+from fedtune.tuning.pool import make_pool, perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.space import Choice, Integer, LogUniform
 
 CENTRE = {"learning_rate": 0.1, "epochs": 2, "momentum": 0.9, "batch_size": 10}
@@ -32,6 +32,17 @@ def test_a_product_pool_has_a_factor_for_each_searched_hyperparameter():
     assert [len(factor) for factor in pool] == [1, 3, 9, 1]  # epochs can only be 1, 2 or 3, and a choice stays as it is
     assert expand(pool, np.zeros(4, np.int64)) == CENTRE
     assert all(len({tuple(element.items()) for element in factor}) == len(factor) for factor in pool)
+
+
+def test_a_pool_of_the_whole_space_is_the_centre_and_draws():
+    (factor,) = whole_space_pool(CENTRE, DOMAINS, np.random.default_rng(0), 200)
+    assert len(factor) == 200
+    assert factor[0] == CENTRE
+    assert {config["epochs"] for config in factor} == {1, 2, 3, 4, 5}
+    assert {config["momentum"] for config in factor} == {0.0, 0.9}
+    assert {config["batch_size"] for config in factor} == {10}
+    assert all(DOMAINS["learning_rate"].contains(config["learning_rate"]) for config in factor)
+    assert whole_space_pool(CENTRE, DOMAINS, np.random.default_rng(0), 1) == ((CENTRE,),)
 
 
 @pytest.mark.parametrize("build", [perturbed_pool, product_pool])

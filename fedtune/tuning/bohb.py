@@ -67,21 +67,26 @@ class BOHB:
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its bracket and in the model."""
         self._hyperband.tell(job, error)
-        observation = rank_key(error, job.trial.number), self._to_unit(job.trial)
-        insort(self._observations.setdefault(job.rounds, []), observation)
+        if job.rounds >= self._model_rounds():  # what a smaller resource says is never asked again
+            observation = rank_key(error, job.trial.number), self._to_unit(job.trial)
+            insort(self._observations.setdefault(job.rounds, []), observation)
 
     def _propose(self, number: int) -> Trial:
         """Algorithm 2."""
         draws = rng.stream(self._seed, "bohb", number)
         if draws.random() < RANDOM_FRACTION:  # 1
             return self._draw(number)
-        num_points = len(self._num_options) + 3
-        rounds = max((b for b, points in self._observations.items() if len(points) >= num_points), default=None)  # 2
-        if rounds is None:  # 3
+        rounds = self._model_rounds()
+        if rounds == 0:  # 3
             return self._draw(number)
         points = np.array([point for _, point in self._observations[rounds]])
         proposed = propose(points, self._num_options, draws)
         return self._compose(number, *self._from_unit(proposed.tolist()))
+
+    def _model_rounds(self) -> int:
+        """The largest resource with enough observations; 0 if there is none."""
+        enough = len(self._num_options) + 3
+        return max((b for b, points in self._observations.items() if len(points) >= enough), default=0)  # 2
 
     def _to_unit(self, trial: Trial) -> list[float]:
         server, client = trial.server, trial.pool[0][0]

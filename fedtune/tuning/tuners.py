@@ -62,6 +62,7 @@ WITHIN_OPTIONS: dict[str, dict[str, type]] = {
     "elimination": ELIMINATION_OPTIONS,
     "elimination+fedex": {**ELIMINATION_OPTIONS, **FEDEX_OPTIONS},
 }
+WHOLE_SPACE = ("rsws", "elimination", "elimination+fedex")  # their pools are drawn from it
 FEDEX_PRESETS: dict[str, dict[str, Any]] = {"uniform": {"step_size": "off"}, "elimination+fedex": {"signal": "loss"}}
 
 
@@ -87,31 +88,29 @@ def make_tuner(
     max_rounds: int,
     total_rounds: int,
     options: Mapping[str, Any],
-    compose: Compose | None = None,
-    space: SearchSpace | None = None,
+    compose: Compose,
+    space: SearchSpace,
     seed: int = 0,
 ) -> Tuner:
     """The tuner of that name; `options` is its [tuner.NAME] table, all of which is checked here.
 
-    `pbt` and `bohb`, which choose values themselves, need `compose` and the space.
+    `compose` and the space are for those that choose values themselves, pbt and bohb.
     """
     chosen = checked_options(name, options)
     fedex_settings(name, options)
-    if base_name(name) == "elimination":
-        elimination_settings(name, options).resolve(max_rounds)
+    if name in WHOLE_SPACE:
+        settings = elimination_settings(name, options)
+        if name != "rsws":
+            settings.resolve(max_rounds)
     build = TUNERS[name]
     own = {option: chosen[option] for option in OPTIONS[build] if option in chosen}
     if build is OneFederation:
         return OneFederation(draw, max_rounds, total_rounds)
     if build is PBT:
-        assert compose is not None
-        assert space is not None
         if "population_size" not in own:
             own["population_size"] = default_population_size(max_rounds, total_rounds)
         return PBT(draw, make_explore(compose, space, seed), seed, max_rounds, **own)
     if build is BOHB:
-        assert compose is not None
-        assert space is not None
         return BOHB(draw, compose, space, seed, max_rounds, **own)
     return build(draw, max_rounds, **own)
 
@@ -120,7 +119,7 @@ def make_trial_pool(
     name: str, options: Mapping[str, Any], centre: Config, domains: Mapping[str, Domain], draws: np.random.Generator
 ) -> Pool:
     """The client configurations of a trial of this tuner, around a whole client configuration."""
-    if name == "rsws" or base_name(name) == "elimination":
+    if name in WHOLE_SPACE:
         return whole_space_pool(centre, domains, draws, elimination_settings(name, options).num_configs)
     fedex = fedex_settings(name, options)
     return ((dict(centre),),) if fedex is None else make_pool(fedex, centre, domains, draws)
