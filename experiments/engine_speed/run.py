@@ -36,7 +36,7 @@ from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
 
 FOLDER = Path(__file__).parent
-ROUNDS = {"logistic": 40, "mlp": 16, "cnn": 2}  # of one measurement: about a second
+ROUNDS = {"logistic": 40, "mlp": 16, "cnn": 1}  # of one measurement: about a second
 SEED, NUM_CLIENTS, COHORT_SIZE, NUM_CLASSES = 0, 40, 10, 10
 TRAIN, EXAMPLES = 100, 124  # of a client: 100 to train, 12 to validate, 12 to test
 CONFIG = {"learning_rate": 0.05, "batch_size": 20, "epochs": 1}

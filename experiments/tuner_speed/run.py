@@ -59,10 +59,10 @@ def decisions(tuner: Tuner, num_configs: int, window: int, seed: int) -> list[fl
     running, seconds, num_drawn = [], [], 0
     random_fraction, bohb.RANDOM_FRACTION = bohb.RANDOM_FRACTION, 1.0
     while num_drawn < num_configs:
-        if num_drawn >= num_configs - window:
-            bohb.RANDOM_FRACTION = random_fraction
         slots, errors = draws.integers(PARALLEL_TRIALS, size=1000).tolist(), draws.random(1000).tolist()
         for slot, error in zip(slots, errors, strict=True):
+            if num_drawn == num_configs - window:
+                bohb.RANDOM_FRACTION = random_fraction
             started = time.perf_counter()
             job = tuner.ask()
             asked = time.perf_counter()
