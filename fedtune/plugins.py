@@ -200,5 +200,5 @@ def _check_type(annotation: Any, value: Any, name: str) -> None:
     except PydanticUserError:  # an annotation that pydantic can't check
         return
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Input should be ")
+        message = error.errors()[0]["msg"].removeprefix("Input should be ").replace("an instance of Sequence", "a list")
         raise InputError(f"{name} must be {message}, got {value!r}") from None
