@@ -231,6 +231,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     axes.set_ylabel("rounds a second, the faster plain loop = 1")
     axes.set_title("How much faster than a plain loop are the executors?", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
     axes.legend(frameon=False, ncols=3)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
