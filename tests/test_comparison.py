@@ -223,5 +223,9 @@ def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
             met[client] = met.get(client, 0) + 1
     counts = faulty.results.iloc[0]
     assert counts[["dropped", "lost"]].tolist() == [met[0], met[2]]
+    lines = map(json.loads, (faulty.folder / "manual-seed0" / "journal.jsonl").read_text().splitlines())
+    reasons = [reason for line in lines if line["event"] == "lost" for reason in line["reasons"]]
+    assert len(reasons) == met[2]
+    assert all("client 2 " in reason and "RuntimeError: out of battery" in reason for reason in reasons)
     assert counts["clipped"] >= met[1] > 0
     assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.05

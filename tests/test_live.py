@@ -134,7 +134,7 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_event_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="unknown event 'rond'; known: incumbent, plan, round, study_end"):
+    with pytest.raises(UnknownNameError, match="unknown event 'rond'; known: incumbent, lost, plan, round, study_end"):
         LiveProgress(console(terminal=False))({"event": "rond"})
 
 
@@ -163,3 +163,12 @@ def test_events_are_cheap_and_refreshes_are_few(monkeypatch: pytest.MonkeyPatch)
             costs.append((time.perf_counter() - began) / 1000)
     assert min(costs) < 50e-6
     assert 2 <= len(renders) <= 10 + 3  # ten a second, and one each at start and end
+
+
+def test_the_first_lost_client_is_told_of_once() -> None:
+    out = console(terminal=False)
+    with LiveProgress(out) as progress:
+        progress(plan())
+        for client in (3, 4):
+            progress({"event": "lost", "tuner": "asha", "seed": 0, "reasons": [f"client {client}: [no] battery"]})
+    assert printed(out) == "lost a client: client 3: [no] battery\n"

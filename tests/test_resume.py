@@ -38,9 +38,8 @@ class Killed(BaseException):
     """Stands for the process's death: nothing in the program catches it."""
 
 
-@pytest.mark.parametrize("after", [1, 20, 41, 90, 130, 144])
-def test_stopped_after_any_round(uninterrupted, tmp_path, after):
-    """In one process, so that the moment is exact: after `after` rounds of all studies."""
+def stopped_and_resumed(folder, settings, after):
+    """The folder of a run that was stopped after so many rounds of all its studies, and resumed."""
     rounds = 0
 
     def stop(event):
@@ -49,10 +48,15 @@ def test_stopped_after_any_round(uninterrupted, tmp_path, after):
         if rounds == after:
             raise Killed
 
-    folder = tmp_path / "run"
     with pytest.raises(Killed):
-        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **SETTINGS)
-    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
+        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **settings)
+    return fedtune.resume(folder, executor="serial").folder
+
+
+@pytest.mark.parametrize("after", [1, 20, 41, 90, 130, 144])
+def test_stopped_after_any_round(uninterrupted, tmp_path, after):
+    """In one process, so that the moment is exact: after `after` rounds of all studies."""
+    assert contents(stopped_and_resumed(tmp_path / "run", SETTINGS, after)) == contents(uninterrupted)
 
 
 FAMILY = {
@@ -89,18 +93,7 @@ def test_a_trial_of_pbt_goes_on_from_its_parent(whole_family):
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [30, 100, 170, 220, 235, 250, 290])
 def test_the_family_stopped_after_any_round(whole_family, tmp_path, after):
-    rounds = 0
-
-    def stop(event):
-        nonlocal rounds
-        rounds += event["event"] == "round"
-        if rounds == after:
-            raise Killed
-
-    folder = tmp_path / "run"
-    with pytest.raises(Killed):
-        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **FAMILY)
-    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(whole_family.folder)
+    assert contents(stopped_and_resumed(tmp_path / "run", FAMILY, after)) == contents(whole_family.folder)
 
 
 def test_a_torn_journal_and_a_half_written_checkpoint(uninterrupted, tmp_path):

@@ -15,7 +15,7 @@ from fedtune.errors import UnknownNameError
 from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
 
-EVENTS = ("plan", "round", "incumbent", "study_end")
+EVENTS = ("plan", "round", "lost", "incumbent", "study_end")
 REFRESHES_PER_SECOND = 5
 
 
@@ -51,6 +51,7 @@ class LiveProgress:
         self._console = console or Console(stderr=True)
         self._studies: dict[tuple[str, int], StudyProgress] = {}
         self._current: StudyProgress | None = None
+        self._told_of_loss = False
         self._faults = dict.fromkeys(FAULTS, 0)
         self._rounds = self._total_rounds = self._ended = 0
         # A round may take longer than rich's half a minute, and the rate would vanish between two: ten minutes.
@@ -90,6 +91,8 @@ class LiveProgress:
                 self._round(event)
             case "incumbent":
                 self._study(event).incumbent = event
+            case "lost":
+                self._lost(event)
             case "plan":
                 self._plan(event)
             case "study_end":
@@ -116,6 +119,12 @@ class LiveProgress:
         for fault in FAULTS:
             study.faults[fault] += event[fault]
             self._faults[fault] += event[fault]
+
+    def _lost(self, event: Mapping[str, Any]) -> None:
+        """Prints why the run's first lost client was lost; the journals hold the others."""
+        if not self._told_of_loss:
+            self._told_of_loss = True
+            self._console.print(f"lost a client: {event['reasons'][0]}", markup=False, highlight=False, soft_wrap=True)
 
     def _study_end(self, event: Mapping[str, Any]) -> None:
         study = self._study(event)

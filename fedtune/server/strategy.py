@@ -64,6 +64,7 @@ class FedTuneStrategy(Strategy):
         self._nodes = nodes
         self._evaluate_every = evaluate_every
         self._plan: RoundPlan | None = None
+        self.lost_reasons: list[str] = []  # what the last round's lost clients said
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -90,6 +91,8 @@ class FedTuneStrategy(Strategy):
         plan = self._plan
         assert plan is not None
         assert plan.server_round == server_round
+        replies = list(replies)
+        self.lost_reasons = sorted(reply.error.reason or "" for reply in replies if reply.has_error())
         answers = _in_order(replies, plan.nodes)
         metrics = [protocol.metrics(reply) for reply in answers.values()]
         updates = [protocol.weights(reply) for reply in answers.values()]

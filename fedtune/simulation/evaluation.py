@@ -13,9 +13,9 @@ from jaxtyping import Int
 from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.tasks import EvaluateTask, Failure, Metrics, Result
+from fedtune.tuning.trial import TAIL
 
 STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
-TAIL = 0.75  # evaluations after this share of the rounds enter the tail mean
 
 
 class Evaluation(NamedTuple):

@@ -90,4 +90,4 @@ class Journal:
         return line
 
 
-NOTES = ("round", "checkpoint", "personalised")
+NOTES = ("round", "lost", "checkpoint", "personalised")

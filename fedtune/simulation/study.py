@@ -152,6 +152,9 @@ class Study:
 
         def on_new_round(federation: Federation, record: RoundRecord) -> None:
             self._store.write(federation, record)
+            if reasons := federation.strategy.lost_reasons:
+                self._journal.note("lost", trial=number, round=record.round, reasons=reasons)
+                self._listener({"event": "lost", "tuner": self.name, "seed": self.seed, "reasons": reasons})
             on_round(record)
 
         if job.trial.parent is not None and first == history.start:

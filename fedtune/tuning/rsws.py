@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from fedtune.tuning.fedex import bounded
-
-TAIL = 0.75  # rounds after this share of them are the last quarter
+from fedtune.tuning.trial import TAIL
 
 
 class RSWSState(NamedTuple):

@@ -58,6 +58,9 @@ class Tuner(Protocol):
         """Take note of a job's validation error."""
 
 
+TAIL = 0.75  # what comes after this share of the rounds enters a federation's tail mean: the last quarter
+
+
 class Score(NamedTuple):
     """A trial's validation error after so many rounds."""
 
