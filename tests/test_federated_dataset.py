@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from fedtune.data.checks import BadDataError
 from fedtune.data.federated_dataset import PARTS, DatasetSpec, FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
 
@@ -207,9 +208,10 @@ def test_clients_whose_arrays_differ_are_refused_all_at_once():
         "d": (x, y[:3]),
         "e": (x, y.astype(np.float64)),
     }
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(BadDataError) as caught:
         FederatedDataset.from_clients(clients, name="bad")
-    assert str(caught.value).split("; ") == [
+    assert str(caught.value) == f"{caught.value.problems[0].message} (and 3 more)"
+    assert [problem.message for problem in caught.value.problems] == [
         "client 'b': an example must have shape (2,) and dtype float32, as client 'a' has, got (1,) and float32",
         "client 'c': an example must have shape (2,) and dtype float32, as client 'a' has, got (2,) and float64",
         "client 'd': y must have one label an example, got shapes (4, 2), (3,)",

@@ -1,11 +1,10 @@
 """Everybody's examples in two flat arrays, with index ranges for each client's train, validation and test part."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer, Shaped
+from jaxtyping import Int64, Integer, Shaped
 
 from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
@@ -79,12 +78,27 @@ class FederatedDataset:
 
         num_classes None means the largest label + 1.
         """
+        from fedtune.data.checks import BadDataError, find_problems, form_problems, in_client_order, repeated_ids
+
         if not clients:
             raise InputError("a data set must have at least one client, got none")
         client_ids = [str(client_id) for client_id in clients]
         xs = [np.asarray(x) for x, _ in clients.values()]
         ys = [np.asarray(y) for _, y in clients.values()]
-        _check_same_form(client_ids, xs, ys)
+        if problems := form_problems(client_ids, xs, ys):
+            unfit = {problem.client for problem in problems}
+            if rest := {client_id: pair for client_id, pair in clients.items() if str(client_id) not in unfit}:
+                fitting = cls.from_clients(
+                    rest,
+                    name=name,
+                    num_classes=num_classes,
+                    scale=scale,
+                    input_kind=input_kind,
+                    seed=seed,
+                    fractions=fractions,
+                )
+                problems += find_problems(fitting)
+            raise BadDataError(in_client_order(repeated_ids(client_ids) + problems, client_ids))
         permutations, ranges = _split([len(y) for y in ys], fractions, seed)
         total = sum(len(y) for y in ys)
         x = np.empty((total, *xs[0].shape[1:]), xs[0].dtype)
@@ -162,7 +176,7 @@ class FederatedDataset:
 
     def num_examples(self, part: str) -> Int64[np.ndarray, "client"]:
         """How many examples each client has in one of PARTS."""
-        return self._sizes()[:, _part_number(part)]
+        return self.sizes()[:, _part_number(part)]
 
     def examples(self, client: int, part: str) -> tuple[np.ndarray, np.ndarray]:
         """One client's (x, y) in one of PARTS: views, not copies."""
@@ -170,98 +184,24 @@ class FederatedDataset:
         return self.x[start:stop], self.y[start:stop]
 
     def check(self) -> list[str]:
-        """Every problem found, a sentence each: duplicate ids, then client by client; empty if there is none."""
-        problems = [
-            f"client id {client_id!r} must be unique, got it {count} times"
-            for client_id, count in Counter(self.client_ids).items()
-            if count > 1
-        ]
-        if self.text is not None and (wrong := self._outside(self.text)).any():
-            problems.append(
-                f"text: characters must be in 0..{self.spec.num_classes - 1}, got {wrong.sum()} others, such as "
-                f"{self.text[wrong][0]}"
-            )
-        misplaced = self._misplaced_parts()
-        ranges = np.clip(self.ranges, 0, len(self.y))
-        sizes = self._sizes()
-        not_finite = _count_in(ranges, self._not_finite())
-        mislabelled = _count_in(ranges, self._outside(self.y))
-        for client in np.flatnonzero(misplaced | (sizes < 1).any(1) | (not_finite + mislabelled).any(1)).tolist():
-            who = f"client {self.client_ids[client]!r}"
-            if misplaced[client]:
-                problems.append(f"{who}: its parts must lie within the {len(self.y)} examples and not overlap")
-            problems += [
-                f"{who}: {part} must have at least 1 example, got {size} of the client's {sizes[client].sum()}"
-                for part, size in zip(PARTS, sizes[client], strict=True)
-                if size < 1
-            ]
-            if count := not_finite[client].sum():
-                problems.append(f"{who}: x must be finite, got NaN or infinity in {count} of its examples")
-            if count := mislabelled[client].sum():
-                labels = np.concatenate([self.y[start:stop] for start, stop in ranges[client]])
-                problems.append(
-                    f"{who}: labels must be in 0..{self.spec.num_classes - 1}, got {count} others, such as "
-                    f"{labels[self._outside(labels)][0]}"
-                )
-        return problems
+        """What would make a run wrong, a sentence each: duplicate ids, then client by client; empty if nothing would.
+
+        `fedtune.data.checks` finds it, and what is only suspicious beside it.
+        """
+        from fedtune.data.checks import errors_of, find_problems
+
+        return [problem.message for problem in errors_of(find_problems(self))]
 
     def stats(self) -> dict[str, int | float]:
-        """Counts, and how uneven the clients are in size (population std and skewness) and in labels.
+        """Counts, and how uneven the clients are in size and in labels: see `fedtune.data.stats`."""
+        from fedtune.data.stats import stats
 
-        `label_skew` is the mean over clients of the total-variation distance between the client's labels and all
-        clients' labels: 0 if all are alike, near 1 if no client resembles the whole.
-        """
-        if problems := self.check():
-            raise InputError(f"statistics need a data set without problems, got {len(problems)}, first: {problems[0]}")
-        sizes = self._sizes().sum(1)
-        std = sizes.std()
-        skewness = ((sizes - sizes.mean()) ** 3).mean() / std**3 if std > 0 else 0.0
-        counts = self._label_counts()
-        distance = np.abs(counts / counts.sum(1, keepdims=True) - counts.sum(0) / counts.sum()).sum(1) / 2
-        return {
-            "clients": self.num_clients,
-            "examples": int(sizes.sum()),
-            **{part: int(self.num_examples(part).sum()) for part in PARTS},
-            "classes": self.spec.num_classes,
-            "mean": float(sizes.mean()),
-            "std": float(std),
-            "skewness": float(skewness),
-            "smallest": int(sizes.min()),
-            "largest": int(sizes.max()),
-            "label_skew": float(distance.mean()),
-        }
+        return stats(self)
 
-    def _sizes(self) -> Int64[np.ndarray, "client 3"]:
+    def sizes(self) -> Int64[np.ndarray, "client 3"]:
+        """How many examples each client has in each of PARTS."""
         sizes: np.ndarray = self.ranges[..., 1] - self.ranges[..., 0]
         return sizes
-
-    def _misplaced_parts(self) -> Bool[np.ndarray, "client"]:
-        """Whether a client's parts leave the arrays, run backwards or share an example."""
-        in_order = np.take_along_axis(self.ranges, self.ranges[..., :1].argsort(1), 1)
-        starts, stops = in_order[..., 0], in_order[..., 1]
-        misplaced: np.ndarray = (starts[:, 0] < 0) | (stops.max(1) > len(self.y)) | (stops < starts).any(1)
-        return misplaced | (starts[:, 1:] < stops[:, :-1]).any(1)
-
-    def _outside(self, classes: Integer[np.ndarray, "_"]) -> Bool[np.ndarray, "_"]:
-        """Whether each number is none of the classes."""
-        outside: np.ndarray = (classes < 0) | (classes >= self.spec.num_classes)
-        return outside
-
-    def _not_finite(self) -> Bool[np.ndarray, "example"]:
-        if self.x.dtype.kind != "f":
-            return np.zeros(len(self.y), bool)
-        finite: np.ndarray = np.isfinite(self.x).all(axis=tuple(range(1, self.x.ndim)))
-        return ~finite
-
-    def _label_counts(self) -> Int64[np.ndarray, "client label"]:
-        starts = self.ranges[..., 0].ravel()
-        sizes = self.ranges[..., 1].ravel() - starts
-        examples = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
-        examples += np.arange(len(examples))
-        cells = self.y[examples]
-        cells += np.repeat(np.arange(len(sizes)) // len(PARTS) * self.spec.num_classes, sizes)
-        counts = np.bincount(cells, minlength=self.num_clients * self.spec.num_classes)
-        return counts.reshape(self.num_clients, self.spec.num_classes)
 
 
 def _part_number(part: str) -> int:
@@ -291,16 +231,6 @@ def part_sizes(
     return np.stack([num_examples - validation - test, validation, test], axis=1)
 
 
-def _count_in(
-    ranges: Int64[np.ndarray, "client 3 2"], flags: Bool[np.ndarray, "example"]
-) -> Int64[np.ndarray, "client 3"]:
-    """How many flags are set within each range."""
-    before = np.zeros(len(flags) + 1, np.int64)
-    np.cumsum(flags, out=before[1:])
-    counts: np.ndarray = before[ranges[..., 1]] - before[ranges[..., 0]]
-    return counts
-
-
 def _split(
     sizes: Sequence[int], fractions: tuple[float, float, float], seed: int
 ) -> tuple[list[Int64[np.ndarray, "_"]], Int64[np.ndarray, "client 3 2"]]:
@@ -310,20 +240,3 @@ def _split(
     starts = (n.cumsum() - n)[:, None] + parts.cumsum(axis=1) - parts
     permutations = [rng.stream(seed, "split", client).permutation(size) for client, size in enumerate(sizes)]
     return permutations, np.stack([starts, starts + parts], axis=2)
-
-
-def _check_same_form(client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> None:
-    """Raise one InputError that names every client whose arrays cannot stand in one array with the first client's."""
-    problems = []
-    for client_id, x, y in zip(client_ids, xs, ys, strict=True):
-        if x.ndim == 0 or y.shape != x.shape[:1]:
-            problems.append(f"client {client_id!r}: y must have one label an example, got shapes {x.shape}, {y.shape}")
-        elif x.shape[1:] != xs[0].shape[1:] or x.dtype != xs[0].dtype:
-            problems.append(
-                f"client {client_id!r}: an example must have shape {xs[0].shape[1:]} and dtype {xs[0].dtype}, as "
-                f"client {client_ids[0]!r} has, got {x.shape[1:]} and {x.dtype}"
-            )
-        if y.dtype.kind not in "ui" and y.size:  # an empty list becomes a float array
-            problems.append(f"client {client_id!r}: labels must be whole numbers, got dtype {y.dtype}")
-    if problems:
-        raise InputError("; ".join(problems))

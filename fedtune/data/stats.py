@@ -1,0 +1,45 @@
+"""How large the clients of a data set are, and how unlike each other."""
+
+import numpy as np
+from jaxtyping import Int64
+
+from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.errors import InputError
+
+
+def stats(dataset: FederatedDataset) -> dict[str, int | float]:
+    """Counts, and how uneven the clients are in size (population std and skewness) and in labels.
+
+    `label_skew` is the mean over clients of the total-variation distance between the client's labels and all clients'
+    labels: 0 if all are alike, near 1 if no client resembles the whole.
+    """
+    if problems := dataset.check():
+        raise InputError(f"statistics need a data set without problems, got {len(problems)}, first: {problems[0]}")
+    sizes = dataset.sizes().sum(1)
+    std = sizes.std()
+    skewness = ((sizes - sizes.mean()) ** 3).mean() / std**3 if std > 0 else 0.0
+    counts = _label_counts(dataset)
+    distance = np.abs(counts / counts.sum(1, keepdims=True) - counts.sum(0) / counts.sum()).sum(1) / 2
+    return {
+        "clients": dataset.num_clients,
+        "examples": int(sizes.sum()),
+        **{part: int(dataset.num_examples(part).sum()) for part in PARTS},
+        "classes": dataset.spec.num_classes,
+        "mean": float(sizes.mean()),
+        "std": float(std),
+        "skewness": float(skewness),
+        "smallest": int(sizes.min()),
+        "largest": int(sizes.max()),
+        "label_skew": float(distance.mean()),
+    }
+
+
+def _label_counts(dataset: FederatedDataset) -> Int64[np.ndarray, "client label"]:
+    starts = dataset.ranges[..., 0].ravel()
+    sizes = dataset.ranges[..., 1].ravel() - starts
+    examples = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+    examples += np.arange(len(examples))
+    cells = dataset.y[examples]
+    cells += np.repeat(np.arange(len(sizes)) // len(PARTS) * dataset.spec.num_classes, sizes)
+    counts = np.bincount(cells, minlength=dataset.num_clients * dataset.spec.num_classes)
+    return counts.reshape(dataset.num_clients, dataset.spec.num_classes)
