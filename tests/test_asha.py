@@ -11,7 +11,7 @@ from simulated_cluster import completions
 from fedtune.errors import InputError
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.rungs import Rung, default_min_rounds, num_halvings
-from fedtune.tuning.trial import Job, Trial, Tuner
+from fedtune.tuning.trial import Extendable, Job, Trial, Tuner
 
 
 def draw(number):
@@ -165,11 +165,24 @@ def test_more_configurations_can_be_asked_of_a_bracket_that_is_over():
     errors = [0.3, 0.1, 0.5, 0.2, 0.6, 0.4, 0.05, 0.7, 0.8]
     tuner, jobs = ASHA(draw, 9, num_configs=4), []
     for num_configs in (4, 9):
-        tuner.num_configs = num_configs
+        if num_configs > 4:
+            tuner.raise_num_configs(num_configs)
         while (job := tuner.ask()) is not None:
             jobs.append((job.trial.number, job.rung))
             tuner.tell(job, errors[job.trial.number])
     assert jobs == list(itertools.islice(serial_jobs(ASHA(draw, 9), [*errors, 1.0].__getitem__), len(jobs)))
+
+
+@pytest.mark.parametrize(("before", "drawn", "raised", "fewest"), [(4, 2, 4, 5), (4, 4, 3, 5), (None, 3, 2, 3)])
+def test_fewer_configurations_cannot_be_asked_for(before, drawn, raised, fewest):
+    tuner = ASHA(draw, 9, num_configs=before)
+    assert isinstance(tuner, Extendable)
+    for _ in range(drawn):
+        tuner.ask()
+    with pytest.raises(InputError, match=f"^num_configs must be a whole number >= {fewest}, got {raised}$"):
+        tuner.raise_num_configs(raised)
+    tuner.raise_num_configs(fewest)
+    assert tuner.num_configs == fewest
 
 
 def test_mispromotions_stay_below_the_square_root():

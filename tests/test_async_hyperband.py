@@ -117,6 +117,31 @@ def test_promotions_of_any_bracket_go_before_new_configurations():
     assert tuner.ask().rung == 0
 
 
+def test_more_configurations_are_shared_out_as_if_they_had_been_allowed_from_the_start():
+    """R = 9 and eta = 3 share n in the ratio of 9 / 3 and 3 / 2; the first is filled up before the second."""
+    tuner = AsyncHyperband(draw, 9, 17, reduction_factor=3)
+    before = run(tuner)
+    assert tuner.widths == shares(17, 3, 3, 2) == [12, 5]
+    tuner.raise_num_configs(32)
+    assert tuner.widths == shares(32, 3, 3, 2) == [22, 10]
+    jobs = run(tuner)
+    assert [job.rounds for job in jobs if job.rung == 0] == [1] * 10 + [3] * 5
+    assert sum(job.rung == 0 for job in [*before, *jobs]) == 32
+    assert {job.trial.number for job in jobs if job.rung == 0} == set(range(17, 32))
+
+
+def test_what_more_can_be_asked_for():
+    with pytest.raises(InputError, match="num_configs can be raised only where it was set"):
+        AsyncHyperband(draw, 9, reduction_factor=3).raise_num_configs(100)
+    tuner = AsyncHyperband(draw, 9, 17, reduction_factor=3)
+    with pytest.raises(InputError, match="num_configs must be a whole number >= 18, got 17"):
+        tuner.raise_num_configs(17)
+    tuner = AsyncHyperband(draw, 4, 13, min_rounds=1, reduction_factor=2, mode="conservative")
+    assert (shares(13, 3, 2, 3)[0], shares(14, 3, 2, 3)[0], shares(15, 3, 2, 3)[0]) == (7, 6, 7)
+    with pytest.raises(InputError, match="num_configs must be >= 15 to leave the first bracket the 7 that it has"):
+        tuner.raise_num_configs(14)
+
+
 @pytest.mark.parametrize(("n", "enough"), [(360, 361), (68, 361)])
 def test_too_few_configurations_for_a_bracket(n, enough):
     """256 are needed in the first bracket: of 360 it gets 360 - 79 - 26 = 255."""

@@ -25,6 +25,20 @@ def test_it_ends_after_so_many_configurations():
     assert [job and job.trial.number for job in (tuner.ask(), tuner.ask(), tuner.ask())] == [0, 1, None]
 
 
+def test_more_can_be_asked_for_and_no_fewer():
+    tuner = RandomSearch(draw, 81, num_configs=2)
+    for _ in range(3):
+        tuner.ask()
+    with pytest.raises(InputError, match="num_configs must be a whole number >= 3, got 2"):
+        tuner.raise_num_configs(2)
+    tuner.raise_num_configs(3)
+    assert [job and job.trial.number for job in (tuner.ask(), tuner.ask())] == [2, None]
+    endless = RandomSearch(draw, 81)
+    endless.ask()
+    endless.raise_num_configs(2)
+    assert [job and job.trial.number for job in (endless.ask(), endless.ask())] == [1, None]
+
+
 @pytest.mark.parametrize(("max_rounds", "num_configs"), [(0, None), (81, 0)])
 def test_options_that_are_not_allowed(max_rounds, num_configs):
     with pytest.raises(InputError, match="must be a whole number >= 1, got 0"):

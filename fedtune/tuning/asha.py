@@ -24,14 +24,11 @@ have no top (section 3.3.4): line 13 starts at the highest rung there is, and ma
 from fedtune.errors import InputError
 from fedtune.tuning.rungs import Rung, rung_rounds
 from fedtune.tuning.space import checked_number
-from fedtune.tuning.trial import Draw, Job, Trial
+from fedtune.tuning.trial import Draw, Job, Trial, check_more_configs
 
 
 class ASHA:
-    """A tuner that trains on only those trials that are among the best of their rung so far.
-
-    `num_configs` may be raised at any time, also once `ask` has returned None: the rungs then grow (section 3.5.4).
-    """
+    """A tuner that trains on only those trials that are among the best of their rung so far."""
 
     def __init__(
         self,
@@ -73,6 +70,11 @@ class ASHA:
         trial = self._draw(len(self._trials))  # 20
         self._trials[trial.number] = trial
         return self._start(trial, 0)  # 21
+
+    def raise_num_configs(self, num_configs: int) -> None:
+        """Lets the rungs grow, up to so many configurations in all."""
+        check_more_configs(num_configs, self.num_configs, len(self._trials))
+        self.num_configs = num_configs
 
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its rung."""

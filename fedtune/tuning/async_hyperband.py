@@ -29,7 +29,7 @@ from fedtune.tuning.asha import ASHA
 from fedtune.tuning.hyperband import bracket_plans
 from fedtune.tuning.rungs import default_min_rounds, num_halvings, rung_rounds
 from fedtune.tuning.space import checked_number
-from fedtune.tuning.trial import Draw, Job
+from fedtune.tuning.trial import Draw, Job, check_more_configs
 
 MODES = ("aggressive", "standard", "conservative")
 MOST_RUNGS = 5
@@ -51,6 +51,9 @@ class AsyncHyperband:
             min_rounds = few_rungs_min_rounds(max_rounds, reduction_factor)
         rounds = rung_rounds(max_rounds, min_rounds, reduction_factor)
         num_brackets = how_many_brackets(mode, len(rounds))
+        self.num_configs = num_configs
+        self._num_rungs = len(rounds)
+        self._reduction_factor = reduction_factor
         if num_configs is None:
             plans = bracket_plans(rounds, reduction_factor)[:num_brackets]
             self.widths = [plan.num_configs for plan in plans]
@@ -75,9 +78,28 @@ class AsyncHyperband:
                 return job
         return self._grow()
 
+    def raise_num_configs(self, num_configs: int) -> None:
+        """Shares out so many configurations in all, and fills the brackets up one after another."""
+        if self.num_configs is None:
+            raise InputError("num_configs can be raised only where it was set; without it the brackets never end")
+        check_more_configs(num_configs, self.num_configs, self.num_configs)
+        widths = self._shares(num_configs)
+        if widths[0] < self.widths[0]:  # the others' shares only grow, but the first has what rounding leaves
+            enough = next(n for n in count(num_configs) if self._shares(n)[0] >= self.widths[0])
+            raise InputError(
+                f"num_configs must be >= {enough} to leave the first bracket the {self.widths[0]} that it has, "
+                f"got {num_configs}"
+            )
+        self.num_configs, self.widths = num_configs, widths
+        self._turns = self._passes(1)
+        self._filling = next(self._turns)
+
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its bracket."""
         self._bracket_of.get(job.trial.number, self._brackets[0]).tell(job, error)
+
+    def _shares(self, num_configs: int) -> list[int]:
+        return shares(num_configs, self._num_rungs, self._reduction_factor, len(self.widths))
 
     def _grow(self) -> Job | None:
         """The job of a new trial in the bracket that is being filled, or in the next one if that is full."""

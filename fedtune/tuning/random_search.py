@@ -1,7 +1,7 @@
 """Random search: every trial is drawn at random and trained for the same number of rounds."""
 
 from fedtune.tuning.space import checked_number
-from fedtune.tuning.trial import Draw, Job
+from fedtune.tuning.trial import Draw, Job, check_more_configs
 
 
 class RandomSearch:
@@ -21,6 +21,11 @@ class RandomSearch:
             return None
         self._num_drawn += 1
         return Job(self._draw(self._num_drawn - 1), 0, self.max_rounds)
+
+    def raise_num_configs(self, num_configs: int) -> None:
+        """Lets it draw up to so many configurations in all."""
+        check_more_configs(num_configs, self.num_configs, self._num_drawn)
+        self.num_configs = num_configs
 
     def tell(self, job: Job, error: float) -> None:
         """Nothing: no error changes what comes next."""

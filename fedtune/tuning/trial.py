@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fedtune.tuning.space import Config as Config
+from fedtune.tuning.space import checked_number
 
 # A product of factors. One factor of whole client configurations is a flat pool, and ((config,),) is plain FedAvg;
 # with several factors, a client configuration is one element of each, merged.
@@ -56,6 +57,19 @@ class Tuner(Protocol):
 
     def tell(self, job: Job, error: float) -> None:
         """Take note of a job's validation error."""
+
+
+@runtime_checkable
+class Extendable(Tuner, Protocol):
+    """A tuner of which more configurations can be asked, also once `ask` has returned None (section 3.5.4)."""
+
+    def raise_num_configs(self, num_configs: int) -> None:
+        """Lets it draw up to so many in all. Raises InputError unless that is more than before."""
+
+
+def check_more_configs(num_configs: int, before: int | None, num_drawn: int) -> None:
+    """Raises InputError unless it is more than the limit was before, or where there was none, no fewer than drawn."""
+    checked_number("num_configs", num_configs, low=num_drawn if before is None else before + 1, integer=True)
 
 
 TAIL = 0.75  # what comes after this share of the rounds enters a federation's tail mean: the last quarter
