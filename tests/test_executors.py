@@ -18,9 +18,11 @@ from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
 from fedtune.simulation.executors import num_workers
 from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.simulation.executors.pool import PoolExecutor, Worker
 from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.simulation.executors.worker import Answer
 from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
+from fedtune.tuning.fair_share import fair_share
 from fedtune_clients.models import mlp
 
 MODEL = {"name": "mlp", "hidden": [8]}
@@ -69,7 +71,7 @@ import torch
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor
+from fedtune.simulation.executors.pool import PoolExecutor, Worker
 from fedtune.tasks import TrainTask
 
 y = np.arange(30) % 3
@@ -156,6 +158,42 @@ def test_the_pool_gives_the_serial_executors_bits_whatever_the_order_of_submissi
         jobs, expected = [*jobs[1:], jobs[0]], [*expected[1:], expected[0]]
         assert run(pool, jobs) == expected
     assert run(pool, jobs[::-1]) == expected[::-1]
+
+
+def test_studies_that_share_the_pool_get_the_serial_executors_bits(pool, dataset, weights):
+    jobs = batches(weights)
+    expected = run_serially(SETTINGS, dataset, jobs)
+    first, second = pool.for_study(2.0), pool.for_study(1.0)
+    tickets = [(first, second)[number % 2].submit(*job) for number, job in enumerate(jobs)]
+    for ticket in tickets:
+        while not pool.finished(ticket):
+            first.step()
+    assert [[kept(result) for result in second.collect(ticket)] for ticket in tickets] == expected
+
+
+@pytest.mark.parametrize(
+    ("studies", "expected"), [({1.0: 40}, [8]), ({1.0: 40, 3.0: 40}, [2, 6]), ({2.0: 40, 1.0: 40, 9.0: 3}, [4, 1, 3])]
+)
+def test_studies_share_the_workers_by_water_filling(dataset, weights, studies, expected):
+    """The first study has all workers until the others come; as it gets its answers, each comes to its share."""
+    assert fair_share(8, list(studies.values()), list(studies)) == expected
+    with closing(PoolExecutor(SETTINGS, dataset, 0)) as pool:
+        pipes = [multiprocessing.Pipe() for _ in range(8)]  # nobody reads them
+        workers = [
+            Worker(multiprocessing.Process(), ours, ready=True, blocks=set(range(len(studies)))) for ours, _ in pipes
+        ]
+        pool._workers = list(workers)
+        shares = [pool.for_study(weight) for weight in studies]
+        for executor, num_tasks in zip(shares, studies.values(), strict=True):
+            executor.submit(weights, [EvaluateTask((0,))] * num_tasks)
+        for worker_ in workers:  # a chunk is one task, for each took a second
+            pool._take_answer(worker_.chunks.popleft(), Answer(1.0, [[]]))
+            pool._dispatch()
+        counts = [0] * len(studies)
+        for worker_ in workers:
+            counts[worker_.chunks[0][0].study - 1] += 1
+        pool._workers.clear()  # there are no processes to end
+    assert counts == expected
 
 
 def test_results_are_those_of_the_tasks_in_their_order(pool, dataset, weights):

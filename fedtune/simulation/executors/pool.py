@@ -1,8 +1,9 @@
 """The pool executor: persistent worker processes of one thread each, weights and updates in shared memory.
 
-Work of all batches waits in one queue: smaller `order` first, then the longest task first. It travels in chunks, and
-where tasks are short a worker has its next chunk before it has answered, so that it need not wait for this process. A
-worker that dies is replaced and its tasks run again; a task that kills its worker twice is a failure of its client.
+Work waits in one queue a study: smaller `order` first, then the longest task first. Studies that run at once share the
+workers as `fedtune.tuning.fair_share` says. Work travels in chunks, and where tasks are short a worker has its next
+chunk before it has answered, so that it need not wait for this process. A worker that dies is replaced and its tasks
+run again; a task that kills its worker twice is a failure of its client.
 """
 
 import heapq
@@ -27,6 +28,7 @@ from fedtune.simulation.executors import start_forkserver, worker
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.shared_memory import SharedArray
 from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
+from fedtune.tuning.fair_share import fair_share
 
 CHUNK_SECONDS = 0.01  # shorter tasks are sent several at a time
 STEP_COST = 16  # a step of local SGD costs about as much as this many examples
@@ -45,8 +47,9 @@ class Batch:
 
 @dataclass
 class Piece:
-    """A task in the queue."""
+    """A task in the queue of its study."""
 
+    study: int
     ticket: int
     index: int
     cost: float
@@ -68,6 +71,20 @@ class Worker:
         return sum(piece.cost for chunk in self.chunks for piece in chunk)
 
 
+class StudyExecutor:
+    """The pool as one of several studies sees it: what it submits waits in the study's queue."""
+
+    def __init__(self, pool: "PoolExecutor", study: int) -> None:
+        self._pool = pool
+        self._study = study
+        self.step, self.finished = pool.step, pool.finished
+        self.collect, self.release, self.close = pool.collect, pool.release, pool.close
+
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+        """A ticket for this batch."""
+        return self._pool.submit(weights, tasks, order, self._study)
+
+
 class PoolExecutor:
     """See `fedtune.tasks.Executor`. Workers work in the folder in which the executor was made."""
 
@@ -77,7 +94,8 @@ class PoolExecutor:
         self._dataset = dataset
         self._folder = os.getcwd()
         self._data = {name: SharedArray.copy_of(array) for name, array in dataset.shared().items()}
-        self._queue: list[tuple[float, float, int, Piece]] = []
+        self._queues: list[list[tuple[float, float, int, Piece]]] = [[]]  # heaps, by study
+        self._weights: list[float] = [1.0]  # in the sharing of the workers, by study
         self._sequence = itertools.count()
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
@@ -86,7 +104,13 @@ class PoolExecutor:
         self._deaths_before_ready = 0
         self._workers = [self._start_worker() for _ in range(num_workers)]
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+    def for_study(self, weight: float) -> StudyExecutor:
+        """The pool for a study, which gets workers in proportion to its weight while others have work too."""
+        self._queues.append([])
+        self._weights.append(weight)
+        return StudyExecutor(self, len(self._queues) - 1)
+
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> int:
         """A ticket for this batch."""
         ticket = next(self._sequence)
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
@@ -94,7 +118,7 @@ class PoolExecutor:
         self._rows(block)[0].copy_(weights)
         self._batches[ticket] = Batch(tasks, block, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
-            self._enqueue(order, Piece(ticket, index, self._cost(task)))
+            self._enqueue(order, Piece(study, ticket, index, self._cost(task)))
         self._dispatch()
         return ticket
 
@@ -151,16 +175,19 @@ class PoolExecutor:
         return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
 
     def _enqueue(self, order: float, piece: Piece) -> None:
-        heapq.heappush(self._queue, (order, -piece.cost, next(self._sequence), piece))
+        heapq.heappush(self._queues[piece.study], (order, -piece.cost, next(self._sequence), piece))
 
     def _dispatch(self) -> None:
         """Gives every idle worker a chunk, then a second one to those that will soon be done."""
         for worker_ in [worker_ for worker_ in self._workers if worker_.ready and not worker_.chunks]:
-            if self._queue:
+            if any(self._queues):
                 self._send_chunk(worker_)
         for worker_ in [worker_ for worker_ in self._workers if len(worker_.chunks) == 1]:
             # The last tasks are for whoever is done first.
-            if len(self._queue) > len(self._workers) and 0 < self._seconds(worker_.cost()) < 2 * CHUNK_SECONDS:
+            if (
+                sum(map(len, self._queues)) > len(self._workers)
+                and 0 < self._seconds(worker_.cost()) < 2 * CHUNK_SECONDS
+            ):
                 self._send_chunk(worker_)
 
     def _seconds(self, cost: float) -> float:
@@ -185,16 +212,32 @@ class PoolExecutor:
             worker_.chunks.append(chunk)
 
     def _next_chunk(self) -> list[Piece]:
-        chunk = [heapq.heappop(self._queue)[-1]]
+        queue = self._queues[self._next_study()]
+        chunk = [heapq.heappop(queue)[-1]]
         seconds = self._seconds(chunk[0].cost)
         # Never more than a fair share of what waits, so that no worker idles at the end; nothing beside a suspect.
-        share = -(-(len(self._queue) + 1) // len(self._workers))
-        while self._queue and len(chunk) < share and 0 < seconds < CHUNK_SECONDS and chunk[0].num_deaths == 0:
-            if self._queue[0][-1].num_deaths > 0:
+        share = -(-(len(queue) + 1) // len(self._workers))
+        while queue and len(chunk) < share and 0 < seconds < CHUNK_SECONDS and chunk[0].num_deaths == 0:
+            if queue[0][-1].num_deaths > 0:
                 break
-            chunk.append(heapq.heappop(self._queue)[-1])
+            chunk.append(heapq.heappop(queue)[-1])
             seconds += self._seconds(chunk[-1].cost)
         return chunk
+
+    def _next_study(self) -> int:
+        """The study that has waiting work and, of as many chunks as will then be under way, is furthest below its
+        share.
+        """
+        waiting = [study for study, queue in enumerate(self._queues) if queue]
+        if len(waiting) == 1:
+            return waiting[0]
+        under_way = [0] * len(self._queues)
+        for worker_ in self._workers:
+            for chunk in worker_.chunks:
+                under_way[chunk[0].study] += 1
+        limits = [busy + len(queue) for busy, queue in zip(under_way, self._queues, strict=True)]
+        shares = fair_share(sum(under_way) + 1, limits, self._weights)
+        return max(waiting, key=lambda study: (shares[study] - under_way[study]) / self._weights[study])
 
     def _receive(self, worker_: Worker) -> None:
         try:
