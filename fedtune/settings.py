@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import InputError, UnknownNameError
 
@@ -52,11 +52,12 @@ class EvaluationSettings(Table):
     """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients`
     clients.
 
-    None is a twentieth of `max_rounds`, rounded up, and all clients.
+    None is a twentieth of `max_rounds`, rounded up, and "all" clients. Every trial of a study is evaluated on the
+    same clients.
     """
 
     every: Count | None = None
-    clients: Count | None = None
+    clients: Annotated[Count | None, BeforeValidator(lambda clients: None if clients == "all" else clients)] = None
 
 
 class Settings(Table):

@@ -29,7 +29,7 @@ def rounds_of(tuner: str, seed: int, rows: list[tuple[int, int, int, float]]) ->
     return frame.assign(tuner=tuner, seed=seed, virtual_time=frame["spent"].astype(float), entropy=NAN)
 
 
-def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: list[int]) -> pd.DataFrame:
+def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: list[int] | list[float]) -> pd.DataFrame:
     """Results with the same error in all of ERRORS, a row for each tuner and seed."""
     rows = [
         {"tuner": tuner, "seed": seed, "max_rounds": max_rounds, **dict.fromkeys(ERRORS, error)}
@@ -37,6 +37,7 @@ def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: li
         for seed, error in enumerate(values)
     ]
     zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", "dropped", "clipped", "lost")}
+    zeros |= {name: [NAN] * len(rows) for name in ("lead", "lead_se")}
     return pd.DataFrame(rows).assign(**(zeros | counts))
 
 
@@ -53,7 +54,9 @@ def write_run(folder: Path, tuners: list[str], seeds: int, studies: list[tuple[s
     pd.concat(rounds).to_parquet(folder / "rounds.parquet")
     names = pd.DataFrame(studies, columns=["tuner", "seed"])
     names.to_parquet(folder / "trials.parquet")
-    names.assign(test_error=names["seed"] / 3).to_csv(folder / "results.csv", index=False)
+    names.assign(test_error=names["seed"] / 3, runner_up=-1, lead=NAN, lead_se=NAN).to_csv(
+        folder / "results.csv", index=False
+    )
     names.assign(wall_seconds=0.1).to_csv(folder / "timings.csv", index=False)
 
 
@@ -244,3 +247,21 @@ def test_entropy_is_that_of_the_final_incumbent() -> None:
     np.testing.assert_allclose(found["mean"], [math.log(9), middle])
     np.testing.assert_allclose(found["low"], [math.log(9), middle - half])
     np.testing.assert_allclose(found["high"], [math.log(9), middle + half])
+
+
+def test_run_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    pd.read_csv(tmp_path / "results.csv").drop(columns="lead_se").to_csv(tmp_path / "results.csv", index=False)
+    with pytest.raises(
+        InputError, match=r"^run must be of this version of fedtune, got .*: results.csv without lead_se$"
+    ):
+        read_run(tmp_path)
+
+
+def test_summary_counts_the_seeds_whose_best_two_trials_are_close() -> None:
+    results = results_of(
+        {"asha": [0.1, 0.1, 0.1], "manual": [0.1, 0.1, 0.1]},
+        lead=[0.01, 0.03, 0.02, NAN, NAN, NAN],
+        lead_se=[0.02, 0.02, 0.02, NAN, NAN, NAN],
+    )
+    assert summary(results, timings_of(results, [1.0] * 6))["close"].tolist() == [2, 0]

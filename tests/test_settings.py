@@ -1,3 +1,4 @@
+import re
 import tomllib
 
 import pytest
@@ -88,3 +89,14 @@ def test_unreadable_files(tmp_path):
 def test_assignment_under_something_that_is_no_table():
     with pytest.raises(UnknownNameError, match=r"unknown setting 'server.a'"):
         resolve([BASE, {"server": {"a": {"b": 1}}}])
+
+
+def test_all_clients_can_be_asked_for_by_name():
+    def clients(value):
+        return resolve([{"data": {"name": "digits"}, "evaluation": {"clients": value}}]).evaluation.clients
+
+    assert clients("all") is None
+    assert clients(7) == 7
+    for bad in (0, "some"):
+        with pytest.raises(InputError, match=r"^evaluation\.clients must be [^\n]*got " + re.escape(repr(bad))):
+            clients(bad)

@@ -19,6 +19,7 @@ COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
     errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
     counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, "dropped": 0, "clipped": 0, "lost": 0}
+    counts["close"] = 0
     return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
 
 
@@ -109,3 +110,10 @@ def test_stats_are_shown_a_line_each(width: int) -> None:
     text = rendered(stats_table({"clients": 1000, "label_skew": 0.25, "skewness": NAN, "name": "mnist"}), width)
     lines = [line.split() for line in text.splitlines()]
     assert lines == [["clients", "1,000"], ["label", "skew", "0.250"], ["skewness", "–"], ["name", "mnist"]]
+
+
+def test_choices_within_the_noise_are_said_in_one_line() -> None:
+    rows = [row("sha", close=2), row("random", 0.9), row("asha", 0.9, close=1)]
+    flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame(rows))))
+    assert "might as well have been chosen: sha in 2 of 3, asha in 1 of 3." in flat
+    assert "as well" not in rendered(summary_table(pd.DataFrame([row("sha"), row("asha", 0.9)])))

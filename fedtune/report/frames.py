@@ -18,6 +18,7 @@ ERRORS = (
     "test_error_personalised_argmax",
     "test_error_at_max_rounds",
 )
+CLOSE = ("runner_up", "lead", "lead_se")  # the second-best trial of a study, and how close it came
 FAULTS = ("dropped", "clipped", "lost")
 READINGS = {"test_error": "test error at the end", "test_error_at_max_rounds": "test error at {max_rounds} rounds"}
 
@@ -49,6 +50,8 @@ def read_run(folder: str | Path) -> Run:
         "results": pd.read_csv(folder / "results.csv"),
         "timings": pd.read_csv(folder / "timings.csv"),
     }
+    if missing := [column for column in CLOSE if column not in frames["results"]]:
+        raise InputError(f"run must be of this version of fedtune, got {folder}: results.csv without {missing[0]}")
     done, planned = len(frames["results"]), len(settings["tuners"]) * settings["seeds"]
     if done < planned:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got {done} of {planned} studies")
@@ -66,9 +69,11 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     """A row a tuner, in the order in which the tuners first occur in `results`.
 
     `seeds`, `max_rounds`; each of ERRORS as the mean over seeds, with its standard error as `<name>_se` (NaN with one
-    seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS as the sum over seeds. Where
-    an error is NaN for one seed its mean is NaN: leaving that seed out would flatter the tuner.
+    seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS as the sum over seeds;
+    `close`, in how many seeds the best trial leads the second by no more than noise. Where an error is NaN for one seed
+    its mean is NaN: leaving that seed out would flatter the tuner.
     """
+    results = results.assign(close=is_noise(results["lead"], results["lead_se"]))
     studies = results.merge(timings, on=["tuner", "seed"], how="left").groupby("tuner", sort=False)
     errors = studies[list(ERRORS)]
     complete = errors.count().eq(studies.size(), axis=0)
@@ -80,10 +85,15 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
             studies["max_rounds"].first(),
             pd.concat([means, standard_errors], axis=1)[paired],
             studies[["rounds", "client_updates", "wall_seconds"]].mean(),
-            studies[list(FAULTS)].sum(),
+            studies[[*FAULTS, "close"]].sum(),
         ],
         axis=1,
     ).reset_index()
+
+
+def is_noise(lead: Any, standard_error: Any) -> Any:
+    """Whether a lead is not larger than its standard error, of numbers or of columns; False where one is NaN."""
+    return lead <= standard_error
 
 
 def within_noise(summary: pd.DataFrame, reading: str = "test_error") -> str | None:
@@ -102,7 +112,7 @@ def within_noise(summary: pd.DataFrame, reading: str = "test_error") -> str | No
     says = f"{best['tuner']} leads {second['tuner']} by {100 * lead:.2f} points in {where}"
     if math.isnan(noise):
         return f"{says}; with one seed nobody can tell whether that is noise."
-    if lead <= noise:
+    if is_noise(lead, noise):
         return f"{says}, within their combined standard error of {100 * noise:.2f}: not a difference."
     return None
 

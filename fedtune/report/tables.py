@@ -80,6 +80,14 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
     ]
     if faults:
         notes.insert(0, f"Updates dropped (not finite), clipped (too large), lost (no reply): {'; '.join(faults)}.")
+    close = [
+        f"{row['tuner']} in {row['close']} of {row['seeds']}" for row in summary.to_dict("records") if row["close"]
+    ]
+    if close:
+        notes.append(
+            f"Seeds whose best two trials lie within the combined standard error of their validation scores over "
+            f"clients, so that the other might as well have been chosen: {', '.join(close)}."
+        )
     # With one seed the second warning would only say again that nothing can be said.
     readings = tuple(READINGS) if int(summary["seeds"].max()) > 1 else ("test_error",)
     return notes + [note for reading in readings if (note := within_noise(summary, reading))]

@@ -225,5 +225,5 @@ def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[st
 ROUND_COLUMNS = [
     *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
     *("cohort", "lost", "dropped", "clipped", "client_updates", "bytes", "error", "loss", "entropy"),
-    *("validation_error", "validation_loss", "test_error", "test_loss"),
+    *("validation_error", "validation_error_se", "validation_loss", "test_error", "test_loss"),
 ]

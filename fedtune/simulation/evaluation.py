@@ -2,13 +2,17 @@
 
 A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients a single round's
 error varies between seeds two to three times as much.
+
+The validation error comes with its standard error: how much it would move with other clients of the same population.
+The clients of a data set are themselves such a draw, so there is no finite-population correction, and evaluating all of
+them does not make it 0. It is the noise of evaluation alone; that of training shows between seeds.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset
@@ -19,12 +23,16 @@ STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
 
 
 class Evaluation(NamedTuple):
-    """Errors in [0, 1] and losses, means over the examples of all evaluated clients."""
+    """Errors in [0, 1] and losses, means over the examples of all evaluated clients.
+
+    `validation_error_se` is that of `standard_error`.
+    """
 
     validation_error: float
     validation_loss: float
     test_error: float
     test_loss: float
+    validation_error_se: float
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
@@ -51,7 +59,25 @@ def combine(metrics: Sequence[Metrics]) -> Evaluation:
         for kind in ("error", "loss"):
             values = np.array([client[f"{part}_{kind}"] for client in metrics])
             means[f"{part}_{kind}"] = float(np.dot(sizes, values) / sizes.sum())
-    return Evaluation(**means)
+    sizes = np.array([client["num_validation"] for client in metrics], float)
+    errors = np.array([client["validation_error"] for client in metrics], float)
+    return Evaluation(**means, validation_error_se=standard_error(errors, sizes))
+
+
+def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray, "client"]) -> float:
+    """The standard error of the clients' mean error weighted by their sizes; NaN with fewer than two clients.
+
+    The mean is a ratio, sum(n e) / sum(n), of which both parts vary with the clients drawn. To first order its variance
+    over m clients is m / (m - 1) * sum((n (e - mean))^2) / sum(n)^2: a client's examples err together (a cluster), so a
+    client is one observation however many examples it has.
+    """
+    counted = sizes > 0
+    num_clients = int(counted.sum())
+    if num_clients < 2:
+        return float("nan")
+    mean = np.dot(sizes, errors) / sizes.sum()
+    deviations = sizes * (errors - mean)
+    return float(np.sqrt(num_clients / (num_clients - 1) * np.dot(deviations, deviations)) / sizes.sum())
 
 
 def flatten(results: Sequence[Result]) -> list[Metrics]:

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.simulation.evaluation import Evaluation
 from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.trial_store import TrialHistory
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Trial, rank_key
 
 TOTALS = ("client_updates", "bytes", "lost", "dropped", "clipped")  # summed over all rounds of all trials
 
@@ -57,11 +57,12 @@ def round_rows(
 
 
 def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> list[dict[str, Any]]:
-    """A row a trial: its rounds, its last score and test error, and its configuration as JSON."""
+    """A row a trial: its rounds, its last score ± standard error, its test error, its configuration as JSON."""
     return [
         {
             **{"tuner": tuner, "seed": seed, "trial": number, "rounds": history.told},
             "score": history.scores.get(history.told, math.nan),
+            "score_se": history.tail("validation_error_se", history.told) if history.scores else math.nan,
             "test_error": history.last_test_error(),
             "config": json.dumps(plan(history.trial)),
         }
@@ -81,6 +82,8 @@ def result_row(
         **{"rounds": len(records), "rounds_of_trial": history.told},
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
         "validation_error": history.tail("validation_error"),
+        "validation_error_se": history.tail("validation_error_se"),
+        **runner_up(trials, best),
         "test_error": history.tail("test_error"),
         "test_error_last": history.last_test_error(),
         "test_error_personalised": sampled.test_error,
@@ -88,6 +91,24 @@ def result_row(
         "test_error_at_max_rounds": history.tail("test_error", max_rounds),
         "test_error_personalised_at_max_rounds": at_max_rounds.test_error,
     }
+
+
+def runner_up(trials: Mapping[int, TrialHistory], best: int) -> dict[str, Any]:
+    """The second-best trial among those told at the best one's last round, and how far it lies behind.
+
+    `runner_up` is its number, -1 where there is none; `lead` its score less the best one's; `lead_se` the root of the
+    sum of both scores' squared standard errors. A score is a mean over several evaluations of the same clients, whose
+    errors go up and down together, so its standard error is taken as their mean: an upper bound. `lead_se` is one too
+    where what is hard for one model is hard for the other.
+    """
+    rounds = trials[best].told
+    others = [number for number, history in trials.items() if number != best and rounds in history.scores]
+    if not others:
+        return {"runner_up": -1, "lead": math.nan, "lead_se": math.nan}
+    second = min(others, key=lambda number: rank_key(trials[number].scores[rounds], number))
+    standard_errors = [trials[number].tail("validation_error_se", rounds) for number in (best, second)]
+    lead = trials[second].scores[rounds] - trials[best].scores[rounds]
+    return {"runner_up": second, "lead": lead, "lead_se": math.hypot(*standard_errors)}
 
 
 def plan(trial: Trial) -> dict[str, Any]:

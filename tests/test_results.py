@@ -1,0 +1,48 @@
+"""The rows of results.csv and trials.parquet that say how close the second-best trial came."""
+
+import math
+
+import pytest
+
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.federation import RoundRecord
+from fedtune.simulation.results import runner_up, trial_rows
+from fedtune.simulation.trial_store import TrialHistory
+from fedtune.tuning.trial import Trial
+
+
+def history(number: int, *evaluations: tuple[int, float, float]) -> TrialHistory:
+    """A trial told after each of the (round, validation error, its standard error), the score being the tail mean."""
+    found = TrialHistory(Trial(number, {}, (({},),)))
+    for server_round, error, standard_error in evaluations:
+        evaluation = Evaluation(error, 1.0, 0.9, 1.0, standard_error)
+        counts = {"cohort": 1, "lost": 0, "dropped": 0, "clipped": 0, "client_updates": 1, "bytes": 0}
+        record = RoundRecord(server_round, **counts, error=0.5, loss=1.0, entropy=math.nan, evaluation=evaluation)
+        found.records.append(record)
+        found.scores[server_round] = found.tail("validation_error")
+    return found
+
+
+def test_the_runner_up_is_the_second_best_at_the_best_ones_resource() -> None:
+    trials = {
+        **{0: history(0, (3, 0.3, 0.01), (9, 0.20, 0.03)), 1: history(1, (3, 0.1, 0.01))},  # 1 was never promoted
+        **{2: history(2, (3, 0.4, 0.01), (9, 0.24, 0.04)), 3: history(3, (3, 0.4, 0.01), (9, 0.5, 0.01))},
+    }
+    found = runner_up(trials, 0)
+    assert found["runner_up"] == 2
+    assert found["lead"] == pytest.approx(0.24 - 0.20)
+    assert found["lead_se"] == pytest.approx(math.sqrt(0.03**2 + 0.04**2))
+
+
+def test_the_standard_error_of_a_score_is_the_mean_over_its_evaluations() -> None:
+    trials = {0: history(0, (4, 0.9, 0.5), (7, 0.2, 0.02), (8, 0.2, 0.04)), 1: history(1, (8, 0.3, 0.0))}
+    assert trial_rows("asha", 0, trials)[0]["score_se"] == pytest.approx((0.02 + 0.04) / 2)
+    assert runner_up(trials, 0)["lead_se"] == pytest.approx((0.02 + 0.04) / 2)
+
+
+def test_a_lone_trial_has_no_runner_up_and_a_trial_never_told_no_score() -> None:
+    alone = {0: history(0, (9, 0.2, 0.03)), 1: history(1)}
+    found = runner_up(alone, 0)
+    assert found["runner_up"] == -1
+    assert math.isnan(found["lead"])
+    assert math.isnan(trial_rows("asha", 0, alone)[1]["score_se"])
