@@ -1,4 +1,4 @@
-"""Runs what README.md compares, a run folder a group, partition and model, and draws the figure of all that has ended."""
+"""Runs what README.md compares, a run folder a group, partition and model; draws the figure of all that has ended."""
 
 import argparse
 from pathlib import Path
@@ -20,8 +20,8 @@ PARTITIONS: dict[str, dict[str, Any]] = {
 GOOD, BAD = {"learning_rate": 0.1}, {"learning_rate": 1e-3}
 ELIMINATION = ["elimination", "elimination+fedex"]
 
-# What each group lays over settings.toml. `elimination` halves every m = max(4, R / 40) rounds, so 81 and 405 rounds are
-# two runs; the others are read after 81 and after 405 rounds of one.
+# What each group lays over settings.toml. `elimination` halves every m = max(4, R / 40) rounds, so 81 and 405 rounds
+# are two runs; the others are read after 81 and after 405 rounds of one.
 GROUPS: dict[str, dict[str, Any]] = {
     "short": {"tuners": [*ELIMINATION, "rsws"], "max_rounds": 81, "total_rounds": 81, "client": BAD},
     "long": {"tuners": ELIMINATION, "max_rounds": 405, "total_rounds": 405, "client": BAD},
