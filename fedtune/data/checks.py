@@ -4,16 +4,21 @@ An error would make a run wrong or impossible; a warning is only suspicious.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 
-from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.data.chunks import positions, rows
+from fedtune.data.federated_dataset import IGNORED, PARTS, FederatedDataset
+from fedtune.data.repeats import find_repeats
 from fedtune.errors import InputError
 
-CHUNK_BYTES = 1 << 24
+QUICK_BYTES = 1 << 28  # of examples that a quick check reads
+QUICK_CLIENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,9 @@ class Problem:
     """One thing that is wrong, in a sentence that names its client."""
 
     message: str
+    kind: str  # what problems like it have in common, in a few words
     client: str | None = None  # its id; None where the problem is no single client's
-    severity: str = "error"  # or "warning"
+    severity: Literal["error", "warning"] = "error"
 
 
 class BadDataError(InputError):
@@ -50,92 +56,170 @@ def in_client_order(problems: Iterable[Problem], client_ids: Sequence[str]) -> l
     return sorted(dict.fromkeys(problems), key=lambda problem: place.get(problem.client or "", -1))
 
 
-def find_problems(dataset: FederatedDataset) -> list[Problem]:
-    """Every problem of a data set: duplicate ids, then client by client."""
+def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Problem]:
+    """Every problem of a data set: duplicate ids, then client by client, then what concerns several clients.
+
+    A quick check looks at all ids and at the size and place of all parts. Where the examples take more than
+    QUICK_BYTES, it reads so many only: the first ones in each part of up to QUICK_CLIENTS clients, spread evenly. So in
+    the others NaN, a wrong label, or a test example that also stands in train, goes unseen.
+    """
     problems = repeated_ids(dataset.client_ids)
-    num_classes = dataset.spec.num_classes
-    if dataset.text is not None and (wrong := _outside(dataset.text, num_classes)).any():
-        problems.append(
-            Problem(
-                f"text: characters must be in 0..{num_classes - 1}, got {wrong.sum()} others, such as "
-                f"{dataset.text[wrong][0]}"
-            )
-        )
+    if dataset.text is not None and (wrong := _outside(dataset.text, dataset.spec.num_classes)).any():
+        message = f"text: characters must be in 0..{dataset.spec.num_classes - 1}, got {wrong.sum()} others, such as "
+        problems.append(Problem(f"{message}{dataset.text[wrong][0]}", "characters outside the range"))
     misplaced = _misplaced_parts(dataset)
-    sizes = dataset.sizes()
     ranges = np.clip(dataset.ranges, 0, len(dataset.y))
-    not_finite = _count_in(ranges, _where(dataset.x, _not_finite) if dataset.x.dtype.kind == "f" else _NOWHERE)
-    bad_labels = _where(dataset.y, lambda labels: _outside(labels, num_classes))
-    mislabelled = _count_in(ranges, bad_labels)
-    for client in np.flatnonzero(misplaced | (sizes < 1).any(1) | (not_finite + mislabelled).any(1)).tolist():
+    clients = np.arange(dataset.num_clients)
+    if quick:
+        clients, ranges = _sample(dataset, ranges)
+    found = [*_part_findings(dataset, misplaced), *_content_findings(dataset, clients, ranges)]
+    in_place = ~misplaced[clients]
+    repeats = find_repeats(dataset, ranges[in_place])
+    searched, test_sizes = clients[in_place], dataset.num_examples("test").tolist()
+    for client, count in sorted(Counter(searched[repeats.own].tolist()).items()):
+        of_all = f"{count} of its {test_sizes[client]} test examples also stand in its train part"
+        found.append(_Finding(client, "test examples that also stand in train", of_all, "warning"))
+    for client, kind, message, severity in sorted(found, key=itemgetter(0)):
         client_id = dataset.client_ids[client]
-        messages = []
-        if misplaced[client]:
-            messages.append(f"its parts must lie within the {len(dataset.y)} examples and not overlap")
-        messages += [
-            f"{part} must have at least 1 example, got {size} of the client's {sizes[client].sum()}"
-            for part, size in zip(PARTS, sizes[client], strict=True)
-            if size < 1
-        ]
-        if count := not_finite[client].sum():
-            messages.append(f"x must be finite, got NaN or infinity in {count} of its examples")
-        if count := mislabelled[client].sum():
-            start = ranges[client, mislabelled[client].argmax(), 0]
-            example = bad_labels[np.searchsorted(bad_labels, start)]
-            messages.append(f"labels must be in 0..{num_classes - 1}, got {count} others, such as {dataset.y[example]}")
-        problems += [Problem(f"client {client_id!r}: {message}", client_id) for message in messages]
+        problems.append(Problem(f"client {client_id!r}: {message}", kind, client_id, severity))
+    if len(repeats.others):
+        client, other = (dataset.client_ids[client] for client in searched[repeats.others[0]])
+        message = f"{len(repeats.others)} test examples also stand in another client's train part, such as one of "
+        kind = "test examples that stand in another client's train part"
+        problems.append(Problem(f"{message}client {client!r} in that of {other!r}", kind, None, "warning"))
     return problems
 
 
 def repeated_ids(client_ids: Sequence[str]) -> list[Problem]:
     """A problem for each id that several clients have."""
     return [
-        Problem(f"client id {client_id!r} must be unique, got it {count} times", client_id)
+        Problem(f"client id {client_id!r} must be unique, got it {count} times", "ids that are not unique", client_id)
         for client_id, count in Counter(client_ids).items()
         if count > 1
     ]
 
 
-def form_problems(client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> list[Problem]:
-    """Every client whose arrays cannot stand in one array with the others': the first client's form is what counts."""
+def form_problems(
+    client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], objective: str = "classification"
+) -> list[Problem]:
+    """Every client whose arrays cannot stand in one array with the others': most clients' form is what counts."""
+    forms = [(x.shape[1:], x.dtype) for x in xs]
+    shape, dtype = common = Counter(forms).most_common(1)[0][0]
+    example_of = client_ids[forms.index(common)]
+    target_shape = () if objective == "classification" else Counter(y.shape[1:] for y in ys).most_common(1)[0][0]
+    kinds, numbers = ("uif", "real") if objective == "regression" else ("ui", "whole")
     problems = []
-    for client_id, x, y in zip(client_ids, xs, ys, strict=True):
+    for client_id, x, y, form in zip(client_ids, xs, ys, forms, strict=True):
         messages = []
-        if x.ndim == 0 or y.shape != x.shape[:1]:
+        if x.size == 0 and y.size == 0 and form != common:  # an empty list has no shape to speak of
+            messages.append("a client must have at least 1 example, got none")
+        elif x.ndim == 0 or y.shape[:1] != x.shape[:1] or (objective == "classification" and y.ndim > 1):
             messages.append(f"y must have one label an example, got shapes {x.shape}, {y.shape}")
-        elif x.shape[1:] != xs[0].shape[1:] or x.dtype != xs[0].dtype:
+        elif form != common:
             messages.append(
-                f"an example must have shape {xs[0].shape[1:]} and dtype {xs[0].dtype}, as client {client_ids[0]!r} "
-                f"has, got {x.shape[1:]} and {x.dtype}"
+                f"an example must have shape {shape} and dtype {dtype}, as client {example_of!r} has, "
+                f"got {x.shape[1:]} and {x.dtype}"
             )
-        if y.dtype.kind not in "ui" and y.size:  # an empty list becomes a float array
-            messages.append(f"labels must be whole numbers, got dtype {y.dtype}")
-        problems += [Problem(f"client {client_id!r}: {message}", client_id) for message in messages]
+        elif y.shape[1:] != target_shape:
+            messages.append(f"the labels of an example must have shape {target_shape}, got {y.shape[1:]}")
+        if y.dtype.kind not in kinds and y.size:  # an empty list becomes a float array
+            messages.append(f"labels must be {numbers} numbers, got dtype {y.dtype}")
+        kind = "arrays that differ in form"
+        problems += [Problem(f"client {client_id!r}: {message}", kind, client_id) for message in messages]
     return problems
 
 
-_NOWHERE = np.zeros(0, np.int64)
+class _Finding(NamedTuple):
+    client: int
+    kind: str
+    message: str
+    severity: Literal["error", "warning"] = "error"
 
 
-def _where(
-    array: Shaped[np.ndarray, "example ..."], wrong: Callable[[np.ndarray], np.ndarray]
-) -> Int64[np.ndarray, "_"]:
-    """The positions of the examples in which `wrong` says that any number is, chunk by chunk."""
-    rows = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    found = [_NOWHERE]
-    for start in range(0, len(array), rows):
-        flags = wrong(array[start : start + rows])
-        found.append(np.flatnonzero(flags.reshape(len(flags), -1).any(1)) + start)
-    return np.concatenate(found)
+class _Content(NamedTuple):
+    """What must hold of each number in an array."""
+
+    kind: str
+    array: Shaped[np.ndarray, "example ..."]
+    wrong: Callable[[np.ndarray], np.ndarray]
+    says: Callable[[int, object], str]  # of so many wrong examples, with one wrong number
 
 
-def _count_in(
-    ranges: Int64[np.ndarray, "client 3 2"], positions: Int64[np.ndarray, "_"]
-) -> Int64[np.ndarray, "client 3"]:
-    """How many of the positions, which increase, lie within each range."""
-    before = np.searchsorted(positions, ranges)
-    counts: np.ndarray = before[..., 1] - before[..., 0]
-    return counts
+def _part_findings(dataset: FederatedDataset, misplaced: Bool[np.ndarray, "client"]) -> Iterator[_Finding]:
+    sizes = dataset.sizes()
+    for client in np.flatnonzero(misplaced).tolist():
+        message = f"its parts must lie within the {len(dataset.y)} examples and not overlap"
+        yield _Finding(client, "misplaced parts", message)
+    for client, part in np.argwhere(sizes < 1).tolist():
+        message = f"{PARTS[part]} must have at least 1 example, got {sizes[client, part]} of the client's "
+        yield _Finding(client, "empty parts", f"{message}{sizes[client].sum()}")
+
+
+def _content_findings(
+    dataset: FederatedDataset, clients: Int64[np.ndarray, "client"], ranges: Int64[np.ndarray, "client 3 2"]
+) -> Iterator[_Finding]:
+    parts = ranges.reshape(-1, 2)
+    for content in _contents(dataset):
+        counts, first = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
+        for part, position in positions(parts, rows(content.array)):
+            block = content.array[position]
+            flags = content.wrong(block).reshape(len(block), -1).any(1)
+            if flags.any():
+                wrong_parts, place = np.unique(part[flags], return_index=True)
+                first[wrong_parts] = np.where(counts[wrong_parts] > 0, first[wrong_parts], position[flags][place])
+                np.add.at(counts, part[flags], 1)
+        by_client = counts.reshape(-1, len(PARTS))
+        for client in np.flatnonzero(by_client.any(1)).tolist():
+            example = content.array[first.reshape(by_client.shape)[client, by_client[client].argmax()]][None]
+            message = content.says(int(by_client[client].sum()), example[content.wrong(example)][0])
+            yield _Finding(int(clients[client]), content.kind, message)
+
+
+def _contents(dataset: FederatedDataset) -> Iterator[_Content]:
+    num_classes = dataset.spec.num_classes
+    objective = dataset.spec.objective
+    if dataset.x.dtype.kind == "f":
+        yield _finite("x", dataset.x)
+    if objective == "regression":
+        yield _finite("y", dataset.y)
+    if objective == "classification":
+        yield _Content(
+            "labels outside the range",
+            dataset.y,
+            lambda labels: _outside(labels, num_classes),
+            lambda count, label: f"labels must be in 0..{num_classes - 1}, got {count} others, such as {label}",
+        )
+    elif objective == "next_token":
+        yield _Content(
+            "labels outside the range",
+            dataset.y,
+            lambda labels: _outside(labels, num_classes) & (labels != IGNORED),
+            lambda count, label: (
+                f"labels must be in 0..{num_classes - 1}, or {IGNORED} where none counts, got others in {count} "
+                f"of its examples, such as {label}"
+            ),
+        )
+
+
+def _finite(name: str, array: Shaped[np.ndarray, "example ..."]) -> _Content:
+    def says(count: int, value: object) -> str:
+        return f"{name} must be finite, got NaN or infinity in {count} of its examples"
+
+    return _Content(f"NaN or infinity in {name}", array, _not_finite, says)
+
+
+def _sample(
+    dataset: FederatedDataset, ranges: Int64[np.ndarray, "client 3 2"]
+) -> tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_ 3 2"]]:
+    """The clients that a quick check reads, and the ranges of what it reads of them."""
+    example_bytes = max(1, dataset.x[:1].nbytes + dataset.y[:1].nbytes)
+    if np.maximum(dataset.sizes(), 0).sum() * example_bytes <= QUICK_BYTES:
+        return np.arange(dataset.num_clients), ranges
+    num_clients = min(dataset.num_clients, QUICK_CLIENTS, max(1, QUICK_BYTES // (24 * example_bytes)))
+    clients = np.linspace(0, dataset.num_clients - 1, num_clients).round().astype(np.int64)
+    limit = max(1, QUICK_BYTES // (len(PARTS) * num_clients * example_bytes))
+    starts, stops = ranges[clients, :, 0], ranges[clients, :, 1]
+    return clients, np.stack([starts, np.minimum(stops, starts + limit)], axis=2)
 
 
 def _misplaced_parts(dataset: FederatedDataset) -> Bool[np.ndarray, "client"]:

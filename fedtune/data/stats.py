@@ -11,15 +11,13 @@ def stats(dataset: FederatedDataset) -> dict[str, int | float]:
     """Counts, and how uneven the clients are in size (population std and skewness) and in labels.
 
     `label_skew` is the mean over clients of the total-variation distance between the client's labels and all clients'
-    labels: 0 if all are alike, near 1 if no client resembles the whole.
+    labels: 0 if all are alike, near 1 if no client resembles the whole. Only a classification has it.
     """
     if problems := dataset.check():
         raise InputError(f"statistics need a data set without problems, got {len(problems)}, first: {problems[0]}")
     sizes = dataset.sizes().sum(1)
     std = sizes.std()
     skewness = ((sizes - sizes.mean()) ** 3).mean() / std**3 if std > 0 else 0.0
-    counts = _label_counts(dataset)
-    distance = np.abs(counts / counts.sum(1, keepdims=True) - counts.sum(0) / counts.sum()).sum(1) / 2
     return {
         "clients": dataset.num_clients,
         "examples": int(sizes.sum()),
@@ -30,8 +28,14 @@ def stats(dataset: FederatedDataset) -> dict[str, int | float]:
         "skewness": float(skewness),
         "smallest": int(sizes.min()),
         "largest": int(sizes.max()),
-        "label_skew": float(distance.mean()),
+        **({"label_skew": _label_skew(dataset)} if dataset.y.ndim == 1 and dataset.y.dtype == np.int64 else {}),
     }
+
+
+def _label_skew(dataset: FederatedDataset) -> float:
+    counts = _label_counts(dataset)
+    distance = np.abs(counts / counts.sum(1, keepdims=True) - counts.sum(0) / counts.sum()).sum(1) / 2
+    return float(distance.mean())
 
 
 def _label_counts(dataset: FederatedDataset) -> Int64[np.ndarray, "client label"]:
