@@ -1,14 +1,13 @@
 """A study: one tuner over federations, on a virtual clock.
 
-The tuner's jobs run in virtual time, `parallel_trials` at once; a job's virtual duration is known before it is trained,
-so the jobs in flight are really computed side by side, on any number of workers, and delivered to the tuner in virtual
-order.
+It is the workload of real federations in the event loop of `fedtune.simulation.event_loop`: the `parallel_trials` jobs
+in flight are computed side by side, on any number of workers, and delivered to the tuner in virtual order.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from jaxtyping import Float, Int
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import Settings
-from fedtune.simulation.clock import Clock
 from fedtune.simulation.evaluation import Evaluation, evaluation_clients
+from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
 from fedtune.simulation.journal import FORMAT, Journal
 from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
@@ -36,14 +35,12 @@ ROUND_TIME = 1.0  # virtual time of a round
 Listener = Callable[[dict[str, Any]], None]
 
 
-@dataclass
-class RunningJob:
-    """A job in flight. `training` yields the tickets it waits for; `ticket` is the present one, None once trained."""
+@dataclass(eq=False)
+class RunningJob(Attempt):
+    """A job in flight; `training` yields the tickets it waits for."""
 
-    job: Job
     history: TrialHistory
     training: Iterator[int]
-    ticket: int | None = None
 
 
 class Study:
@@ -66,7 +63,6 @@ class Study:
     ) -> None:
         self.name = name
         self.seed = seed
-        self._tuner = tuner
         self._settings = settings
         self._make_policy = make_policy
         self._dataset = dataset
@@ -80,8 +76,8 @@ class Study:
         self._store = TrialStore(self._journal, folder / "checkpoints")
         self._listener = listener
         self._one_federation = one_federation
-        self._clock: Clock[RunningJob] = Clock()
-        self._running: list[RunningJob] = []
+        self._loop = EventLoop(tuner, self, settings.parallel_trials)
+        self._tickets: dict[RunningJob, int] = {}  # that jobs in training wait for
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
         self._incumbents: list[tuple[float, int]] = []  # (virtual time, trial), from each tell on
@@ -89,55 +85,91 @@ class Study:
             line["reading"]: Evaluation(*line["evaluation"]) for line in self._journal.notes("personalised")
         }  # by reading: at_max_rounds, sampled, argmax
         self._spent = 0  # rounds of all jobs that were started
-        self._exhausted = False
 
     def run(self) -> StudyResult:
         """Runs the study to its end, or goes on with one that was stopped."""
+        steps = self.steps()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: StudyResult = end.value
+                return result
+            self._executor.step()
+
+    def steps(self) -> Generator[None, None, StudyResult]:
+        """As `run`, but yields where it waits for the executor, which whoever runs it then lets compute."""
         with contextlib.closing(self._journal):
             self._journal.decide(
                 "study", format=FORMAT, tuner=self.name, seed=self.seed, settings=digest(self._settings)
             )
-            self._start_jobs()
-            while self._clock:
-                while self._clock.peek().ticket is not None:
-                    self._compute()
-                self._deliver(self._clock.take())
-                self._start_jobs()
-            return self._finish()
+            yield from self._loop.run()
+            return (yield from self._finish())
 
-    def _start_jobs(self) -> None:
-        while len(self._clock) < self._settings.parallel_trials and not self._exhausted:
-            job = self._tuner.ask()
-            if job is None:
-                return
-            history = self._trials.get(job.trial.number) or self._new_history(job.trial)
-            num_rounds = job.rounds - history.told
-            if self._spent + num_rounds > self._settings.total_rounds:
-                self._exhausted = True
-                return
-            self._spent += num_rounds
-            self._trials[job.trial.number] = history
-            self._start(job, num_rounds, history)
-
-    def _new_history(self, trial: Trial) -> TrialHistory:
-        return TrialHistory(trial, start=0 if trial.parent is None else self._trials[trial.parent].told)
-
-    def _start(self, job: Job, num_rounds: int, history: TrialHistory) -> None:
-        started, finishes = self._clock.time, self._clock.time + num_rounds * ROUND_TIME
+    def start(self, job: Job, number: int, now: float) -> RunningJob | None:
+        """The job in flight, journalled; None where the budget has too few rounds left for it."""
+        history = self._trials.get(job.trial.number) or self._new_history(job.trial)
+        num_rounds = job.rounds - history.told
+        if self._spent + num_rounds > self._settings.total_rounds:
+            return None
+        self._spent += num_rounds
+        self._trials[job.trial.number] = history
+        finishes = now + num_rounds * ROUND_TIME
         self._journal.decide(
             "ask",
             trial=job.trial.number,
             rung=job.rung,
             rounds=job.rounds,
-            started=started,
+            started=now,
             finishes=finishes,
             **plan(job.trial),
         )
-        running = RunningJob(job, history, self._train(job, history, started, finishes))
-        running.ticket = next(running.training, None)
-        if running.ticket is not None:
-            self._running.append(running)
-        self._clock.schedule(finishes, running)
+        running = RunningJob(job, number, finishes, False, history, self._train(job, history, now, finishes))
+        self._train_on(running)
+        return running
+
+    def ready(self, attempt: RunningJob) -> bool:
+        """Whether the job is trained, once every federation whose ticket is finished was moved on."""
+        while attempt in self._tickets:
+            finished = [running for running, ticket in self._tickets.items() if self._executor.finished(ticket)]
+            if not finished:
+                return False
+            for running in finished:
+                self._train_on(running)
+        return True
+
+    def deliver(self, attempt: RunningJob) -> float:
+        """The score of the job's trial, journalled."""
+        job, history = attempt.job, attempt.history
+        number = job.trial.number
+        score = history.scores[job.rounds] = history.tail("validation_error")
+        self._journal.decide("tell", trial=number, rung=job.rung, rounds=job.rounds, time=self._loop.time, score=score)
+        self._store.told(number, job.rounds)
+        self._scores.append(Score(number, job.rounds, score))
+        best = incumbent(self._scores)
+        assert best is not None
+        self._incumbents.append((self._loop.time, best.trial))
+        self._listener(
+            {
+                **{"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial},
+                **{"validation_error": best.error, "test_error": self._trials[best.trial].last_test_error()},
+            }
+        )
+        return score
+
+    def drop(self, attempt: RunningJob, then: OnDrop) -> None:
+        """Never: jobs are not dropped yet."""
+
+    def _new_history(self, trial: Trial) -> TrialHistory:
+        return TrialHistory(trial, start=0 if trial.parent is None else self._trials[trial.parent].told)
+
+    def _train_on(self, running: RunningJob) -> None:
+        """Moves the job's training on to the next ticket it waits for, or to its end."""
+        ticket = next(running.training, None)
+        if ticket is None:
+            self._tickets.pop(running, None)
+        else:
+            self._tickets[running] = ticket
 
     def _train(self, job: Job, history: TrialHistory, started: float, finishes: float) -> Iterator[int]:
         """Brings the trial to the job's last round: from the journal as far as it knows, then by training."""
@@ -166,6 +198,8 @@ class Study:
             federation = self._federation(job.trial, on_new_round)
             federation.grid.order = finishes
             yield from federation.advance(job.rounds, self._settings.evaluate_every)
+        if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
+            yield from self._personalise("at_max_rounds", job.trial, Federation.sampled_config)
 
     def _federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
         """The trial's federation as its latest checkpoint left it, or before its first round."""
@@ -183,60 +217,31 @@ class Study:
             self._store.restore(federation)
         return federation
 
-    def _compute(self) -> None:
-        """Moves on every federation whose ticket is finished; if there is none, computes until there is."""
-        ready = [
-            running
-            for running in self._running
-            if running.ticket is not None and self._executor.finished(running.ticket)
-        ]
-        for running in ready:
-            running.ticket = next(running.training, None)
-            if running.ticket is None:
-                self._running.remove(running)
-        if not ready:
-            self._executor.step()
-
-    def _deliver(self, running: RunningJob) -> None:
-        job, history = running.job, running.history
-        number = job.trial.number
-        score = history.scores[job.rounds] = history.tail("validation_error")
-        self._journal.decide("tell", trial=number, rung=job.rung, rounds=job.rounds, time=self._clock.time, score=score)
-        self._store.told(number, job.rounds)
-        self._tuner.tell(job, score)
-        self._scores.append(Score(number, job.rounds, score))
-        best = incumbent(self._scores)
-        assert best is not None
-        self._incumbents.append((self._clock.time, best.trial))
-        self._listener(
-            {
-                **{"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial},
-                **{"validation_error": best.error, "test_error": self._trials[best.trial].last_test_error()},
-            }
-        )
-        if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
-            self._personalise("at_max_rounds", job.trial, Federation.sampled_config)
-
-    def _personalise(self, reading: str, trial: Trial, config_of: Callable[[Federation, int], Config]) -> None:
+    def _personalise(self, reading: str, trial: Trial, config_of: Callable[[Federation, int], Config]) -> Iterator[int]:
         """Evaluates the trial after local training on each evaluation client, unless the journal has that reading."""
         if reading in self._personalised:
             return
         federation = self._federation(trial, lambda federation, record: None)
         into: list[Evaluation] = []
-        for ticket in federation.personalise(lambda client: config_of(federation, client), into):
-            while not self._executor.finished(ticket):
-                self._executor.step()
+        yield from federation.personalise(lambda client: config_of(federation, client), into)
         self._personalised[reading] = into[0]
         self._journal.note("personalised", reading=reading, trial=trial.number, evaluation=list(into[0]))
 
-    def _finish(self) -> StudyResult:
+    def _wait(self, work: Iterator[int]) -> Iterator[None]:
+        """Yields until each of the tickets that `work` waits for is finished."""
+        for ticket in work:
+            while not self._executor.finished(ticket):
+                yield
+
+    def _finish(self) -> Generator[None, None, StudyResult]:
         best = incumbent(self._scores)
         assert best is not None
         history = self._trials[best.trial]
-        self._personalise("sampled", history.trial, Federation.sampled_config)
+        yield from self._wait(self._personalise("sampled", history.trial, Federation.sampled_config))
         if history.trial.num_configs > 1:
-            self._personalise("argmax", history.trial, lambda federation, client: federation.best_config())
-        self._journal.decide("end", incumbent=best.trial, time=self._clock.time)
+            argmax = self._personalise("argmax", history.trial, lambda federation, client: federation.best_config())
+            yield from self._wait(argmax)
+        self._journal.decide("end", incumbent=best.trial, time=self._loop.time)
         self._store.keep_only(best.trial)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
         federation = self._federation(history.trial, lambda federation, record: None)
@@ -245,7 +250,7 @@ class Study:
             trial_rows(self.name, self.seed, self._trials),
             {
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
-                **{"max_rounds": self._settings.max_rounds, "virtual_time": self._clock.time},
+                **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
                 **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),

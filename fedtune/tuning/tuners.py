@@ -76,6 +76,11 @@ def base_name(name: str) -> str:
     return name.removesuffix("+fedex")
 
 
+def goes_on_without(tuner: Tuner) -> bool:
+    """Whether the tuner does as well where it is never told of some job; others wait for every one they asked for."""
+    return isinstance(tuner, (RandomSearch, ASHA, AsyncHyperband))
+
+
 def within_one_federation(name: str) -> bool:
     """Whether all of this tuner happens in one trial, around the fixed values."""
     return TUNERS[name] is OneFederation
