@@ -110,7 +110,11 @@ def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings"
         base = [plugins.dataset_settings(name), table] if isinstance(name, str) else [table]
     else:
         base = [plugins.dataset_settings(str(what))]
-    return settings.resolve([*base, *layers])
+    tables = [*base, *layers]
+    if not any("space" in table for table in tables):  # as with data of one's own
+        client = next((t["client"]["name"] for t in reversed(tables) if "name" in t.get("client", {})), None)
+        tables.insert(0, {"space": plugins.default_space(client)})
+    return settings.resolve(tables)
 
 
 def _start_workers_early(settings: "Settings") -> None:

@@ -22,8 +22,12 @@ data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=Tr
 app.add_typer(data_app, name="data")
 
 What = Annotated[
-    str, typer.Argument(help="A data set (see `fedtune list`), file.py:function, or a settings .toml file.")
+    str,
+    typer.Argument(
+        help="A data set (see `fedtune list`), file.py:function, a table, a folder, or a settings .toml file."
+    ),
 ]
+Model = Annotated[str | None, typer.Option(help="The model (see `fedtune list`), or file.py:function.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. client.learning_rate=0.05.")
 ]
@@ -43,6 +47,7 @@ Seeds = Annotated[int | None, typer.Option(help="How many seeds, from --seed on.
 def train(
     what: What,
     rounds: Rounds = None,
+    model: Model = None,
     assignments: Assignments = None,
     seed: Seed = None,
     seeds: Seeds = None,
@@ -54,7 +59,8 @@ def train(
 ) -> None:
     """Train one federation under fixed hyperparameters."""
     budget = {"max_rounds": rounds, "total_rounds": rounds}
-    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["model"] = {"name": model} if model else None
     _run(what, {"tuners": ["manual"], **budget, **flags}, assignments, out, force)
 
 
@@ -64,6 +70,7 @@ def tune(
     tuner: Annotated[str, typer.Option(help="The tuner (see `fedtune list`).")] = "asha",
     max_rounds: MaxRounds = None,
     total_rounds: TotalRounds = None,
+    model: Model = None,
     assignments: Assignments = None,
     seed: Seed = None,
     seeds: Seeds = None,
@@ -75,7 +82,8 @@ def tune(
 ) -> None:
     """Search for good hyperparameters with one tuner."""
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
-    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["model"] = {"name": model} if model else None
     _run(what, {"tuners": [tuner], **budget, **flags}, assignments, out, force)
 
 
@@ -85,6 +93,7 @@ def compare(
     tuners: Annotated[str | None, typer.Option(help="Names with commas between them (see `fedtune list`).")] = None,
     max_rounds: MaxRounds = None,
     total_rounds: TotalRounds = None,
+    model: Model = None,
     assignments: Assignments = None,
     seed: Seed = None,
     seeds: Seeds = None,
@@ -97,7 +106,8 @@ def compare(
     """Compare tuners at an equal budget of rounds."""
     names = None if tuners is None else [name.strip() for name in tuners.split(",")]
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
-    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["model"] = {"name": model} if model else None
     _run(what, {"tuners": names, **budget, **flags}, assignments, out, force)
 
 
@@ -159,6 +169,53 @@ def stats(
     if figure:
         plot_stats(dataset, figure)
         typer.echo(f"figure: {figure}")
+
+
+@data_app.command()
+def check(
+    what: What,
+    assignments: Assignments = None,
+    every: Annotated[bool, typer.Option("--all", help="Print every problem, not the first 20 of a kind.")] = False,
+) -> None:
+    """Report every problem of a data set; the exit code is 0 for none, 1 for warnings alone, 2 for errors."""
+    import fedtune
+    from fedtune.data.checks import BadDataError, errors_of, find_problems
+    from fedtune.plugins import load_dataset
+    from fedtune.report.tables import problem_lines
+    from fedtune.settings import parse_assignment
+
+    settings = fedtune.resolve_settings(what, *map(parse_assignment, assignments or []))
+    try:
+        problems = find_problems(load_dataset(settings.data))
+    except BadDataError as error:
+        problems = error.problems
+    for line in problem_lines(problems, None if every else 20):
+        typer.echo(line)
+    errors = errors_of(problems)
+    typer.echo(f"{len(errors):,} errors, {len(problems) - len(errors):,} warnings")
+    raise typer.Exit(2 if errors else 1 if problems else 0)
+
+
+@data_app.command()
+def export(
+    what: What,
+    out: Annotated[Path, typer.Option(help="The folder to write, which must not exist.")],
+    form: Annotated[str, typer.Option("--format", help="The form of the files: leaf.")] = "leaf",
+    users_per_file: Annotated[int, typer.Option(help="How many clients share a file.")] = 100,
+    assignments: Assignments = None,
+) -> None:
+    """Write a data set as LEAF's JSON files."""
+    import fedtune
+    from fedtune.data.leaf_export import export_leaf
+    from fedtune.errors import UnknownNameError
+    from fedtune.plugins import load_dataset
+    from fedtune.settings import parse_assignment
+
+    if form != "leaf":
+        raise UnknownNameError("format", form, ["leaf"])
+    settings = fedtune.resolve_settings(what, *map(parse_assignment, assignments or []))
+    export_leaf(load_dataset(settings.data), out, users_per_file=users_per_file)
+    typer.echo(f"folder: {out}")
 
 
 def main() -> None:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
+from fedtune.objectives import OBJECTIVES, Measures
 
 EVALUATION_BATCH = 128  # small models gain little beyond it, and large ones lose as their activations outgrow the cache
 
@@ -19,7 +19,7 @@ class Examples(NamedTuple):
     """Examples as a model gets them, on its device."""
 
     x: Shaped[Tensor, "example ..."]  # float32 or int64
-    y: Int64[Tensor, "example"]
+    y: Shaped[Tensor, "example ..."]  # int64; float32 for regression
 
 
 class FlatModel:
@@ -28,10 +28,14 @@ class FlatModel:
     They lie in it in the order of the module's state_dict; a tensor that has several names lies there once. Integer
     buffers are no part of it: they get their first values back whenever weights are loaded.
 
-    `parameters` are the trainable ones, `flat` holds `num_weights` numbers.
+    `parameters` are the trainable ones, `flat` holds `num_weights` numbers. `loss(outputs, y)` is the objective's mean
+    loss, which is trained on.
     """
 
-    def __init__(self, module: nn.Module, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, module: nn.Module, device: str | torch.device = "cpu", objective: str = "classification"
+    ) -> None:
+        self.loss, self.measure = OBJECTIVES[objective]
         self.module = module.to(device).float()
         tensors = dict(_tensors(self.module))
         unique = list({id(tensor): tensor for tensor in tensors.values() if tensor.is_floating_point()}.values())
@@ -73,7 +77,7 @@ class FlatModel:
 
 def make_examples(
     x: Shaped[np.ndarray, "example ..."],
-    y: Int64[np.ndarray, "example"],
+    y: Shaped[np.ndarray, "example ..."],
     spec: DatasetSpec,
     device: str | torch.device,
 ) -> Examples:
@@ -90,21 +94,12 @@ def batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
     return map(Examples, *parts)
 
 
-def evaluate(
-    model: FlatModel, examples: Examples, batch_size: int = EVALUATION_BATCH
-) -> tuple[Float[Tensor, "example"], Float[Tensor, "example"]]:
-    """The cross-entropy and the error (0 or 1) of the model's weights on each example.
-
-    An example with NaN among its logits counts as an error, though argmax would name a class.
-    """
+def evaluate(model: FlatModel, examples: Examples, batch_size: int = EVALUATION_BATCH) -> Measures:
+    """The loss and the error of the model's weights on each example."""
     model.module.eval()
-    losses, errors = [], []
     with torch.inference_mode():
-        for x, y in batches(examples, batch_size):
-            logits = model.module(x)
-            losses.append(cross_entropy(logits, y, reduction="none"))
-            errors.append((logits.argmax(1) != y) | logits.isnan().any(1))
-        return torch.cat(losses), torch.cat(errors).float()
+        measures = [model.measure(model.module(x), y) for x, y in batches(examples, batch_size)]
+        return Measures(*map(torch.cat, zip(*measures, strict=True)))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,7 @@
-"""Data sets, models and client programs, found by name: an installed entry point, or `file.py:function`."""
+"""Data sets, models and client programs, found by name: an installed entry point, or `file.py:function`.
+
+A data set may also be named by the path of a table or a folder.
+"""
 
 import functools
 import importlib.util
@@ -14,6 +17,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.data.folders import load_folder
+from fedtune.data.leaf import is_leaf_folder, load_leaf
+from fedtune.data.tables import SUFFIXES, load_table
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.space import Hyperparameter
 
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedtune.flat_model import Examples, FlatModel
+
+
+DEFAULT_CLIENT = "local_sgd"
 
 
 @runtime_checkable
@@ -48,20 +57,20 @@ def known(kind: str) -> dict[str, EntryPoint]:
 
 def dataset_settings(name: str) -> dict[str, Any]:
     """The settings that a data set ships for runs on it; empty for one in a file."""
-    settings = {} if _is_file(name) else getattr(_load("datasets", name), "SETTINGS", {})
+    settings = {} if _is_own(name) else getattr(_load("datasets", name), "SETTINGS", {})
     return {**settings, "data": {**settings.get("data", {}), "name": name}}
 
 
 def prepare_dataset(name: str) -> Path | None:
     """Where the data set's files lie, downloaded and verified; None where it needs none."""
-    prepare = None if _is_file(name) else getattr(_load("datasets", name), "prepare", None)
+    prepare = None if _is_own(name) else getattr(_load("datasets", name), "prepare", None)
     return prepare() if prepare else None
 
 
 def load_dataset(table: Mapping[str, Any]) -> FederatedDataset:
     """The data set that a `[data]` table describes."""
     name, options = _name_and_options(table)
-    load = _load_from_file(name) if _is_file(name) else _load("datasets", name).load
+    load = _own_loader(name) if _is_own(name) else _load("datasets", name).load
     dataset = _call(load, options, f"data set {name!r}", "data")
     if not isinstance(dataset, FederatedDataset):
         raise InputError(f"{name} must return a FederatedDataset, got {type(dataset).__name__}")
@@ -90,6 +99,24 @@ def client_program(name: str) -> ClientProgram:
         if not isinstance(hyperparameter, Hyperparameter):
             raise InputError(f"HYPERPARAMETERS of {name!r} must map names to Hyperparameter, got {hyperparameter!r}")
     return cast(ClientProgram, program)
+
+
+def default_space(client: str | None) -> dict[str, Any]:
+    """The `[space]` of a client program (None: local_sgd), for data sets that ship none."""
+    space = getattr(client_program(client or DEFAULT_CLIENT), "SPACE", {})
+    return {"client": space} if space else {}
+
+
+def _is_own(name: str) -> bool:
+    """Whether a data set is the user's own: a function in a file, a table or a folder."""
+    return _is_file(name) or name.endswith(SUFFIXES) or "/" in name
+
+
+def _own_loader(name: str) -> Callable[..., Any]:
+    if _is_file(name):
+        return _load_from_file(name)
+    load = load_table if name.endswith(SUFFIXES) else load_leaf if is_leaf_folder(name) else load_folder
+    return functools.partial(load, name)
 
 
 def _is_file(name: str) -> bool:

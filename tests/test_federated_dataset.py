@@ -200,7 +200,7 @@ def test_stats_of_a_data_set_with_problems_are_refused():
 
 
 def test_clients_whose_arrays_differ_are_refused_all_at_once():
-    x, y = np.zeros((4, 2), np.float32), np.zeros(4, np.int64)
+    x, y = np.arange(8, dtype=np.float32).reshape(4, 2), np.zeros(4, np.int64)
     clients = {
         "a": (x, y),
         "b": (x[:, :1], y),
@@ -284,7 +284,7 @@ def test_examples_of_a_text_are_its_windows_and_the_characters_that_follow():
 
 
 def test_a_text_is_kept_once():
-    text = np.zeros(200_000, np.uint8)
+    text = np.random.default_rng(0).integers(10, size=1_000_000).astype(np.uint8)
     tracemalloc.start()
     dataset = of_text(text, ((0, 100_000), (100_000, 110_000), (110_000, 120_000)), window=80)
     dataset.check()

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from fedtune.errors import InputError
-from fedtune.simulation.journal import Journal
+from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def test_decisions_that_are_taken_again_are_not_written_again(path):
 def test_another_decision_than_before_is_an_error_that_shows_both(path):
     write(path)
     journal = Journal(path)
-    with pytest.raises(InputError, match=r'it says .*"trial": 0, .* where .*"trial": 7') as caught:
+    with pytest.raises(
+        InputError, match=r'line 1, does not fit this run: it says .*"trial": 0, .* where .*"trial": 7'
+    ) as caught:
         journal.decide("ask", trial=7, error=0.0)
     journal.close()
     assert "\n" not in str(caught.value)
@@ -96,3 +98,27 @@ def test_bytes_that_are_no_text_are_damage(path):
     path.write_bytes(data)
     with pytest.raises(InputError, match="line 1, is damaged"):
         Journal(path)
+
+
+def test_a_journal_of_another_format_is_refused(path):
+    journal = Journal(path)
+    journal.decide("study", format=FORMAT + 1)
+    journal.close()
+    with pytest.raises(InputError, match=f"must have format {FORMAT}, got {FORMAT + 1}: another version of fedtune"):
+        Journal(path)
+
+
+def test_a_journal_that_is_only_read_stays_as_it_is_and_ends(path):
+    write(path)
+    with path.open("a") as file:
+        file.write('{"event": "torn')
+    before = path.read_bytes()
+    journal = Journal(path, read_only=True)
+    for number in range(3):
+        assert journal.coming() == (2 * number + 1, {"event": "ask", "trial": number, "error": 0.1 * number})
+        journal.decide("ask", trial=number, error=0.1 * number)
+    for after_the_end in (journal.coming, lambda: journal.decide("ask", trial=3)):
+        with pytest.raises(JournalEnds):
+            after_the_end()
+    journal.close()
+    assert path.read_bytes() == before

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedtune.data.federated_dataset import PARTS, DatasetSpec
+from fedtune.data.text import VOCABULARY
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets import shakespeare
 from fedtune_datasets.plays import speeches
@@ -89,7 +90,7 @@ def edition(tmp_path, monkeypatch):
 
 
 def decode(codes):
-    return "".join((*shakespeare.VOCABULARY, "?")[code] for code in codes)
+    return "".join((*VOCABULARY, "?")[code] for code in codes)
 
 
 def client_texts(dataset):
@@ -97,7 +98,7 @@ def client_texts(dataset):
 
 
 def test_the_vocabulary_is_leafs():
-    assert len(shakespeare.VOCABULARY) == len(set(shakespeare.VOCABULARY)) == 80
+    assert len(VOCABULARY) == len(set(VOCABULARY)) == 80
     codes = shakespeare.encode(["To be,", " or   not", "@/to be"])
     assert codes.dtype == np.uint8
     assert decode(codes) == "To be, or not ??to be"

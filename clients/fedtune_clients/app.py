@@ -80,7 +80,7 @@ def _load(text: object) -> Work:
     torch.set_num_threads(1)  # two threads add in another order than one
     settings = protocol.run_settings(text)
     dataset = plugins.load_dataset(settings.data)
-    model = FlatModel(plugins.make_model(settings.model, dataset.spec), settings.device)
+    model = FlatModel(plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective)
     return Work(dataset, model, plugins.client_program(client_program(settings)).train, settings.device)
 
 

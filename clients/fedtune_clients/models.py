@@ -18,7 +18,7 @@ from fedtune.errors import InputError
 def logistic(spec: DatasetSpec) -> nn.Module:
     """Multinomial logistic regression; dropout on its input."""
     _check_real("logistic", spec)
-    return nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(math.prod(spec.input_shape), spec.num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(math.prod(spec.input_shape), spec.num_outputs))
 
 
 def mlp(spec: DatasetSpec, *, hidden: Sequence[int] = (200, 200)) -> nn.Module:
@@ -30,7 +30,7 @@ def mlp(spec: DatasetSpec, *, hidden: Sequence[int] = (200, 200)) -> nn.Module:
         _check_width("model.hidden", next_width)
         layers += [nn.Linear(width, next_width), nn.ReLU(inplace=True), nn.Dropout(0.0)]
         width = next_width
-    return nn.Sequential(*layers, nn.Linear(width, spec.num_classes))
+    return nn.Sequential(*layers, nn.Linear(width, spec.num_outputs))
 
 
 def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
@@ -51,7 +51,7 @@ def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
         nn.Linear(64 * (height // 4) * (width // 4), dense),
         nn.ReLU(inplace=True),
         nn.Dropout(0.0),
-        nn.Linear(dense, spec.num_classes),
+        nn.Linear(dense, spec.num_outputs),
     )
 
 

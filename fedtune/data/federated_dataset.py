@@ -1,7 +1,10 @@
 """Everybody's examples in two flat arrays, with index ranges for each client's train, validation and test part."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int64, Integer, Shaped
@@ -9,26 +12,51 @@ from jaxtyping import Int64, Integer, Shaped
 from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch.utils.data import Dataset
+
 PARTS = ("train", "validation", "test")
 DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
+LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
+IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a model must know about the examples."""
+    """What a model must know about the examples. `fedtune.objectives` says what the objectives ask of it."""
 
     input_shape: tuple[int, ...]  # of one example
     input_kind: str  # "real": the model gets float32 x * scale; "token": the model gets int64
-    num_classes: int
+    num_classes: int  # 0 for regression
     scale: float = 1.0
+    objective: str = "classification"
+    target_shape: tuple[int, ...] = ()  # of one example's labels: (position,) for next_token
+    target_mean: tuple[float, ...] = ()  # what was taken off the targets of a regression, which were then divided by
+    target_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.objective not in LABEL_DTYPES:
+            raise UnknownNameError("objective", self.objective, LABEL_DTYPES)
         if self.input_kind not in DTYPE_KINDS:
             raise UnknownNameError("input_kind", self.input_kind, DTYPE_KINDS)
-        if self.num_classes < 1:
+        if self.objective == "regression" and self.num_classes:
+            raise InputError(f"num_classes must be 0 with objective 'regression', got {self.num_classes}")
+        if self.objective != "regression" and self.num_classes < 1:
             raise InputError(f"num_classes must be >= 1, got {self.num_classes}")
+        num_axes = {"classification": 0, "next_token": 1}.get(self.objective, len(self.target_shape))
+        if len(self.target_shape) != num_axes:
+            raise InputError(
+                f"the labels of one example must have {num_axes} axes with objective {self.objective!r}, got shape "
+                f"{self.target_shape}"
+            )
         if not 0 < self.scale < np.inf:
             raise InputError(f"scale must be a finite number > 0, got {self.scale}")
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
+        return self.num_classes or math.prod(self.target_shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +69,7 @@ class FederatedDataset:
     name: str
     spec: DatasetSpec
     x: np.ndarray  # (example, *input_shape), of any dtype that fits spec.input_kind
-    y: np.ndarray  # (example,), int64
+    y: np.ndarray  # (example, *target_shape), int64; float32 for regression
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
     text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
@@ -50,10 +78,12 @@ class FederatedDataset:
         kinds = DTYPE_KINDS[self.spec.input_kind]
         if self.x.dtype.kind not in kinds:
             raise InputError(f"x must hold {self.spec.input_kind} inputs, got dtype {self.x.dtype}")
-        if self.y.dtype != np.int64:
-            raise InputError(f"y must have dtype int64, got {self.y.dtype}")
-        if self.y.shape != self.x.shape[:1]:
-            raise InputError(f"y must have one label an example, shape {self.x.shape[:1]}, got {self.y.shape}")
+        dtype = np.dtype(LABEL_DTYPES[self.spec.objective])
+        if self.y.dtype != dtype:
+            raise InputError(f"y must have dtype {dtype}, got {self.y.dtype}")
+        shape = (*self.x.shape[:1], *self.spec.target_shape)
+        if self.y.shape != shape:
+            raise InputError(f"y must have one label an example, shape {shape}, got {self.y.shape}")
         if self.x.shape[1:] != self.spec.input_shape:
             raise InputError(f"an example must have shape {self.spec.input_shape}, got {self.x.shape[1:]}")
         if len(self.client_ids) == 0:
@@ -65,9 +95,10 @@ class FederatedDataset:
     @classmethod
     def from_clients(
         cls,
-        clients: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        clients: Mapping[Any, tuple[Any, Any]],
         *,
         name: str,
+        objective: str = "classification",
         num_classes: int | None = None,
         scale: float = 1.0,
         input_kind: str = "real",
@@ -76,7 +107,8 @@ class FederatedDataset:
     ) -> "FederatedDataset":
         """A data set of `{client id: (x, y)}`, each client split at random into the fractions of PARTS.
 
-        num_classes None means the largest label + 1.
+        x and y are arrays, tensors or lists, an example a row. num_classes None means the largest label + 1. The
+        targets of a regression are brought to mean 0 and variance 1 over all train parts, each target by itself.
         """
         from fedtune.data.checks import BadDataError, find_problems, form_problems, in_client_order, repeated_ids
 
@@ -85,12 +117,15 @@ class FederatedDataset:
         client_ids = [str(client_id) for client_id in clients]
         xs = [np.asarray(x) for x, _ in clients.values()]
         ys = [np.asarray(y) for _, y in clients.values()]
-        if problems := form_problems(client_ids, xs, ys):
+        if objective not in LABEL_DTYPES:
+            raise UnknownNameError("objective", objective, LABEL_DTYPES)
+        if problems := form_problems(client_ids, xs, ys, objective):
             unfit = {problem.client for problem in problems}
             if rest := {client_id: pair for client_id, pair in clients.items() if str(client_id) not in unfit}:
                 fitting = cls.from_clients(
                     rest,
                     name=name,
+                    objective=objective,
                     num_classes=num_classes,
                     scale=scale,
                     input_kind=input_kind,
@@ -102,12 +137,97 @@ class FederatedDataset:
         permutations, ranges = _split([len(y) for y in ys], fractions, seed)
         total = sum(len(y) for y in ys)
         x = np.empty((total, *xs[0].shape[1:]), xs[0].dtype)
-        y = np.empty(total, np.int64)
+        y = np.empty((total, *ys[0].shape[1:]), LABEL_DTYPES[objective])
         for client, order in enumerate(permutations):
             x[ranges[client, 0, 0] : ranges[client, 2, 1]] = xs[client][order]
             y[ranges[client, 0, 0] : ranges[client, 2, 1]] = ys[client][order]
-        spec = DatasetSpec(x.shape[1:], input_kind, _num_classes(y, num_classes), scale)
+        if objective == "regression":
+            mean, std = _standardise(y, ranges)
+            spec = DatasetSpec(x.shape[1:], input_kind, 0, scale, objective, y.shape[1:], mean, std)
+        else:
+            classes = _num_classes(y, num_classes)
+            spec = DatasetSpec(x.shape[1:], input_kind, classes, scale, objective, y.shape[1:])
         return cls(name, spec, x, y, client_ids, ranges)
+
+    @classmethod
+    def from_frame(cls, frame: "pd.DataFrame", *, client: str, label: str, **options: Any) -> "FederatedDataset":
+        """A data set of a table, a row an example: see `fedtune.data.tables.from_frame`."""
+        from fedtune.data.tables import from_frame
+
+        return from_frame(frame, client=client, label=label, **options)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, **options: Any) -> "FederatedDataset":
+        """A data set of a folder with a file or folder a client: see `fedtune.data.folders.load_folder`."""
+        from fedtune.data.folders import load_folder
+
+        return load_folder(path, **options)
+
+    @classmethod
+    def from_leaf(cls, path: str | Path, **options: Any) -> "FederatedDataset":
+        """A data set of a folder in LEAF's JSON form: see `fedtune.data.leaf.load_leaf`."""
+        from fedtune.data.leaf import load_leaf
+
+        return load_leaf(path, **options)
+
+    @classmethod
+    def from_torch(cls, clients: Mapping[Any, "Dataset[Any]"], *, name: str, **options: Any) -> "FederatedDataset":
+        """A data set of a torch Dataset a client, whose items are (x, y); the options are those of `from_clients`."""
+        arrays = {}
+        for client_id, dataset in clients.items():
+            items = [dataset[number] for number in range(len(dataset))]  # type: ignore[arg-type]
+            xs, ys = zip(*items, strict=True) if items else ((), ())
+            arrays[client_id] = (np.array([np.asarray(x) for x in xs]), np.array([np.asarray(y) for y in ys]))
+        return cls.from_clients(arrays, name=name, **options)
+
+    @classmethod
+    def from_hub(
+        cls, dataset: Any, partitioner: Any, *, name: str, x: str = "image", y: str = "label", **options: Any
+    ) -> "FederatedDataset":
+        """A data set of a Hugging Face Dataset, dealt to clients by a partitioner of flwr-datasets.
+
+        x and y are its columns; of images, all must have one size. The options are those of `from_clients`.
+        """
+        for column in (x, y):
+            if column not in dataset.column_names:
+                raise UnknownNameError("column", column, dataset.column_names)
+        partitioner.dataset = dataset
+        clients = {}
+        for number in range(partitioner.num_partitions):
+            part = partitioner.load_partition(number).with_format("numpy")
+            names = getattr(partitioner, "partition_id_to_natural_id", {})
+            clients[names.get(number, number)] = (np.asarray(part[x][:]), np.asarray(part[y][:]))
+        return cls.from_clients(clients, name=name, **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Shaped[np.ndarray, "example ..."],
+        y: Shaped[np.ndarray, "example ..."],
+        sizes: Integer[np.ndarray, "client"],
+        *,
+        name: str,
+        client_ids: Sequence[str] | None = None,
+        objective: str = "classification",
+        num_classes: int | None = None,
+        scale: float = 1.0,
+        input_kind: str = "real",
+        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    ) -> "FederatedDataset":
+        """A data set of arrays in which the clients' examples follow each other, `sizes` of them a client.
+
+        Nothing is copied, so x and y may be memory-mapped files, larger than the memory. A client's parts are its first
+        examples, the next and the last: shuffle them yourself where their order means something. y must have the
+        objective's dtype, int64 or float32; the targets of a regression stay as they are.
+        """
+        if len(sizes) == 0 or sizes.min() < 0 or sizes.sum() != len(y):
+            raise InputError(f"sizes must be a number >= 0 a client, {len(y)} in all, got {sizes.sum()} in all")
+        parts = part_sizes(sizes.astype(np.int64), fractions)
+        stops = parts.cumsum().reshape(parts.shape)
+        ids = [str(client) for client in range(len(sizes))] if client_ids is None else client_ids
+        classes = 0 if objective == "regression" else _num_classes(y, num_classes)
+        spec = DatasetSpec(x.shape[1:], input_kind, classes, scale, objective, y.shape[1:])
+        return cls(name, spec, x, y, ids, np.stack([stops - parts, stops], axis=2))
 
     @classmethod
     def from_partition(
@@ -210,7 +330,23 @@ def _part_number(part: str) -> int:
     return PARTS.index(part)
 
 
-def _num_classes(y: Integer[np.ndarray, "example"], num_classes: int | None) -> int:
+def _standardise(
+    y: Shaped[np.ndarray, "example ..."], ranges: Int64[np.ndarray, "client 3 2"]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Brings the targets, in place, to mean 0 and variance 1 over the train parts; what was taken off and divided by.
+
+    A target that is constant, or not finite somewhere, is only moved or stays: `check` finds the latter.
+    """
+    targets = y.reshape(len(y), -1)
+    used = np.concatenate([targets[start:stop] for start, stop in ranges[:, 0]]).astype(np.float64)
+    mean, std = (used.mean(0), used.std(0)) if len(used) else (np.zeros(used.shape[1]), np.ones(used.shape[1]))
+    mean[~np.isfinite(mean)] = 0.0
+    std[~(np.isfinite(std) & (std > 0))] = 1.0
+    targets[...] = (targets - mean) / std
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _num_classes(y: Integer[np.ndarray, "example ..."], num_classes: int | None) -> int:
     return max(int(y.max(initial=0)) + 1, 1) if num_classes is None else num_classes
 
 

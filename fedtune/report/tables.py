@@ -1,7 +1,8 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import pandas as pd
@@ -9,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.data.checks import Problem
 from fedtune.report.frames import FAULTS, READINGS, within_noise
 
 MISSING = "–"
@@ -96,6 +98,18 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return MISSING if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
+
+
+def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[str]:
+    """A line a problem of a data set, in their order; of a kind, no more than `limit`, and how many more there are."""
+    shown: Counter[str] = Counter()
+    for problem in problems:
+        shown[problem.kind] += 1
+        if limit is None or shown[problem.kind] <= limit:
+            yield f"{problem.severity}: {problem.message}"
+    for kind, count in shown.items():
+        if limit is not None and count > limit:
+            yield f"and {count - limit:,} more: {kind}"
 
 
 def stats_table(stats: Mapping[str, object]) -> Table:

@@ -29,7 +29,7 @@ class Hyperparameters:
 
 def client_program(settings: Settings) -> str:
     """The name of the client program."""
-    return str(settings.client.get("name", "local_sgd"))
+    return str(settings.client.get("name", plugins.DEFAULT_CLIENT))
 
 
 def resolve_hyperparameters(settings: Settings) -> Hyperparameters:

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from fedtune import plugins
+from fedtune.data.checks import errors_of, find_problems, first_of
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.server.trials import (
@@ -126,10 +127,8 @@ def prepare(settings: Settings) -> Comparison:
     check_device(settings)
     check_tuners(settings, hyperparameters.space)
     dataset = plugins.load_dataset(settings.data)
-    problems = dataset.check()
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"data set {settings.data['name']}: {problems[0]}{more}")
+    if errors := errors_of(find_problems(dataset, quick=True)):
+        raise InputError(f"data set {settings.data['name']}: {first_of(errors)}")
     if settings.cohort_size > dataset.num_clients:
         raise InputError(
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"

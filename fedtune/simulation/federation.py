@@ -163,10 +163,10 @@ class Federation:
 
     def _all_wrong(self, client: int) -> Metrics:
         _, validation, test = (self._dataset.ranges[client, :, 1] - self._dataset.ranges[client, :, 0]).tolist()
-        worst = 2 * float(np.log(self._dataset.spec.num_classes))
+        error, loss = (fedex.worst_error(signal, self._dataset.spec.num_classes) for signal in ("error", "loss"))
         return {
-            **{"num_validation": validation, "validation_error": 1.0, "validation_loss": worst},
-            **{"num_test": test, "test_error": 1.0, "test_loss": worst},
+            **{"num_validation": validation, "validation_error": error, "validation_loss": loss},
+            **{"num_test": test, "test_error": error, "test_loss": loss},
         }
 
 

@@ -14,7 +14,11 @@ from typing import Any
 
 from fedtune.errors import InputError
 
-FORMAT = 1  # of the lines; a journal of another format is refused
+FORMAT = 2  # of the lines; a journal of another format is refused
+
+
+class JournalEnds(Exception):
+    """A journal that is only read holds no further decision."""
 
 
 class Journal:
@@ -22,26 +26,34 @@ class Journal:
 
     Each line carries a checksum of itself and all lines before it. A torn last line, as a killed process leaves it, is
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
-    come as they are computed, by several federations at once.
+    come as they are computed, by several federations at once. With `read_only` nothing is written: decisions are
+    compared with the past, and JournalEnds is raised after its last one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
         self._checksum = 0
-        self._decisions: deque[dict[str, Any]] = deque()  # those of the past that were not decided again yet
+        self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not decided again yet
         self._notes: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by event
         if path.exists():
-            self._read()
-        self._file = path.open("a", encoding="utf-8")
+            torn_at = self._read()
+            if torn_at is not None and not read_only:
+                os.truncate(path, torn_at)
+        self._file = None if read_only else path.open("a", encoding="utf-8")
 
     def decide(self, event: str, **fields: Any) -> None:
         """Writes a decision, or finds that it is the one that was taken here before."""
         line = {"event": event, **fields}
         if not self._decisions:
+            if self._file is None:
+                raise JournalEnds
             self._write(line)
-        elif json.dumps(line) != json.dumps(expected := self._decisions.popleft()):
+            return
+        number, expected = self._decisions.popleft()
+        if json.dumps(line) != json.dumps(expected):
             raise InputError(
-                f"{self._path} does not fit this run: it says {json.dumps(expected)} where {json.dumps(line)} follows"
+                f"{self.path}, line {number}, does not fit this run: it says {json.dumps(expected)} "
+                f"where {json.dumps(line)} follows"
             )
 
     def note(self, event: str, **fields: Any) -> None:
@@ -57,18 +69,27 @@ class Journal:
         """Whether decisions of the past are still to come."""
         return bool(self._decisions)
 
+    def coming(self) -> tuple[int, dict[str, Any]]:
+        """The decision of the past that comes next, after its line's number. Raises JournalEnds after the last one."""
+        if not self._decisions:
+            raise JournalEnds
+        return self._decisions[0]
+
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
         text = json.dumps(line)
         self._checksum = zlib.crc32(text.encode(), self._checksum)
         self._file.write(f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n')
         self._file.flush()
 
-    def _read(self) -> None:
-        data = self._path.read_bytes()
+    def _read(self) -> int | None:
+        """Takes in all whole lines; the place in the file at which a torn one begins, if there is one."""
+        data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for number, text in enumerate(data[:whole].decode(errors="replace").split("\n")[:-1], start=1):
             line = self._parse(text, number)
@@ -76,17 +97,20 @@ class Journal:
             if event in NOTES:
                 self._notes[event].append(line)
             else:
-                self._decisions.append(line)
-        if whole < len(data):
-            os.truncate(self._path, whole)
+                self._decisions.append((number, line))
+        return whole if whole < len(data) else None
 
     def _parse(self, text: str, number: int) -> dict[str, Any]:
         body, separator, check = text.rpartition(', "check": ')
         body += "}"
         self._checksum = zlib.crc32(body.encode(), self._checksum)
         if not separator or check != f'"{self._checksum:08x}"}}':
-            raise InputError(f"{self._path}, line {number}, is damaged or was edited: its checksum does not fit")
+            raise InputError(f"{self.path}, line {number}, is damaged or was edited: its checksum does not fit")
         line: dict[str, Any] = json.loads(body)
+        if line["event"] == "study" and line["format"] != FORMAT:
+            raise InputError(
+                f"{self.path} must have format {FORMAT}, got {line['format']}: another version of fedtune wrote it"
+            )
         return line
 
 

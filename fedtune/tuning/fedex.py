@@ -105,8 +105,11 @@ def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
 
 
 def worst_error(signal: str, num_classes: int) -> float:
-    """The largest F that counts, so that one client can't move theta for long; of a loss, twice that of guessing."""
-    return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal]
+    """The largest F that counts, so that one client can't move theta for long; of a loss, twice that of guessing.
+
+    Without classes (0) it is a regression, whose error is unbounded and, as its loss, 1 for guessing the mean.
+    """
+    return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal] if num_classes else 2.0
 
 
 def update(

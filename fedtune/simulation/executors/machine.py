@@ -31,7 +31,9 @@ class Machine:
         torch.set_num_threads(1)
         self.dataset = dataset
         self.device = settings.device
-        self.model = FlatModel(plugins.make_model(settings.model, dataset.spec), settings.device)
+        self.model = FlatModel(
+            plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
+        )
         self._train = plugins.client_program(settings.client).train
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:

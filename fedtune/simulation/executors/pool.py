@@ -26,7 +26,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.simulation.executors import start_forkserver, worker
 from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.shared_memory import SharedArray
+from fedtune.simulation.executors.shared_memory import SharedArray, share
 from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
 from fedtune.tuning.fair_share import fair_share
 
@@ -93,7 +93,7 @@ class PoolExecutor:
         self._settings = settings
         self._dataset = dataset
         self._folder = os.getcwd()
-        self._data = {name: SharedArray.copy_of(array) for name, array in dataset.shared().items()}
+        self._data = {name: share(array) for name, array in dataset.shared().items()}
         self._queues: list[list[tuple[float, float, int, Piece]]] = [[]]  # heaps, by study
         self._weights: list[float] = [1.0]  # in the sharing of the workers, by study
         self._sequence = itertools.count()

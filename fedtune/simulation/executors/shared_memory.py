@@ -41,6 +41,23 @@ class SharedArray:
         return _unpickle, (DupFd(self._descriptor), self.array.shape, self.array.dtype.str)
 
 
+class MappedFile:
+    """A numpy array that is a file mapped into memory. Among a starting process's arguments it arrives as one there."""
+
+    def __init__(self, array: np.memmap) -> None:
+        self.array = array
+
+    def __reduce__(self) -> tuple[Callable[..., np.ndarray], tuple[Any, ...]]:
+        return np.memmap, (self.array.filename, self.array.dtype, "r", self.array.offset, self.array.shape)
+
+
+def share(array: np.ndarray) -> SharedArray | MappedFile:
+    """The array as an argument for a starting process: a whole mapped file as it is, anything else copied."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+        return MappedFile(array)
+    return SharedArray.copy_of(array)
+
+
 def receive(connection: Connection) -> np.ndarray:
     """The array that the other end sent, over the same memory."""
     shape, dtype = connection.recv()

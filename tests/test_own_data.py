@@ -1,0 +1,234 @@
+"""Everybody's own data: tables, folders, torch and Hugging Face data sets, arrays in mapped files."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from flwr_datasets.partitioner import NaturalIdPartitioner
+from PIL import Image
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+import datasets
+import fedtune
+from fedtune.cli import app
+from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.data.tables import from_frame
+from fedtune.errors import InputError, UnknownNameError
+
+
+def frame():
+    draws = np.random.default_rng(0)
+    size, noise = draws.normal(50, 20, 120), draws.normal(0, 1, 120)
+    return pd.DataFrame(
+        {
+            "user": draws.permutation([f"u{number % 6}" for number in range(120)]),
+            "size": size,
+            "age": draws.integers(20, 80, 120),
+            "likes": np.where(size + noise > 50, "cats", "dogs"),
+            "price": 3 * size + noise,
+        }
+    )
+
+
+def client_rows(dataset, client):
+    return np.concatenate([dataset.examples(client, part)[0] for part in PARTS])
+
+
+def test_a_frame_becomes_a_client_for_each_name():
+    table = frame()
+    dataset = from_frame(table, client="user", label="likes", features=["size", "age"], standardize=False)
+    assert dataset.client_ids == [f"u{number}" for number in range(6)]
+    for number, client_id in enumerate(dataset.client_ids):
+        expected = table[table.user == client_id][["size", "age"]].to_numpy(np.float32)
+        assert sorted(map(tuple, client_rows(dataset, number))) == sorted(map(tuple, expected))
+    assert dataset.spec.num_classes == 2
+    x, y = dataset.x[:, 0], dataset.y
+    assert y[x > 55].tolist() == [0] * (x > 55).sum()  # cats come first
+
+
+def test_features_have_mean_0_and_variance_1():
+    x = from_frame(frame(), client="user", label="price", features=["size", "age"], objective="regression").x
+    assert x.mean(0) == pytest.approx([0, 0], abs=1e-5)
+    assert x.std(0) == pytest.approx([1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"client": "who"}, "unknown column 'who'; known: "),
+        ({}, {"label": "love"}, "unknown column 'love'; known: "),
+        ({}, {}, "features must be numbers, got column 'likes' of type"),
+        ({"likes": None}, {}, "column 'likes' must have a value in every row, got none in 120 of 120"),
+        ({}, {"label": "price", "features": ["age"]}, "labels of a classification must be whole numbers or names, got"),
+        ({}, {"label": "likes", "features": ["age"], "objective": "regression"}, "labels of a regression must be num"),
+        ({}, {"features": []}, "a table must have a column beside 'user' and 'price', got none"),
+    ],
+)
+def test_a_bad_table_is_one_line(change, options, message):
+    table = frame().assign(**change)
+    given = {"client": "user", "label": "price" if not change else "likes", **options}
+    if change:
+        given["features"] = ["age"]
+    with pytest.raises((InputError, UnknownNameError), match=message):
+        from_frame(table, **given)
+
+
+def test_missing_numbers_are_found_by_client():
+    table = frame()
+    table.loc[table.user == "u3", "size"] = np.nan
+    dataset = from_frame(table, client="user", label="likes", features=["size"], standardize=False)
+    (problem,) = dataset.check()
+    assert problem.startswith("client 'u3': x must be finite, got NaN or infinity in")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_file_is_tuned_from_the_command_line(tmp_path, suffix):
+    path = tmp_path / f"users{suffix}"
+    table = frame().drop(columns="price")
+    table.to_csv(path, index=False) if suffix == ".csv" else table.to_parquet(path)
+    arguments = ["--tuner", "random", "--max-rounds", "3", "--total-rounds", "6", "--executor", "serial"]
+    options = ["data.client=user", "data.label=likes", "cohort_size=3"]
+    arguments += [part for option in options for part in ("--set", option)]
+    done = CliRunner().invoke(
+        app, ["tune", str(path), "--model", "logistic", *arguments, "--out", str(tmp_path / "run")]
+    )
+    assert done.exit_code == 0, done.output
+    assert fedtune.read_run(tmp_path / "run").results["test_error"].between(0, 1).all()
+
+
+def test_a_regression_is_learned(tmp_path):
+    path = tmp_path / "prices.csv"
+    frame().drop(columns="likes").to_csv(path, index=False)
+    data = {"client": "user", "label": "price", "objective": "regression"}
+    run = fedtune.train(
+        path,
+        rounds=30,
+        data=data,
+        model={"name": "mlp", "hidden": [16]},
+        cohort_size=3,
+        executor="serial",
+        out=tmp_path / "run",
+    )
+    assert run.results["test_error"].item() < 0.2  # 1 is what the mean alone leaves unexplained
+
+
+def test_a_broken_file_is_one_line(tmp_path):
+    path = tmp_path / "bad.parquet"
+    path.write_text("no")
+    with pytest.raises(InputError, match=r"the table .*bad\.parquet can't be read: "):
+        fedtune.load(str(path), client="a", label="b")
+    with pytest.raises(InputError, match="can't be read"):
+        fedtune.load(str(tmp_path / "none.csv"), client="a", label="b")
+    with pytest.raises(InputError, match=r"the setting data\.client is missing"):
+        fedtune.load(str(path), label="b")
+
+
+def pairs():
+    draws = np.random.default_rng(1)
+    return {name: (draws.integers(0, 255, (20, 4, 5)).astype(np.uint8), draws.integers(0, 2, 20)) for name in "ab"}
+
+
+def same(dataset, expected):
+    assert dataset.client_ids == expected.client_ids
+    assert np.array_equal(dataset.x, expected.x)
+    assert np.array_equal(dataset.y, expected.y)
+    assert np.array_equal(dataset.ranges, expected.ranges)
+
+
+def test_every_form_gives_the_same_data_set(tmp_path):
+    expected = FederatedDataset.from_clients(pairs(), name="own")
+    tensors = {name: (torch.from_numpy(x), torch.from_numpy(y)) for name, (x, y) in pairs().items()}
+    same(FederatedDataset.from_clients(tensors, name="own"), expected)
+    same(FederatedDataset.from_torch({n: TensorDataset(*pair) for n, pair in tensors.items()}, name="own"), expected)
+    (tmp_path / "npz").mkdir()
+    for name, (x, y) in pairs().items():
+        np.savez(tmp_path / "npz" / f"{name}.npz", x=x, y=y)
+        for number, (image, label) in enumerate(zip(x, y, strict=True)):
+            folder = tmp_path / "images" / name / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:02}.png")
+    same(FederatedDataset.from_folder(tmp_path / "npz"), expected)
+    same(fedtune.load(str(tmp_path / "npz")), expected)
+    images = FederatedDataset.from_folder(tmp_path / "images")
+    assert images.spec.scale == 1 / 255
+    assert sorted(map(bytes, images.x)) == sorted(map(bytes, expected.x))  # in another order: class by class
+    rows = [(name, x, y) for name, (xs, ys) in pairs().items() for x, y in zip(xs, ys, strict=True)]
+    hub = datasets.Dataset.from_dict(
+        {"writer": [row[0] for row in rows], "image": [row[1] for row in rows], "label": [row[2] for row in rows]}
+    )
+    dealt = FederatedDataset.from_hub(hub, NaturalIdPartitioner("writer"), name="own")
+    same(dealt, expected)
+
+
+def test_a_folder_of_tables(tmp_path):
+    table = frame().drop(columns="price")
+    for user, rows in table.groupby("user"):
+        rows.drop(columns="user").to_csv(tmp_path / f"{user}.csv", index=False)
+    same(
+        FederatedDataset.from_folder(tmp_path, label="likes"),
+        from_frame(table.sort_values("user", kind="stable"), client="user", label="likes"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "a folder of clients must hold only .npz files, .* got nothing in"),
+        ({"a.txt": b""}, "got a.txt in"),
+        ({"a.npz": b"no"}, r"a\.npz can't be read as arrays"),
+        ({"a/cat/1.png": b"no"}, r"the image .*1\.png can't be read"),
+        ({"a/1.png": b"no"}, "must hold a folder of images a class, got none in"),
+        ({"x.npy": b"", "y.npy": b"", "sizes.npy": b""}, r"x\.npy can't be read as an array"),
+    ],
+)
+def test_a_bad_folder_is_one_line(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        FederatedDataset.from_folder(tmp_path)
+
+
+def mapped_pages(path):
+    """How many bytes of a mapped file this process holds in memory."""
+    held, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            held += 1024 * int(line.split()[1])
+    return held
+
+
+def test_a_hundred_thousand_clients_in_a_mapped_file(tmp_path):
+    """Loading and a few rounds touch the cohorts' pages, not the file."""
+    sizes = np.full(100_000, 10)
+    draws = np.random.default_rng(0)
+    y = draws.integers(0, 4, sizes.sum())
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.float32, shape=(len(y), 64))  # 256 MB
+    for start in range(0, len(y), 100_000):
+        block = y[start : start + 100_000]
+        x[start : start + 100_000] = np.eye(4, 64, dtype=np.float32)[block] + draws.normal(0, 0.3, (len(block), 64))
+    x.flush()
+    del x
+    np.save(tmp_path / "y.npy", y)
+    np.save(tmp_path / "sizes.npy", sizes)
+    dataset = fedtune.load(str(tmp_path))
+    assert dataset.num_clients == 100_000
+    assert mapped_pages(tmp_path / "x.npy") < 2**20
+    run = fedtune.train(
+        tmp_path, rounds=30, model={"name": "logistic"}, evaluation={"clients": 50}, workers=2, out=tmp_path / "run"
+    )
+    assert run.results["test_error"].item() < 0.5
+    serial = fedtune.train(
+        tmp_path,
+        rounds=30,
+        model={"name": "logistic"},
+        evaluation={"clients": 50},
+        executor="serial",
+        out=tmp_path / "serial",
+    )
+    assert serial.results["test_error"].item() == run.results["test_error"].item()
