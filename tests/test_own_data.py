@@ -232,3 +232,57 @@ def test_a_hundred_thousand_clients_in_a_mapped_file(tmp_path):
         out=tmp_path / "serial",
     )
     assert serial.results["test_error"].item() == run.results["test_error"].item()
+
+
+MAKE = """
+import numpy as np
+from fedtune.data.federated_dataset import FederatedDataset
+
+def make(*, kind):
+    x = np.arange(40.0).reshape(20, 2)
+    clients = {"a": (x, np.arange(20) % 2), "b": (x + 100, np.arange(20) % 2)}
+    if kind == "hole":
+        clients["a"][0][:] = np.nan
+    if kind == "label":
+        clients["b"] = (x + 100, np.full(20, -1))
+    if kind == "empty":
+        clients["b"] = ([], [])
+    if kind == "shape":
+        clients["b"] = (x[:, :1], np.arange(20.0))
+    if kind == "twice":
+        clients[1] = clients["1"] = (x + 300, np.arange(20) % 2)
+    if kind == "repeats":
+        clients["b"] = (np.ones((20, 2)), np.zeros(20, int))
+    return FederatedDataset.from_clients(clients, name="made", num_classes=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code", "lines"),
+    [
+        ("sound", 0, ["0 errors, 0 warnings"]),
+        ("hole", 2, ["error: client 'a': x must be finite, got NaN or infinity in 20 of its examples"]),
+        ("label", 2, ["error: client 'b': labels must be in 0..1, got 20 others, such as -1"]),
+        ("empty", 2, ["error: client 'b': a client must have at least 1 example, got none"]),
+        (
+            "shape",
+            2,
+            [
+                "error: client 'b': an example must have shape (2,) and dtype float64, as client 'a' has, got (1,) and "
+                "float64",
+                "error: client 'b': labels must be whole numbers, got dtype float64",
+            ],
+        ),
+        ("twice", 2, ["error: client id '1' must be unique, got it 2 times"]),
+        ("repeats", 1, ["warning: client 'b': 2 of its 2 test examples also stand in its train part"]),
+    ],
+)
+def test_the_check_reports_on_the_command_line(tmp_path, kind, exit_code, lines):
+    (tmp_path / "my_data.py").write_text(MAKE)
+    done = CliRunner().invoke(app, ["data", "check", f"{tmp_path / 'my_data.py'}:make", "--set", f"data.kind={kind}"])
+    assert done.exit_code == exit_code, done.output
+    printed = done.output.splitlines()
+    assert [line for line in lines if line not in printed] == [], done.output
+    if exit_code == 2:  # and a simulation is refused
+        with pytest.raises(InputError, match="must"):
+            fedtune.train(f"{tmp_path / 'my_data.py'}:make", rounds=1, data={"kind": kind}, cohort_size=1)

@@ -1,0 +1,87 @@
+"""Contract tests for plug-ins: call them in the tests of your own data set or client program.
+
+Each raises AssertionError with one message that lists all that is broken.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.flat_model import Examples, FlatModel
+from fedtune.plugins import ClientProgram
+from fedtune.tuning.space import Hyperparameter
+
+
+def check_dataset(load: Callable[..., FederatedDataset], **options: Any) -> None:
+    """Passes if `load(**options)` gives a data set without errors, and the same one each time."""
+    first, second = load(**options), load(**options)
+    broken = first.check()
+    for name, array in first.shared().items():
+        if not np.array_equal(array, second.shared()[name], equal_nan=array.dtype.kind == "f"):
+            broken.append(f"{name} must be the same each time it is loaded")
+    if (first.spec, list(first.client_ids)) != (second.spec, list(second.client_ids)):
+        broken.append("spec and client_ids must be the same each time")
+    if not first.name:
+        broken.append("name must not be empty")
+    _report(broken)
+
+
+def check_client(program: ClientProgram) -> None:
+    """Passes if a client program's training depends on its arguments alone, changes none of them, and uses its values.
+
+    It trains a small network on a few examples, with each hyperparameter at its default and at the ends of its range.
+    """
+    broken = [
+        f"HYPERPARAMETERS[{name!r}] must be a Hyperparameter, got {value!r}"
+        for name, value in program.HYPERPARAMETERS.items()
+        if not isinstance(value, Hyperparameter)
+    ]
+    _report(broken)
+    _report(list(_faults_of(program)))
+
+
+def _faults_of(program: ClientProgram) -> Iterator[str]:
+    model = FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 3)))
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(model.num_weights, generator=generator) / 3
+    examples = Examples(torch.randn(20, 6, generator=generator), torch.arange(20) % 3)
+    one = Examples(examples.x[:1], examples.y[:1])
+    defaults = {name: each.default for name, each in program.HYPERPARAMETERS.items()}
+
+    def trained(config: Mapping[str, float], on: Examples = examples) -> torch.Tensor:
+        return program.train(model, weights.clone(), on, config, np.random.Generator(np.random.PCG64(1))).clone()
+
+    sent, kept = weights.clone(), Examples(*(tensor.clone() for tensor in examples))
+    result = program.train(model, sent, examples, defaults, np.random.Generator(np.random.PCG64(1))).clone()
+    if not torch.equal(sent, weights):
+        yield "train must not change the weights it is sent"
+    if not all(map(torch.equal, examples, kept)):
+        yield "train must not change the examples"
+    if result.dtype != torch.float32 or result.shape != weights.shape:
+        yield f"train must return float32 of shape {(*weights.shape,)}, got {result.dtype} {(*result.shape,)}"
+        return
+    trained(defaults, one)  # what the model remembers of other examples must not matter
+    torch.manual_seed(12345)
+    np.random.seed(12345)  # noqa: NPY002  what a plug-in must not draw from
+    if not torch.equal(trained(defaults), result):
+        yield "train must give the same weights for the same arguments, whatever ran before and however others seed"
+    if torch.equal(result, weights):
+        yield "train must change the weights at the default values"
+    if not torch.isfinite(trained(defaults, one)).all():
+        yield "train must give finite weights for a client with one example"
+    for name, each in program.HYPERPARAMETERS.items():
+        for end, is_open in ((each.low, each.low_open), (each.high, each.high_open)):
+            if end is not None and np.isfinite(end) and not is_open:
+                try:
+                    trained({**defaults, name: end})
+                except Exception as error:
+                    yield f"train must take {name} = {end}, which is in its range; it raised {error!r}"
+
+
+def _report(broken: list[str]) -> None:
+    if broken:
+        raise AssertionError("; ".join(broken))
