@@ -160,12 +160,13 @@ def stats(
     import fedtune
     from fedtune.plugins import load_dataset
     from fedtune.report.plots import plot_stats
-    from fedtune.report.tables import stats_table
+    from fedtune.report.tables import size_histogram, stats_table
     from fedtune.settings import parse_assignment
 
     settings = fedtune.resolve_settings(what, *map(parse_assignment, assignments or []))
     dataset = load_dataset(settings.data)
     _print(stats_table(dataset.stats()))
+    _print(size_histogram(dataset.sizes().sum(1)))
     if figure:
         plot_stats(dataset, figure)
         typer.echo(f"figure: {figure}")

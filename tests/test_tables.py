@@ -4,13 +4,14 @@ import io
 import math
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from fedtune.report.frames import ERRORS
-from fedtune.report.tables import duration, percent, stats_table, summary_table
+from fedtune.report.tables import duration, percent, size_histogram, stats_table, summary_table
 
 NAN = math.nan
 COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
@@ -117,3 +118,17 @@ def test_choices_within_the_noise_are_said_in_one_line() -> None:
     flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame(rows))))
     assert "might as well have been chosen: sha in 2 of 3, asha in 1 of 3." in flat
     assert "as well" not in rendered(summary_table(pd.DataFrame([row("sha"), row("asha", 0.9)])))
+
+
+def test_the_histogram_counts_every_client_once() -> None:
+    sizes = np.random.default_rng(0).integers(3, 200, 1000)
+    rows = [line.split() for line in rendered(size_histogram(sizes)).splitlines()[1:]]
+    bounds = [[int(bound) for bound in row[0].split("–")] for row in rows]
+    assert len(rows) == 10
+    assert [int(row[1]) for row in rows] == [((sizes >= low) & (sizes <= high)).sum() for low, high in bounds]
+    assert (bounds[0][0], bounds[-1][1]) == (sizes.min(), sizes.max())
+    assert max(len(row[2]) for row in rows if len(row) > 2) == 30
+
+
+def test_clients_of_one_size_are_one_bin() -> None:
+    assert rendered(size_histogram(np.full(7, 60))).splitlines()[1].split() == ["60", "7", "█" * 30]

@@ -4,8 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Int64
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -119,6 +122,21 @@ def stats_table(stats: Mapping[str, object]) -> Table:
     table.add_column(justify="right", overflow="fold")
     for name, value in stats.items():
         table.add_row(name.replace("_", " "), _statistic(value))
+    return table
+
+
+def size_histogram(sizes: Int64[np.ndarray, "client"]) -> Table:
+    """How many clients have how many examples: up to ten bins of equal width, in whole numbers."""
+    low, high = int(sizes.min()), int(sizes.max())
+    edges = np.unique(np.linspace(low, high + 1, 11).astype(np.int64))
+    counts = np.histogram(sizes, edges)[0].tolist()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("examples", "clients"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column()
+    for (first, after), count in zip(pairwise(edges.tolist()), counts, strict=True):
+        bin_ = f"{first:,}" if after == first + 1 else f"{first:,}–{after - 1:,}"
+        table.add_row(bin_, f"{count:,}", "█" * round(30 * count / max(counts)))
     return table
 
 
