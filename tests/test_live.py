@@ -134,7 +134,8 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_event_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="unknown event 'rond'; known: incumbent, lost, plan, round, study_end"):
+    known = "incumbent, lost, plan, round, study_end, warning"
+    with pytest.raises(UnknownNameError, match=f"unknown event 'rond'; known: {known}"):
         LiveProgress(console(terminal=False))({"event": "rond"})
 
 

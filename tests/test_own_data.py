@@ -286,3 +286,13 @@ def test_the_check_reports_on_the_command_line(tmp_path, kind, exit_code, lines)
     if exit_code == 2:  # and a simulation is refused
         with pytest.raises(InputError, match="must"):
             fedtune.train(f"{tmp_path / 'my_data.py'}:make", rounds=1, data={"kind": kind}, cohort_size=1)
+
+
+def test_a_warning_is_shown_and_does_not_stop_a_run(tmp_path):
+    (tmp_path / "my_data.py").write_text(MAKE)
+    what, options = f"{tmp_path / 'my_data.py'}:make", ["--set", "data.kind=repeats", "--set", "cohort_size=1"]
+    options += ["--rounds", "1", "--executor", "serial", "--model", "logistic", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["train", what, *options])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("\nwarning: ") + done.stderr.startswith("warning: ") == 1
+    assert "client 'b': 2 of its 2 test examples also stand in its train part" in done.stderr

@@ -15,7 +15,7 @@ from fedtune.errors import UnknownNameError
 from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
 
-EVENTS = ("plan", "round", "lost", "incumbent", "study_end")
+EVENTS = ("plan", "round", "lost", "incumbent", "study_end", "warning")
 REFRESHES_PER_SECOND = 5
 
 
@@ -91,6 +91,8 @@ class LiveProgress:
                 self._round(event)
             case "incumbent":
                 self._study(event).incumbent = event
+            case "warning":
+                self._print(f"warning: {event['message']}")
             case "lost":
                 self._lost(event)
             case "plan":
@@ -124,7 +126,10 @@ class LiveProgress:
         """Prints why the run's first lost client was lost; the journals hold the others."""
         if not self._told_of_loss:
             self._told_of_loss = True
-            self._console.print(f"lost a client: {event['reasons'][0]}", markup=False, highlight=False, soft_wrap=True)
+            self._print(f"lost a client: {event['reasons'][0]}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _study_end(self, event: Mapping[str, Any]) -> None:
         study = self._study(event)

@@ -49,6 +49,7 @@ class Comparison:
     settings: Settings
     dataset: FederatedDataset
     hyperparameters: Hyperparameters
+    warning: str | None = None  # what the check of the data set found, if it found anything
 
     def run(self, folder: Path, listener: Listener) -> None:
         """Runs every study, each tuner under each seed, in a folder from `claim_folder`; goes on with a stopped run."""
@@ -58,6 +59,8 @@ class Comparison:
         ]
         plan = [{"tuner": name, "seed": seed, "total_rounds": settings.total_rounds} for name, seed in studies]
         listener({"event": "plan", "studies": plan})
+        if self.warning:
+            listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
         results, timings = [], []
         executor = self.make_executor()
         threads = torch.get_num_threads()
@@ -127,14 +130,15 @@ def prepare(settings: Settings) -> Comparison:
     check_device(settings)
     check_tuners(settings, hyperparameters.space)
     dataset = plugins.load_dataset(settings.data)
-    if errors := errors_of(find_problems(dataset, quick=True)):
+    problems = find_problems(dataset, quick=True)
+    if errors := errors_of(problems):
         raise InputError(f"data set {settings.data['name']}: {first_of(errors)}")
     if settings.cohort_size > dataset.num_clients:
         raise InputError(
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
         )
     initial_weights(settings, dataset.spec, settings.seed)  # a model that can't be made is found before the run
-    return Comparison(settings, dataset, hyperparameters)
+    return Comparison(settings, dataset, hyperparameters, first_of(problems) if problems else None)
 
 
 def check_tuners(settings: Settings, space: SearchSpace) -> None:
