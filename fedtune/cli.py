@@ -59,9 +59,8 @@ def train(
 ) -> None:
     """Train one federation under fixed hyperparameters."""
     budget = {"max_rounds": rounds, "total_rounds": rounds}
-    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["model"] = {"name": model} if model else None
-    _run(what, {"tuners": ["manual"], **budget, **flags}, assignments, out, force)
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": ["manual"], **budget, **flags}, model, assignments, out, force)
 
 
 @app.command()
@@ -82,9 +81,8 @@ def tune(
 ) -> None:
     """Search for good hyperparameters with one tuner."""
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
-    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["model"] = {"name": model} if model else None
-    _run(what, {"tuners": [tuner], **budget, **flags}, assignments, out, force)
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": [tuner], **budget, **flags}, model, assignments, out, force)
 
 
 @app.command()
@@ -106,9 +104,8 @@ def compare(
     """Compare tuners at an equal budget of rounds."""
     names = None if tuners is None else [name.strip() for name in tuners.split(",")]
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
-    flags: dict[str, Any] = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["model"] = {"name": model} if model else None
-    _run(what, {"tuners": names, **budget, **flags}, assignments, out, force)
+    flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force)
 
 
 @app.command()
@@ -231,12 +228,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run(what: str, flags: dict[str, Any], assignments: list[str] | None, out: Path | None, force: bool) -> None:
+def _run(
+    what: str, flags: dict[str, Any], model: str | None, assignments: list[str] | None, out: Path | None, force: bool
+) -> None:
     import fedtune
     from fedtune.report.live import LiveProgress
     from fedtune.settings import parse_assignment
 
-    layers = [parse_assignment(text) for text in assignments or []]
+    layers = [{"model": {"name": model}}] if model else []
+    layers += [parse_assignment(text) for text in assignments or []]
     given = {name: value for name, value in flags.items() if value is not None}
     settings = fedtune.resolve_settings(what, *layers, given)
     with LiveProgress() as progress:

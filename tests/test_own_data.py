@@ -296,3 +296,15 @@ def test_a_warning_is_shown_and_does_not_stop_a_run(tmp_path):
     assert done.exit_code == 0, done.output
     assert done.stderr.count("\nwarning: ") + done.stderr.startswith("warning: ") == 1
     assert "client 'b': 2 of its 2 test examples also stand in its train part" in done.stderr
+
+
+def test_a_regression_has_statistics_and_a_picture(tmp_path):
+    frame().drop(columns="likes").to_csv(tmp_path / "prices.csv", index=False)
+    options = ["data.client=user", "data.label=price", "data.objective=regression"]
+    arguments = [part for option in options for part in ("--set", option)]
+    figure = tmp_path / "stats.png"
+    done = CliRunner().invoke(app, ["data", "stats", str(tmp_path / "prices.csv"), *arguments, "--figure", str(figure)])
+    assert done.exit_code == 0, done.output
+    assert "label skew" not in done.output
+    with Image.open(figure) as image:
+        assert image.size[0] > 500

@@ -100,7 +100,7 @@ def repeated_ids(client_ids: Sequence[str]) -> list[Problem]:
 
 
 def form_problems(
-    client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], objective: str = "classification"
+    client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], objective: str
 ) -> list[Problem]:
     """Every client whose arrays cannot stand in one array with the others': most clients' form is what counts."""
     forms = [(x.shape[1:], x.dtype) for x in xs]

@@ -14,7 +14,6 @@ from fedtune.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch.utils.data import Dataset
 
 PARTS = ("train", "validation", "test")
 DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
@@ -171,11 +170,11 @@ class FederatedDataset:
         return load_leaf(path, **options)
 
     @classmethod
-    def from_torch(cls, clients: Mapping[Any, "Dataset[Any]"], *, name: str, **options: Any) -> "FederatedDataset":
-        """A data set of a torch Dataset a client, whose items are (x, y); the options are those of `from_clients`."""
+    def from_torch(cls, clients: Mapping[Any, Any], *, name: str, **options: Any) -> "FederatedDataset":
+        """A data set of a map-style torch Dataset a client, with items (x, y); options as in `from_clients`."""
         arrays = {}
         for client_id, dataset in clients.items():
-            items = [dataset[number] for number in range(len(dataset))]  # type: ignore[arg-type]
+            items = [dataset[number] for number in range(len(dataset))]
             xs, ys = zip(*items, strict=True) if items else ((), ())
             arrays[client_id] = (np.array([np.asarray(x) for x in xs]), np.array([np.asarray(y) for y in ys]))
         return cls.from_clients(arrays, name=name, **options)

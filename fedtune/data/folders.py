@@ -9,6 +9,7 @@ x.npy, y.npy, sizes.npy                  all clients' examples one after another
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,24 +44,28 @@ def load_folder(
         raise InputError(f"the folder {folder} does not exist")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     names = {entry.name for entry in entries}
-    form = {"objective": objective, "input_kind": input_kind, "num_classes": num_classes}
+    form: dict[str, Any] = {"objective": objective, "input_kind": input_kind, "num_classes": num_classes}
     if names >= set(ARRAYS):
         x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
-        return FederatedDataset.from_arrays(x, y, sizes, name=folder.name, scale=scale or 1.0, **form)  # type: ignore[arg-type]
+        return FederatedDataset.from_arrays(
+            x, y, sizes, name=folder.name, scale=1.0 if scale is None else scale, **form
+        )
     if entries and all(entry.is_dir() for entry in entries):
         clients, classes = _read_images(entries)
         form["num_classes"] = len(classes) if num_classes is None else num_classes
         return FederatedDataset.from_clients(
             clients,
             name=folder.name,
-            scale=scale or 1 / 255,
+            scale=1 / 255 if scale is None else scale,
             seed=seed,
-            **form,  # type: ignore[arg-type]
+            **form,
         )
     kinds = {entry.suffix for entry in entries}
     if kinds == {".npz"}:
         arrays = {entry.stem: _read_npz(entry) for entry in entries}
-        return FederatedDataset.from_clients(arrays, name=folder.name, scale=scale or 1.0, seed=seed, **form)  # type: ignore[arg-type]
+        return FederatedDataset.from_clients(
+            arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
+        )
     if len(kinds) == 1 and kinds <= set(SUFFIXES):
         frames = {entry.stem: read_frame(entry) for entry in entries}
         if taken := [entry.name for entry in entries if "client" in frames[entry.stem].columns]:

@@ -28,7 +28,7 @@ def stats(dataset: FederatedDataset) -> dict[str, int | float]:
         "skewness": float(skewness),
         "smallest": int(sizes.min()),
         "largest": int(sizes.max()),
-        **({"label_skew": _label_skew(dataset)} if dataset.y.ndim == 1 and dataset.y.dtype == np.int64 else {}),
+        **({"label_skew": _label_skew(dataset)} if dataset.spec.objective == "classification" else {}),
     }
 
 

@@ -74,10 +74,13 @@ def plot_entropy(run: Run, path: Path) -> Path | None:
 
 
 def plot_stats(dataset: FederatedDataset, path: Path) -> Path:
-    """`path`, now a figure of a data set: the labels of each client as a heat map, and a histogram of client sizes."""
+    """`path`, now a figure of a data set: a histogram of client sizes, and of a classification a heat map of labels."""
     figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _heat_map(figure, left, dataset)
+    if dataset.spec.objective == "classification":
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _heat_map(figure, left, dataset)
+    else:
+        right = figure.subplots()
     _size_histogram(right, np.sum([dataset.num_examples(part) for part in PARTS], axis=0))
     return _save(figure, path)
 
