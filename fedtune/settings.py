@@ -60,6 +60,35 @@ class EvaluationSettings(Table):
     clients: Annotated[Count | None, BeforeValidator(lambda clients: None if clients == "all" else clients)] = None
 
 
+Quantity = Annotated[float, Field(strict=True)] | dict[str, Any]
+
+
+class DevicesSettings(Table):
+    """`[devices]`: what the clients' machines and the network do to rounds and jobs, in virtual time.
+
+    A round takes `round_time`, and on top of it what its clients need: to download the weights, for
+    `seconds_per_example` of an epoch, and to upload. Speeds are bytes a second. A number holds for every client; a
+    distribution such as {log_normal = [median, sigma]} or {uniform = [low, high]} gives each its own. A client is there
+    to be asked with probability `availability`, and asked it leaves without an answer with probability `drop_out`. The
+    server asks `over_selection` more clients than `cohort_size`, a fraction, and waits until `deadline` at most.
+
+    A job takes 1 + |z| times as long, z normal with standard deviation `straggler_std`, and is dropped with probability
+    `drop_probability` a unit of time. `on_drop` says what becomes of it then: `retry`, `lose` or `worst`.
+    """
+
+    round_time: float = Field(1.0, ge=0, allow_inf_nan=False)
+    seconds_per_example: Quantity = 0.0
+    download_speed: Quantity = float("inf")
+    upload_speed: Quantity = float("inf")
+    availability: Quantity = 1.0
+    drop_out: float = Field(0.0, ge=0, lt=1)
+    deadline: float = Field(float("inf"), gt=0)
+    over_selection: float = Field(0.0, ge=0, allow_inf_nan=False)
+    straggler_std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    drop_probability: float = Field(0.0, ge=0, lt=1)
+    on_drop: Literal["retry", "lose", "worst"] = "retry"
+
+
 class Settings(Table):
     """Everything that decides a run. `workers`, `executor` and `device` say where it is computed."""
 
@@ -80,6 +109,7 @@ class Settings(Table):
     space: SpaceSettings = SpaceSettings()
     tuner: dict[str, dict[str, Any]] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
+    devices: DevicesSettings = DevicesSettings()
 
     @field_validator("data", "model")
     @classmethod

@@ -11,6 +11,7 @@ import pytest
 from fedtune.errors import InputError
 from fedtune.report.frames import (
     ERRORS,
+    FAULTS,
     curve_band,
     entropy_curve,
     incumbent_curve,
@@ -36,7 +37,7 @@ def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: li
         for tuner, values in errors.items()
         for seed, error in enumerate(values)
     ]
-    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", "dropped", "clipped", "lost")}
+    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", *FAULTS)}
     zeros |= {name: [NAN] * len(rows) for name in ("lead", "lead_se")}
     return pd.DataFrame(rows).assign(**(zeros | counts))
 

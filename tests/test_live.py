@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fedtune.errors import UnknownNameError
+from fedtune.report.frames import FAULTS
 from fedtune.report.live import LiveProgress, describe_faults
 
 STUDIES = [("asha", 0), ("fedex", 1)]
@@ -40,7 +41,7 @@ def plan() -> dict[str, Any]:
 
 
 def a_round(tuner: str, seed: int, **faults: int) -> dict[str, Any]:
-    counts = {"dropped": 0, "clipped": 0, "lost": 0} | faults
+    counts = dict.fromkeys(FAULTS, 0) | faults
     return {"event": "round", "tuner": tuner, "seed": seed, "trial": 4, "round": 1, **counts}
 
 

@@ -16,7 +16,9 @@ def history(number: int, *evaluations: tuple[int, float, float]) -> TrialHistory
     found = TrialHistory(Trial(number, {}, (({},),)))
     for server_round, error, standard_error in evaluations:
         evaluation = Evaluation(error, 1.0, 0.9, 1.0, standard_error)
-        counts = {"cohort": 1, "lost": 0, "dropped": 0, "clipped": 0, "client_updates": 1, "bytes": 0}
+        counts = dict.fromkeys(("asked", "cohort", "client_updates"), 1) | dict.fromkeys(
+            ("late", "left", "unavailable", "lost", "dropped", "clipped", "bytes"), 0
+        )
         record = RoundRecord(server_round, **counts, error=0.5, loss=1.0, entropy=math.nan, evaluation=evaluation)
         found.records.append(record)
         found.scores[server_round] = found.tail("validation_error")

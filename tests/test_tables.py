@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.report.frames import ERRORS
+from fedtune.report.frames import ERRORS, FAULTS
 from fedtune.report.tables import duration, percent, size_histogram, stats_table, summary_table
 
 NAN = math.nan
@@ -19,7 +19,7 @@ COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 
 def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
     errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
-    counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, "dropped": 0, "clipped": 0, "lost": 0}
+    counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, **dict.fromkeys(FAULTS, 0)}
     counts["close"] = 0
     return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
 
@@ -89,7 +89,7 @@ def test_faults_are_shown_when_there_are_any() -> None:
     assert "dropped" not in rendered(summary_table(clean))
     faulty = pd.DataFrame([row("sha", dropped=1234, lost=2), row("asha", 0.9), row("fedex", 0.8, clipped=5)])
     flat = re.sub(r"\s+", " ", rendered(summary_table(faulty)))
-    assert "lost (no reply): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
+    assert "left (devices): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
 
 
 def test_a_lead_within_the_noise_is_said_for_each_reading() -> None:

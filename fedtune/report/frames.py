@@ -19,7 +19,7 @@ ERRORS = (
     "test_error_at_max_rounds",
 )
 CLOSE = ("runner_up", "lead", "lead_se")  # the second-best trial of a study, and how close it came
-FAULTS = ("dropped", "clipped", "lost")
+FAULTS = ("dropped", "clipped", "lost", "late", "left")
 READINGS = {"test_error": "test error at the end", "test_error_at_max_rounds": "test error at {max_rounds} rounds"}
 
 

@@ -84,7 +84,8 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
         if any(row[name] for name in FAULTS)
     ]
     if faults:
-        notes.insert(0, f"Updates dropped (not finite), clipped (too large), lost (no reply): {'; '.join(faults)}.")
+        meanings = "dropped (not finite), clipped (too large), lost (no reply), late or left (devices)"
+        notes.insert(0, f"Updates {meanings}: {'; '.join(faults)}.")
     close = [
         f"{row['tuner']} in {row['close']} of {row['seeds']}" for row in summary.to_dict("records") if row["close"]
     ]

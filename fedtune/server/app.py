@@ -19,6 +19,7 @@ from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import DevicesSettings
 from fedtune.tuning.tuners import make_policy, within_one_federation
 
 app = ServerApp()
@@ -32,6 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     name = settings.tuners[0]
     if not within_one_federation(name):
         raise InputError(f"a ServerApp trains one federation: tuners must begin with one such as fedex, got {name!r}")
+    if settings.devices != DevicesSettings():
+        raise InputError("[devices] must be left out for a ServerApp: it simulates devices, and these are real")
     options = settings.tuner.get(name, {})
     spec = plugins.load_dataset(settings.data).spec
     hyperparameters = resolve_hyperparameters(settings)

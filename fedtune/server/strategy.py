@@ -5,7 +5,7 @@ Algorithm 7 (FedEx) with Flower's two halves of a round: `configure_train` does 
 policy. A pool of one configuration is plain federated averaging.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,8 @@ class FedTuneStrategy(Strategy):
     """FedAvg with a server optimiser, for one trial whose configurations a policy hands out.
 
     All randomness comes from streams keyed by `seed`.
-    `nodes` are the nodes in client order; None means by ascending node id. Every `evaluate_every` rounds Flower's own
+    `nodes` are the nodes in client order; None means by ascending node id. `cohort_of` gives a round's clients,
+    ascending; None draws `cohort_size` of them. Every `evaluate_every` rounds Flower's own
     loop has all of them evaluate the weights. Between rounds the whole state is `optimizer_state` and the policy's;
     the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
     """
@@ -54,6 +55,7 @@ class FedTuneStrategy(Strategy):
         seed: int,
         nodes: Sequence[int] | None = None,
         evaluate_every: int = 1,
+        cohort_of: Callable[[int], list[int]] | None = None,
     ) -> None:
         self.trial = trial
         self.settings = settings
@@ -63,6 +65,7 @@ class FedTuneStrategy(Strategy):
         self.optimizer_state: optimizers.OptimizerState | None = None
         self._nodes = nodes
         self._evaluate_every = evaluate_every
+        self._cohort_of = cohort_of
         self._plan: RoundPlan | None = None
         self.lost_reasons: list[str] = []  # what the last round's lost clients said
 
@@ -71,7 +74,7 @@ class FedTuneStrategy(Strategy):
     ) -> Iterable[Message]:
         """The round's messages: the shared weights, and for each client its own configuration and seed."""
         all_nodes = self._nodes_in_client_order(grid)
-        clients = self._cohort(server_round, len(all_nodes))
+        clients = self._cohort_of(server_round) if self._cohort_of else self._cohort(server_round, len(all_nodes))
         nodes = [all_nodes[client] for client in clients]
         drawn = self.policy.draw(rng.stream(self.seed, "policy", self.trial.number, server_round), len(nodes))  # 4
         self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)

@@ -27,6 +27,7 @@ from fedtune.server.trials import (
     resolve_hyperparameters,
 )
 from fedtune.settings import Settings, write_settings
+from fedtune.simulation.devices import check_jobs_can_end, quantities
 from fedtune.simulation.executors import num_workers
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
@@ -129,6 +130,7 @@ def prepare(settings: Settings) -> Comparison:
     hyperparameters = resolve_hyperparameters(settings)
     check_device(settings)
     check_tuners(settings, hyperparameters.space)
+    check_devices(settings)
     dataset = plugins.load_dataset(settings.data)
     problems = find_problems(dataset, quick=True)
     if errors := errors_of(problems):
@@ -158,6 +160,16 @@ def check_tuners(settings: Settings, space: SearchSpace) -> None:
     searching = [name for name in settings.tuners if name != "manual"]
     if searching and not space.client and not space.server:
         raise InputError(f"[space.client] or [space.server] must name what {searching[0]} may search, got neither")
+
+
+def check_devices(settings: Settings) -> None:
+    """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
+    quantities(settings.devices)
+    within = any(within_one_federation(name) for name in settings.tuners)
+    if within:
+        check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
+    elif settings.devices.on_drop == "retry":
+        check_jobs_can_end(settings.devices, settings.max_rounds)
 
 
 def check_device(settings: Settings) -> None:
@@ -227,6 +239,20 @@ def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[st
 
 ROUND_COLUMNS = [
     *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
-    *("cohort", "lost", "dropped", "clipped", "client_updates", "bytes", "error", "loss", "entropy"),
+    *(
+        "asked",
+        "late",
+        "left",
+        "unavailable",
+        "cohort",
+        "lost",
+        "dropped",
+        "clipped",
+        "client_updates",
+        "bytes",
+        "error",
+        "loss",
+        "entropy",
+    ),
     *("validation_error", "validation_error_se", "validation_loss", "test_error", "test_loss"),
 ]

@@ -19,6 +19,7 @@ from fedtune.server.flower_compat import pack
 from fedtune.server.grid import ExecutorGrid
 from fedtune.server.optimizers import OptimizerState
 from fedtune.server.strategy import FedTuneStrategy
+from fedtune.simulation.devices import RoundPlan
 from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten
 from fedtune.tasks import Executor, Failure, Metrics, PersonaliseTask
 from fedtune.tuning import fedex
@@ -30,7 +31,11 @@ class RoundRecord:
     """What happened in one round; the evaluation is None in rounds that were not evaluated."""
 
     round: int
-    cohort: int
+    asked: int  # clients that the server asked
+    late: int  # clients that would have answered after the round's end
+    left: int  # clients that dropped out
+    unavailable: int  # clients that were drawn and could not be asked
+    cohort: int  # clients in time: all asked but the late and those that left
     lost: int  # clients whose program raised
     dropped: int  # updates that were not finite
     clipped: int  # updates that were scaled down
@@ -43,7 +48,10 @@ class RoundRecord:
 
 
 class Federation:
-    """The weights, the server's state and the round of one trial. `on_round` is called after each round."""
+    """The weights, the server's state and the round of one trial.
+
+    `plan_of` says of a round who takes part; `on_round` is called after each one.
+    """
 
     def __init__(
         self,
@@ -52,6 +60,7 @@ class Federation:
         dataset: FederatedDataset,
         executor: Executor,
         evaluation_clients: Int[np.ndarray, "client"],
+        plan_of: Callable[[int], RoundPlan],
         on_round: Callable[["Federation", RoundRecord], None],
     ) -> None:
         self.strategy = strategy
@@ -62,6 +71,7 @@ class Federation:
         self._dataset = dataset
         self._executor = executor
         self._clients = evaluation_clients
+        self._plan_of = plan_of
         self._on_round = on_round
 
     def advance(self, to_round: int, evaluate_every: int) -> Iterator[int]:
@@ -72,7 +82,8 @@ class Federation:
             message_ids = self.grid.push_messages(
                 self.strategy.configure_train(self.round, arrays, ConfigRecord(), self.grid)
             )
-            yield self.grid.ticket(message_ids)
+            if message_ids:  # nobody is asked where no client is in time
+                yield self.grid.ticket(message_ids)
             replies = self.grid.pull_messages(message_ids)
             new_arrays, metrics = self.strategy.aggregate_train(self.round, replies)
             assert new_arrays is not None
@@ -152,10 +163,15 @@ class Federation:
 
     def _record(self, metrics: dict[str, Any], evaluation: Evaluation | None) -> None:
         answered = metrics["cohort"] - metrics["lost"]
+        plan = self._plan_of(self.round)
         record = RoundRecord(
             round=self.round,
+            asked=plan.asked,
+            late=plan.late,
+            left=plan.left,
+            unavailable=plan.unavailable,
             client_updates=answered,
-            bytes=self.weights.nbytes * (metrics["cohort"] + answered),
+            bytes=self.weights.nbytes * (plan.asked + answered),
             evaluation=evaluation,
             **metrics,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtune.errors import InputError
 
-FORMAT = 2  # of the lines; a journal of another format is refused
+FORMAT = 3  # of the lines; a journal of another format is refused
 
 
 class JournalEnds(Exception):

@@ -11,7 +11,15 @@ from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.trial_store import TrialHistory
 from fedtune.tuning.trial import Trial, rank_key
 
-TOTALS = ("client_updates", "bytes", "lost", "dropped", "clipped")  # summed over all rounds of all trials
+TOTALS = (
+    "client_updates",
+    "bytes",
+    "lost",
+    "dropped",
+    "clipped",
+    "late",
+    "left",
+)  # summed over all rounds of all trials
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,25 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import Settings
+from fedtune.simulation.devices import Devices
 from fedtune.simulation.evaluation import Evaluation, evaluation_clients
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
 from fedtune.simulation.journal import FORMAT, Journal
 from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
+from fedtune.simulation.stragglers import attempt_duration, dropped_after
 from fedtune.simulation.trial_store import TrialHistory, TrialStore
 from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
 
-ROUND_TIME = 1.0  # virtual time of a round
+MOST_ATTEMPTS = 1000  # at one job
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -41,6 +45,7 @@ class RunningJob(Attempt):
 
     history: TrialHistory
     training: Iterator[int]
+    wasted: int  # rounds that a dropped attempt had done
 
 
 class Study:
@@ -76,7 +81,12 @@ class Study:
         self._store = TrialStore(self._journal, folder / "checkpoints")
         self._listener = listener
         self._one_federation = one_federation
-        self._loop = EventLoop(tuner, self, settings.parallel_trials)
+        self._loop = EventLoop(
+            tuner, self, settings.parallel_trials, "retry" if one_federation else settings.devices.on_drop
+        )
+        self._devices = Devices(
+            settings, seed, dataset.ranges[:, 0, 1] - dataset.ranges[:, 0, 0], initial_weights.nbytes
+        )
         self._tickets: dict[RunningJob, int] = {}  # that jobs in training wait for
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
@@ -85,6 +95,8 @@ class Study:
             line["reading"]: Evaluation(*line["evaluation"]) for line in self._journal.notes("personalised")
         }  # by reading: at_max_rounds, sampled, argmax
         self._spent = 0  # rounds of all jobs that were started
+        self._dropped_jobs = 0
+        self._wasted_rounds = 0
 
     def run(self) -> StudyResult:
         """Runs the study to its end, or goes on with one that was stopped."""
@@ -107,24 +119,40 @@ class Study:
             return (yield from self._finish())
 
     def start(self, job: Job, number: int, now: float) -> RunningJob | None:
-        """The job in flight, journalled; None where the budget has too few rounds left for it."""
+        """The attempt in flight, journalled; None where the budget has too few rounds left for the job.
+
+        A job is charged to the budget once, when it is first attempted. Of an attempt that will be dropped nothing is
+        computed.
+        """
         history = self._trials.get(job.trial.number) or self._new_history(job.trial)
-        num_rounds = job.rounds - history.told
-        if self._spent + num_rounds > self._settings.total_rounds:
-            return None
-        self._spent += num_rounds
+        if number == 0:
+            num_rounds = job.rounds - history.told
+            if self._spent + num_rounds > self._settings.total_rounds:
+                return None
+            self._spent += num_rounds
+        elif number == MOST_ATTEMPTS:
+            raise InputError(
+                f"devices.drop_probability must let every job end, got {self._settings.devices.drop_probability}: "
+                f"a job of {job.rounds - history.told} rounds was dropped {number:,} times"
+            )
         self._trials[job.trial.number] = history
-        finishes = now + num_rounds * ROUND_TIME
+        drop_time, ends = self._fate(job, number, history.told)
+        finishes = now + (float(ends[-1]) if drop_time is None else drop_time)
         self._journal.decide(
             "ask",
             trial=job.trial.number,
             rung=job.rung,
             rounds=job.rounds,
+            attempt=number,
             started=now,
             finishes=finishes,
+            dropped=drop_time is not None,
             **plan(job.trial),
         )
-        running = RunningJob(job, number, finishes, False, history, self._train(job, history, now, finishes))
+        if drop_time is not None:
+            return RunningJob(job, number, finishes, True, history, iter(()), int((ends <= drop_time).sum()))
+        training = self._train(job, history, (now + ends).tolist(), finishes)
+        running = RunningJob(job, number, finishes, False, history, training, 0)
         self._train_on(running)
         return running
 
@@ -158,7 +186,20 @@ class Study:
         return score
 
     def drop(self, attempt: RunningJob, then: OnDrop) -> None:
-        """Never: jobs are not dropped yet."""
+        """Journals that the attempt was dropped."""
+        job = attempt.job
+        self._dropped_jobs += 1
+        self._wasted_rounds += attempt.wasted
+        self._journal.decide(
+            "drop", trial=job.trial.number, rung=job.rung, rounds=job.rounds, time=self._loop.time, then=then
+        )
+
+    def _fate(self, job: Job, number: int, told: int) -> tuple[float | None, Float[np.ndarray, "round"]]:
+        """When the attempt is dropped, None if it is not, and when each of its rounds ends, counted from its start."""
+        draws = rng.stream(self.seed, "attempt", job.trial.number, job.rounds, number)
+        slowdown = attempt_duration(1.0, self._settings.devices.straggler_std, draws)
+        ends = slowdown * self._devices.ends(job.trial, told, job.rounds)
+        return dropped_after(float(ends[-1]), self._settings.devices.drop_probability, draws), ends
 
     def _new_history(self, trial: Trial) -> TrialHistory:
         return TrialHistory(trial, start=0 if trial.parent is None else self._trials[trial.parent].told)
@@ -171,13 +212,16 @@ class Study:
         else:
             self._tickets[running] = ticket
 
-    def _train(self, job: Job, history: TrialHistory, started: float, finishes: float) -> Iterator[int]:
-        """Brings the trial to the job's last round: from the journal as far as it knows, then by training."""
+    def _train(self, job: Job, history: TrialHistory, times: list[float], finishes: float) -> Iterator[int]:
+        """Brings the trial to the job's last round: from the journal as far as it knows, then by training.
+
+        `times` are those at which its rounds end.
+        """
         number, first = job.trial.number, history.told
 
         def on_round(record: RoundRecord) -> None:
             history.records.append(record)
-            history.times.append(started + (record.round - first) * ROUND_TIME)
+            history.times.append(times[record.round - first - 1])
             self._listener(
                 {"event": "round", "tuner": self.name, "seed": self.seed, "trial": number, **record_as_row(record)}
             )
@@ -209,9 +253,16 @@ class Study:
             self._make_policy(trial),
             cohort_size=self._settings.cohort_size,
             seed=self.seed,
+            cohort_of=lambda server_round: self._devices.plan(trial, server_round).cohort,
         )
         federation = Federation(
-            strategy, self._initial_weights, self._dataset, self._executor, self._evaluation_clients, on_round
+            strategy,
+            self._initial_weights,
+            self._dataset,
+            self._executor,
+            self._evaluation_clients,
+            lambda server_round: self._devices.plan(trial, server_round),
+            on_round,
         )
         if self._store.latest(trial.number):
             self._store.restore(federation)
@@ -235,7 +286,11 @@ class Study:
 
     def _finish(self) -> Generator[None, None, StudyResult]:
         best = incumbent(self._scores)
-        assert best is not None
+        if best is None:
+            raise InputError(
+                f"devices.drop_probability must let a job end, got {self._settings.devices.drop_probability}: "
+                f"tuner {self.name}, seed {self.seed}, lost all of its {self._dropped_jobs} jobs"
+            )
         history = self._trials[best.trial]
         yield from self._wait(self._personalise("sampled", history.trial, Federation.sampled_config))
         if history.trial.num_configs > 1:
@@ -251,6 +306,7 @@ class Study:
             {
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
                 **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
+                **{"dropped_jobs": self._dropped_jobs, "wasted_rounds": self._wasted_rounds},
                 **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
