@@ -1,0 +1,133 @@
+"""Simulates synchronous SHA and ASHA under stragglers and dropped jobs, and draws figure 3.2; see README.md."""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedtune import rng
+from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
+from fedtune.simulation.stragglers import attempt_duration, dropped_after
+from fedtune.tuning.asha import ASHA
+from fedtune.tuning.successive_halving import successive_halving
+from fedtune.tuning.trial import Job, Trial, Tuner
+
+FOLDER = Path(__file__).parent
+MAX_ROUNDS, MIN_ROUNDS, REDUCTION_FACTOR, NUM_CONFIGS = 256, 1, 4, 256
+PARALLEL_JOBS, HORIZON = 25, 2000
+STRAGGLER_STDS = (0.0, 0.1, 0.24, 0.56, 1.33)
+DROP_PROBABILITIES = (0.0, 0.0025, 0.005, 0.0075, 0.01)
+BLOCK = 4096  # errors drawn at once
+COLOURS = {"sha": "#D55E00", "asha": "#0072B2"}
+LABELS = {"sha": "synchronous SHA", "asha": "ASHA"}
+
+
+def draw(number: int) -> Trial:
+    """Configurations have no values: their error is all there is to them."""
+    return Trial(number, {}, (({},),))
+
+
+TUNERS: dict[str, Callable[[], Tuner]] = {
+    "sha": lambda: successive_halving(draw, MAX_ROUNDS, NUM_CONFIGS, MIN_ROUNDS, REDUCTION_FACTOR),
+    "asha": lambda: ASHA(draw, MAX_ROUNDS, MIN_ROUNDS, REDUCTION_FACTOR),
+}
+
+
+class Cell(NamedTuple):
+    """What is simulated; `resumes`: a job trains on from where the trial's last one ended, else from the start."""
+
+    on_drop: OnDrop
+    resumes: bool
+    straggler_std: float
+    drop_probability: float
+    tuner: str
+
+
+class SimulatedJobs:
+    """Jobs that take their rounds times 1 + |z| unless they are dropped; errors uniform, one a configuration.
+
+    Nothing more is started once the horizon is reached and a configuration was trained to the end.
+    """
+
+    def __init__(self, cell: Cell, seed: int) -> None:
+        self.cell = cell
+        self.finished: list[float] = []  # when a configuration was trained to the end
+        self._trained: dict[int, int] = {}
+        self._errors: list[float] = []
+        self._error_draws = rng.stream(seed, "error")
+        # One stream in the order of starting, since one for each attempt would take most of the time.
+        self._attempt_draws = rng.stream(seed, "attempt")
+
+    def start(self, job: Job, number: int, now: float) -> Attempt | None:
+        if now >= HORIZON and self.finished:
+            return None
+        cell, draws = self.cell, self._attempt_draws
+        nominal = float(job.rounds - self._trained.get(job.trial.number, 0))
+        duration = attempt_duration(nominal, cell.straggler_std, draws)
+        dropped = dropped_after(duration, cell.drop_probability, draws)
+        return Attempt(job, number, now + (duration if dropped is None else dropped), dropped is not None)
+
+    def ready(self, attempt: Attempt) -> bool:
+        return True
+
+    def deliver(self, attempt: Attempt) -> float:
+        job = attempt.job
+        if job.rounds == MAX_ROUNDS:
+            self.finished.append(attempt.ends)
+        if self.cell.resumes:
+            self._trained[job.trial.number] = job.rounds
+        while job.trial.number >= len(self._errors):
+            self._errors += self._error_draws.random(BLOCK).tolist()
+        return self._errors[job.trial.number]
+
+    def drop(self, attempt: Attempt, then: OnDrop) -> None:
+        """What it has trained since the trial's last job is lost."""
+
+
+def simulate(cell: Cell, seed: int) -> tuple[int, float]:
+    """How many configurations were trained to the end by the horizon, and when the first one was."""
+    jobs = SimulatedJobs(cell, seed)
+    for _ in EventLoop(TUNERS[cell.tuner](), jobs, PARALLEL_JOBS, cell.on_drop, tells_first=True).run():
+        pass
+    return sum(ends <= HORIZON for ends in jobs.finished), jobs.finished[0]
+
+
+def run(cells: list[Cell], repeats: int, processes: int) -> pd.DataFrame:
+    """A row a cell: mean and standard deviation over the repeats, which are seeds 0, 1, ..., the same in all cells."""
+    work = list(itertools.product(cells, range(repeats)))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        outcomes = pool.starmap(simulate, work, chunksize=5)
+    rows = pd.DataFrame([cell for cell, _ in work])
+    rows[["trained", "first"]] = outcomes
+    table = rows.groupby(list(Cell._fields), sort=False).agg(["mean", "std"])
+    table.columns = ["_".join(column) for column in table.columns]
+    return table.reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--on-drop", nargs="+", default=["retry", "lose", "worst"], choices=["retry", "lose", "worst"])
+    parser.add_argument("--stds", nargs="+", type=float, default=STRAGGLER_STDS)
+    parser.add_argument("--drops", nargs="+", type=float, default=DROP_PROBABILITIES)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    arguments = parser.parse_args()
+    grid = itertools.product(arguments.on_drop, (False, True), arguments.stds, arguments.drops, TUNERS)
+    started = time.perf_counter()
+    table = run([Cell(*values) for values in grid], arguments.repeats, arguments.processes)
+    print(f"{time.perf_counter() - started:.0f} s")
+    table.to_csv(arguments.out / "results.csv", index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()
