@@ -100,11 +100,15 @@ def compare(
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
+    parallel_studies: Annotated[
+        int | None, typer.Option(help="Studies computed at once, which share the workers. Never changes a number.")
+    ] = None,
 ) -> None:
     """Compare tuners at an equal budget of rounds."""
     names = None if tuners is None else [name.strip() for name in tuners.split(",")]
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["parallel_studies"] = parallel_studies
     _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force)
 
 

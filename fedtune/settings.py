@@ -90,7 +90,11 @@ class DevicesSettings(Table):
 
 
 class Settings(Table):
-    """Everything that decides a run. `workers`, `executor` and `device` say where it is computed."""
+    """Everything that decides a run. `workers`, `executor` and `device` say where it is computed.
+
+    `parallel_studies` are computed at once, which changes no number; each gets workers in proportion to its tuner's
+    number in `shares`, 1 if it has none, as far as it can use them.
+    """
 
     tuners: list[str] = ["manual", "random", "asha", "fedex"]
     seeds: Count = 1
@@ -99,6 +103,8 @@ class Settings(Table):
     total_rounds: Count = 405
     cohort_size: Count = 10
     parallel_trials: Count = 4
+    parallel_studies: Count = 1
+    shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     workers: int = Field(0, ge=0, strict=True)
     device: str = "cpu"
     executor: Literal["auto", "serial", "pool"] = "auto"

@@ -229,3 +229,30 @@ def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
     assert all("client 2 " in reason and "RuntimeError: out of battery" in reason for reason in reasons)
     assert counts["clipped"] >= met[1] > 0
     assert counts["test_error"] < sound.results.iloc[0]["test_error"] + 0.05
+
+
+@pytest.mark.parametrize("executor", ["serial", "pool"])
+def test_studies_at_once_give_the_same_bytes(tmp_path, executor):
+    settings = {"tuners": ["manual", "asha", "fedex"], "max_rounds": 3, "total_rounds": 9, "seeds": 2}
+    settings |= {"executor": executor, "workers": 2}
+    one = fedtune.compare("digits", out=tmp_path / "one", **settings)
+    started, at_once = [], []
+
+    def watch(event):
+        key = (event.get("tuner"), event.get("seed"))
+        if event["event"] == "round" and key not in started:
+            started.append(key)
+        if event["event"] == "study_end":
+            at_once.append(len(started) - len(at_once))
+
+    many = fedtune.compare(
+        "digits", out=tmp_path / "many", parallel_studies=4, shares={"asha": 2.0}, listener=watch, **settings
+    )
+    assert max(at_once) == 4
+    for name in ("results.csv", "rounds.parquet", "trials.parquet"):
+        assert (one.folder / name).read_bytes() == (many.folder / name).read_bytes()
+
+
+def test_a_share_of_a_tuner_that_is_not_run_is_refused(tmp_path):
+    with pytest.raises(UnknownNameError, match="unknown tuner in shares 'ash'; known: asha, manual"):
+        fedtune.compare("digits", out=tmp_path / "run", tuners=["asha", "manual"], shares={"ash": 2.0})

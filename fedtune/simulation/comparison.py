@@ -6,6 +6,8 @@ import platform
 import shutil
 import subprocess
 import time
+from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from fedtune import plugins
 from fedtune.data.checks import errors_of, find_problems, first_of
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.errors import InputError
+from fedtune.errors import InputError, UnknownNameError
 from fedtune.server.trials import (
     Hyperparameters,
     client_program,
@@ -62,19 +64,46 @@ class Comparison:
         listener({"event": "plan", "studies": plan})
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
-        results, timings = [], []
         executor = self.make_executor()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
-            for name, seed in studies:
-                started = time.perf_counter()
-                results.append(self._study(name, seed, executor, folder, listener).run())
-                timings.append({"tuner": name, "seed": seed, "wall_seconds": time.perf_counter() - started})
+            ended = self._run_studies(studies, executor, folder, listener)
         finally:
             executor.close()
             torch.set_num_threads(threads)
+        results = [ended[study][0] for study in studies]
+        timings = [{"tuner": name, "seed": seed, "wall_seconds": ended[name, seed][1]} for name, seed in studies]
         write_frames(folder, results, timings)
+
+    def _run_studies(
+        self, studies: list[tuple[str, int]], executor: Executor, folder: Path, listener: Listener
+    ) -> dict[tuple[str, int], tuple[StudyResult, float]]:
+        """Each study's result and the seconds it took, `parallel_studies` of them at a time."""
+        waiting = deque(studies)
+        running: dict[tuple[str, int], tuple[Generator[None, None, StudyResult], float]] = {}
+        ended: dict[tuple[str, int], tuple[StudyResult, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.settings.parallel_studies:
+                name, seed = waiting.popleft()
+                share = self._share(executor, name)
+                running[name, seed] = self._study(name, seed, share, folder, listener).steps(), time.perf_counter()
+            before = len(ended)
+            for study, (steps, started) in list(running.items()):
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    ended[study] = end.value, time.perf_counter() - started
+                    del running[study]
+            if len(ended) == before:
+                executor.step()
+        return ended
+
+    def _share(self, executor: Executor, name: str) -> Executor:
+        """The executor as a study of this tuner sees it: studies that run at once share the pool's workers."""
+        if isinstance(executor, PoolExecutor) and self.settings.parallel_studies > 1:
+            return executor.for_study(self.settings.shares.get(name, 1.0))
+        return executor
 
     def make_executor(self) -> Executor:
         """The executor that the settings name; `auto` is the pool where there is more than one core, on the CPU."""
@@ -147,6 +176,9 @@ def check_tuners(settings: Settings, space: SearchSpace) -> None:
     """Raises InputError unless every tuner can be made from its table and has something to search."""
     for name, options in settings.tuner.items():
         checked_options(name, options)  # a table of a tuner that is not run must be right all the same
+    for name in settings.shares:
+        if name not in settings.tuners:
+            raise UnknownNameError("tuner in shares", name, settings.tuners)
     for name in settings.tuners:
         make_tuner(
             name,

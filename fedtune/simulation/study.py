@@ -98,19 +98,11 @@ class Study:
         self._dropped_jobs = 0
         self._wasted_rounds = 0
 
-    def run(self) -> StudyResult:
-        """Runs the study to its end, or goes on with one that was stopped."""
-        steps = self.steps()
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                result: StudyResult = end.value
-                return result
-            self._executor.step()
-
     def steps(self) -> Generator[None, None, StudyResult]:
-        """As `run`, but yields where it waits for the executor, which whoever runs it then lets compute."""
+        """Runs the study to its end, or goes on with one that was stopped.
+
+        Yields where it waits for the executor, which whoever runs it then lets compute.
+        """
         with contextlib.closing(self._journal):
             self._journal.decide(
                 "study", format=FORMAT, tuner=self.name, seed=self.seed, settings=digest(self._settings)
@@ -317,6 +309,7 @@ class Study:
 def digest(settings: Settings) -> str:
     """A fingerprint of the settings that decide a study's numbers, other than its budget."""
     fields = settings.model_dump(
-        mode="json", exclude={"tuners", "seeds", "seed", "workers", "executor", "total_rounds"}
+        mode="json",
+        exclude={"tuners", "seeds", "seed", "workers", "executor", "parallel_studies", "shares", "total_rounds"},
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
