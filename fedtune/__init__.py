@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
     from fedtune.report.frames import Run
     from fedtune.settings import Settings
+    from fedtune.simulation.replay import ReplayedStudy
 
-__all__ = ["compare", "load", "read_run", "resolve_settings", "resume", "run", "train", "tune"]
+__all__ = ["compare", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
 
 
 def load(name: str, **options: Any) -> "FederatedDataset":
@@ -90,6 +91,16 @@ def resume(
 
     prepare(settings).run(folder, listener)
     return _draw(folder)
+
+
+def replay(folder: str | Path) -> "list[ReplayedStudy]":
+    """The studies of a run folder, rebuilt from their journals and checked; nothing is trained or written.
+
+    Raises InputError where a journal and its tuner, or the files of results, disagree.
+    """
+    from fedtune.simulation.replay import replay
+
+    return list(replay(Path(folder)))
 
 
 def read_run(folder: str | Path) -> "Run":

@@ -125,6 +125,15 @@ def resume(
     _show(finished)
 
 
+@app.command()
+def replay(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Rebuild the tuners of a run from its journals and check them; nothing is trained or written."""
+    from fedtune.simulation.replay import replay
+
+    for study in replay(run):
+        typer.echo(study)
+
+
 @app.command("list")
 def list_names() -> None:
     """List the data sets, models, client programs and tuners that are installed."""

@@ -169,7 +169,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def write_settings(settings: Settings) -> str:
     """TOML text from which `resolve` makes the same settings again."""
-    return tomli_w.dumps(settings.model_dump(exclude_none=True))
+    tables = settings.model_dump(exclude_none=True)
+    tables["evaluation"].setdefault("clients", "all")  # else a data set that ships fewer would have its way
+    return tomli_w.dumps(tables)
 
 
 def parse_assignment(text: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from fedtune.simulation.study import Listener, Study
 from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import SearchSpace
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Trial, Tuner
 from fedtune.tuning.tuners import checked_options, make_policy, make_tuner, within_one_federation
 
 VERSIONED = ("fedtune", "torch", "numpy", "flwr", "pandas", "flwr-datasets")
@@ -116,17 +116,6 @@ class Comparison:
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
         settings, options = self.settings, self.settings.tuner.get(name, {})
-        space = self.hyperparameters.space
-        tuner = make_tuner(
-            name,
-            make_draw(name, seed, self.hyperparameters, options),
-            max_rounds=settings.max_rounds,
-            total_rounds=settings.total_rounds,
-            options=options,
-            compose=make_compose(name, seed, self.hyperparameters, options),
-            space=space,
-            seed=seed,
-        )
 
         def policy(trial: Trial) -> Policy:
             return make_policy(
@@ -135,14 +124,14 @@ class Comparison:
                 trial,
                 max_rounds=settings.max_rounds,
                 num_classes=self.dataset.spec.num_classes,
-                domains=space.client,
+                domains=self.hyperparameters.space.client,
                 seed=seed,
             )
 
         return Study(
             name,
             seed,
-            tuner,
+            study_tuner(name, seed, settings, self.hyperparameters),
             settings,
             policy,
             self.dataset,
@@ -152,6 +141,21 @@ class Comparison:
             listener,
             one_federation=within_one_federation(name),
         )
+
+
+def study_tuner(name: str, seed: int, settings: Settings, hyperparameters: Hyperparameters) -> Tuner:
+    """The tuner of a study, before its first ask."""
+    options = settings.tuner.get(name, {})
+    return make_tuner(
+        name,
+        make_draw(name, seed, hyperparameters, options),
+        max_rounds=settings.max_rounds,
+        total_rounds=settings.total_rounds,
+        options=options,
+        compose=make_compose(name, seed, hyperparameters, options),
+        space=hyperparameters.space,
+        seed=seed,
+    )
 
 
 def prepare(settings: Settings) -> Comparison:

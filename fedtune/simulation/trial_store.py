@@ -42,6 +42,14 @@ class TrialHistory:
         return evaluations[-1].test_error if evaluations else float("nan")
 
 
+def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
+    """The rounds that a journal noted, by trial and round; of one that was trained again after a stop, the later."""
+    records: dict[int, dict[int, RoundRecord]] = {}
+    for line in journal.notes("round"):
+        records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
+    return records
+
+
 class TrialStore:
     """Writes rounds and checkpoints as they come, and finds again what a study that was stopped had written."""
 
@@ -49,9 +57,7 @@ class TrialStore:
         folder.mkdir(exist_ok=True)
         self._journal = journal
         self._folder = folder
-        self._past_records: dict[int, dict[int, RoundRecord]] = {}
-        for line in journal.notes("round"):
-            self._past_records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
+        self._past_records = past_records(journal)
         self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
         self._told: dict[int, int] = {}  # the round at the end of each trial's last told job
 
