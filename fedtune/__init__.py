@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedtune.settings import Settings
     from fedtune.simulation.replay import ReplayedStudy
 
-__all__ = ["compare", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
+__all__ = ["compare", "extend", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
 
 
 def load(name: str, **options: Any) -> "FederatedDataset":
@@ -91,6 +91,26 @@ def resume(
 
     prepare(settings).run(folder, listener)
     return _draw(folder)
+
+
+def extend(
+    folder: str | Path,
+    *,
+    num_configs: int | None = None,
+    total_rounds: int | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
+    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> "Run":
+    """The finished run in a folder, gone on with: each study draws up to `num_configs` configurations in all.
+
+    `total_rounds` is each study's new budget; None is what so many configurations can use at most.
+    """
+    from fedtune.simulation.extension import extend_run
+
+    folder = Path(folder)
+    extend_run(folder, num_configs, total_rounds)
+    return resume(folder, workers=workers, executor=executor, listener=listener)
 
 
 def replay(folder: str | Path) -> "list[ReplayedStudy]":

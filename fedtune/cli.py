@@ -65,10 +65,14 @@ def train(
 
 @app.command()
 def tune(
-    what: What,
+    what: Annotated[str | None, What.__metadata__[0]] = None,
     tuner: Annotated[str, typer.Option(help="The tuner (see `fedtune list`).")] = "asha",
     max_rounds: MaxRounds = None,
     total_rounds: TotalRounds = None,
+    extend: Annotated[
+        Path | None, typer.Option(help="Go on with this finished run instead: --num-configs, --total-rounds or both.")
+    ] = None,
+    num_configs: Annotated[int | None, typer.Option(help="Configurations that the tuner may draw in all.")] = None,
     model: Model = None,
     assignments: Assignments = None,
     seed: Seed = None,
@@ -79,10 +83,20 @@ def tune(
     device: Device = None,
     executor: ExecutorName = None,
 ) -> None:
-    """Search for good hyperparameters with one tuner."""
+    """Search for good hyperparameters with one tuner, or go on with a search that has ended (--extend)."""
+    if extend is not None:
+        given = {"a data set": what, "--max-rounds": max_rounds, "--model": model, "--set": assignments, "--out": out}
+        given |= {"--seed": seed, "--seeds": seeds, "--device": device, "--force": force or None}
+        if too_much := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"--extend keeps the settings of its run, got {too_much[0]}")
+        _extend(extend, num_configs, total_rounds, workers, executor)
+        return
+    if what is None:
+        raise InputError("tune needs a data set or a settings file, or --extend and a run folder, got neither")
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    _run(what, {"tuners": [tuner], **budget, **flags}, model, assignments, out, force)
+    options = {} if num_configs is None else {"tuner": {tuner: {"num_configs": num_configs}}}
+    _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force)
 
 
 @app.command()
@@ -255,6 +269,24 @@ def _run(
     with LiveProgress() as progress:
         run = fedtune.run(settings, out=out, force=force, listener=progress)
     _show(run)
+
+
+def _extend(
+    run: Path, num_configs: int | None, total_rounds: int | None, workers: int | None, executor: str | None
+) -> None:
+    import fedtune
+    from fedtune.report.live import LiveProgress
+
+    with LiveProgress() as progress:
+        longer = fedtune.extend(
+            run,
+            num_configs=num_configs,
+            total_rounds=total_rounds,
+            workers=workers,
+            executor=executor,
+            listener=progress,
+        )
+    _show(longer)
 
 
 def _show(run: "Run") -> None:

@@ -89,6 +89,13 @@ class DevicesSettings(Table):
     on_drop: Literal["retry", "lose", "worst"] = "retry"
 
 
+class ExtensionSettings(Table):
+    """`[[extensions]]`: what a study goes on with after it has ended: more configurations, a larger budget, or both."""
+
+    num_configs: Count | None = None
+    total_rounds: Count
+
+
 class Settings(Table):
     """Everything that decides a run. `workers`, `executor` and `device` say where it is computed.
 
@@ -116,6 +123,7 @@ class Settings(Table):
     tuner: dict[str, dict[str, Any]] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     devices: DevicesSettings = DevicesSettings()
+    extensions: list[ExtensionSettings] = []
 
     @field_validator("data", "model")
     @classmethod
@@ -138,7 +146,15 @@ class Settings(Table):
                 f"total_rounds must be at least max_rounds ({self.max_rounds}), got {self.total_rounds}: "
                 "a tuner may spend no less than one configuration needs"
             )
+        totals = [self.total_rounds, *(extension.total_rounds for extension in self.extensions)]
+        if totals != sorted(totals):
+            raise ValueError(f"total_rounds must not fall from one extension to the next, got {totals}")
         return self
+
+    @property
+    def last_total_rounds(self) -> int:
+        """What a tuner may have spent at the end of all extensions."""
+        return self.extensions[-1].total_rounds if self.extensions else self.total_rounds
 
     @property
     def evaluate_every(self) -> int:

@@ -60,7 +60,7 @@ class Comparison:
         studies = [
             (name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners
         ]
-        plan = [{"tuner": name, "seed": seed, "total_rounds": settings.total_rounds} for name, seed in studies]
+        plan = [{"tuner": name, "seed": seed, "total_rounds": settings.last_total_rounds} for name, seed in studies]
         listener({"event": "plan", "studies": plan})
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})

@@ -74,7 +74,7 @@ class EventLoop(Generic[Running]):
         self._tells_first = tells_first
         self._clock: Clock[Running] = Clock()
         self._retries: deque[tuple[Job, int]] = deque()
-        self._exhausted = False
+        self._refused: Job | None = None  # what no longer fitted into the budget
 
     @property
     def time(self) -> float:
@@ -82,7 +82,13 @@ class EventLoop(Generic[Running]):
         return self._clock.time
 
     def run(self) -> Iterator[None]:
-        """Runs until nothing is under way and nothing can be started; yields where it waits for what is computed."""
+        """Runs until nothing is under way and nothing can be started; yields where it waits for what is computed.
+
+        Run again, it goes on, with what the workload had refused first.
+        """
+        if self._refused:
+            self._retries.append((self._refused, 0))
+            self._refused = None
         self._start_jobs()
         while self._clock:
             while not self._workload.ready(self._clock.peek()):
@@ -95,13 +101,13 @@ class EventLoop(Generic[Running]):
         while len(self._clock) < self._parallel_jobs:
             if self._retries:
                 job, number = self._retries.popleft()
-            elif self._exhausted or (asked := self._tuner.ask()) is None:
+            elif self._refused or (asked := self._tuner.ask()) is None:
                 return
             else:
                 job, number = asked, 0
             attempt = self._workload.start(job, number, self._clock.time)
             if attempt is None:
-                self._exhausted = True
+                self._refused = job
             else:
                 self._clock.schedule(attempt.ends, attempt)
 

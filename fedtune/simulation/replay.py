@@ -20,9 +20,10 @@ from fedtune.simulation.comparison import check_tuners, study_tuner
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
 from fedtune.simulation.results import plan, trial_rows
-from fedtune.simulation.study import digest
+from fedtune.simulation.study import digest, extend
 from fedtune.simulation.trial_store import TrialHistory, past_records
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
+from fedtune.tuning.tuners import within_one_federation
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ class Replay:
         self._run = run
         self._journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
         self._records = past_records(self._journal)
-        self._loop = EventLoop(study_tuner(name, seed, settings, hyperparameters), self, settings.parallel_trials)
+        self.tuner = study_tuner(name, seed, settings, hyperparameters)
+        on_drop: OnDrop = "retry" if within_one_federation(name) else settings.devices.on_drop
+        self._loop = EventLoop(self.tuner, self, settings.parallel_trials, on_drop)
         self._scores: list[Score] = []
         self._started = 0  # jobs
+        self._dropped = 0  # attempts
+        self._total_rounds = settings.total_rounds
         self._spent = 0  # rounds of all jobs that were started
 
     def __str__(self) -> str:
@@ -89,11 +94,12 @@ class Replay:
         try:
             _, line = self._next("study", format=FORMAT, tuner=self.name, seed=self.seed)
             self._check_settings(line["settings"])
-            for _ in self._loop.run():
-                raise AssertionError("what a journal holds is not waited for")
-            best = incumbent(self._scores)
-            assert best is not None
-            self._next("end", incumbent=best.trial, time=self._loop.time)
+            self._run_to_end()
+            for extension in self._settings.extensions:
+                self._next("extend", **extension.model_dump())
+                self._total_rounds = extension.total_rounds
+                extend(self.tuner, extension)
+                self._run_to_end()
         except JournalEnds:
             return self._replayed(finished=False)
         if self._journal.replaying:
@@ -101,21 +107,33 @@ class Replay:
             raise self._misfit(number, "no more lines", _words(line, "time"))
         return self._replayed(finished=True)
 
+    def _run_to_end(self) -> None:
+        for _ in self._loop.run():
+            raise AssertionError("what a journal holds is not waited for")
+        best = incumbent(self._scores)
+        if best is None:  # all jobs were dropped, and the study ended there
+            raise JournalEnds
+        self._next("end", incumbent=best.trial, time=self._loop.time)
+
     def start(self, job: Job, number: int, now: float) -> Attempt | None:
         """The job as the journal has it; None where the budget has too few rounds left for it."""
         history = self.trials.get(job.trial.number) or self._new_history(job.trial)
-        num_rounds = job.rounds - history.told
-        if self._spent + num_rounds > self._settings.total_rounds:
-            return None
-        self._spent += num_rounds
+        if number == 0:
+            num_rounds = job.rounds - history.told
+            if self._spent + num_rounds > self._total_rounds:
+                return None
+            self._spent += num_rounds
         self.trials[job.trial.number] = history
         line_number, line = self._next(
-            "ask", trial=job.trial.number, rung=job.rung, rounds=job.rounds, started=now, **plan(job.trial)
+            "ask",
+            **{"trial": job.trial.number, "rung": job.rung, "rounds": job.rounds},
+            **{"attempt": number, "started": now},
+            **plan(job.trial),
         )
         self._started += 1
         if not line["finishes"] >= now:
             raise self._misfit(line_number, f"finishes >= {now}", f"finishes {line['finishes']}")
-        return Attempt(job, number, line["finishes"], False)
+        return Attempt(job, number, line["finishes"], line["dropped"])
 
     def ready(self, attempt: Attempt) -> bool:
         """Always."""
@@ -137,7 +155,10 @@ class Replay:
         return score
 
     def drop(self, attempt: Attempt, then: OnDrop) -> None:
-        """Never: jobs are not dropped yet."""
+        """Finds that the journal has it so."""
+        job = attempt.job
+        self._dropped += 1
+        self._next("drop", trial=job.trial.number, rung=job.rung, rounds=job.rounds, time=self._loop.time, then=then)
 
     def result_row(self) -> dict[str, Any]:
         """What results.csv must say of the tuner."""
@@ -145,7 +166,8 @@ class Replay:
         assert best is not None
         return {
             **{"trials": len(self.trials), "trial": best.trial, "virtual_time": self._loop.time},
-            **{"rounds": self._spent, "rounds_of_trial": best.rounds, "validation_error": best.error},
+            **{"dropped_jobs": self._dropped, "rounds": sum(len(history.records) for history in self.trials.values())},
+            **{"rounds_of_trial": best.rounds, "validation_error": best.error},
         }
 
     def _new_history(self, trial: Trial) -> TrialHistory:
@@ -183,7 +205,7 @@ class Replay:
             trials=len(told),
             rounds=sum(len(history.records) for history in told),
             incumbent=incumbent(self._scores),
-            under_way=self._started - len(self._scores),
+            under_way=self._started - len(self._scores) - self._dropped,
             finished=finished,
         )
 

@@ -20,7 +20,7 @@ from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.settings import Settings
+from fedtune.settings import ExtensionSettings, Settings
 from fedtune.simulation.devices import Devices
 from fedtune.simulation.evaluation import Evaluation, evaluation_clients
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
@@ -32,7 +32,7 @@ from fedtune.simulation.trial_store import TrialHistory, TrialStore
 from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
-from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
+from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
 
 MOST_ATTEMPTS = 1000  # at one job
 
@@ -49,7 +49,7 @@ class RunningJob(Attempt):
 
 
 class Study:
-    """One tuner with one seed, from its first ask until the next job no longer fits into `total_rounds`."""
+    """One tuner with one seed, from its first ask until the next job no longer fits into the budget."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Study:
         self._store = TrialStore(self._journal, folder / "checkpoints")
         self._listener = listener
         self._one_federation = one_federation
+        self._tuner = tuner
         self._loop = EventLoop(
             tuner, self, settings.parallel_trials, "retry" if one_federation else settings.devices.on_drop
         )
@@ -92,8 +93,10 @@ class Study:
         self._scores: list[Score] = []
         self._incumbents: list[tuple[float, int]] = []  # (virtual time, trial), from each tell on
         self._personalised = {
-            line["reading"]: Evaluation(*line["evaluation"]) for line in self._journal.notes("personalised")
-        }  # by reading: at_max_rounds, sampled, argmax
+            (line["reading"], line["trial"], line["round"]): Evaluation(*line["evaluation"])
+            for line in self._journal.notes("personalised")
+        }  # by reading (at_max_rounds, sampled, argmax), trial and its round
+        self._total_rounds = settings.total_rounds
         self._spent = 0  # rounds of all jobs that were started
         self._dropped_jobs = 0
         self._wasted_rounds = 0
@@ -108,7 +111,12 @@ class Study:
                 "study", format=FORMAT, tuner=self.name, seed=self.seed, settings=digest(self._settings)
             )
             yield from self._loop.run()
-            return (yield from self._finish())
+            best = yield from self._end()
+            for extension in self._settings.extensions:
+                self._extend(extension)
+                yield from self._loop.run()
+                best = yield from self._end()
+            return self._result(best)
 
     def start(self, job: Job, number: int, now: float) -> RunningJob | None:
         """The attempt in flight, journalled; None where the budget has too few rounds left for the job.
@@ -119,7 +127,7 @@ class Study:
         history = self._trials.get(job.trial.number) or self._new_history(job.trial)
         if number == 0:
             num_rounds = job.rounds - history.told
-            if self._spent + num_rounds > self._settings.total_rounds:
+            if self._spent + num_rounds > self._total_rounds:
                 return None
             self._spent += num_rounds
         elif number == MOST_ATTEMPTS:
@@ -231,14 +239,24 @@ class Study:
         for record in self._store.past_records(number, first, known):
             on_round(record)
         if known < job.rounds:
-            federation = self._federation(job.trial, on_new_round)
+            federation = self._new_federation(
+                job.trial, lambda federation, record: on_new_round(federation, record) if record.round > known else None
+            )
+            if self._store.holds(number):  # else it is trained again, to the same weights
+                self._store.restore(federation)
             federation.grid.order = finishes
             yield from federation.advance(job.rounds, self._settings.evaluate_every)
         if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
-            yield from self._personalise("at_max_rounds", job.trial, Federation.sampled_config)
+            yield from self._personalise("at_max_rounds", job.trial, job.rounds, Federation.sampled_config)
 
-    def _federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
-        """The trial's federation as its latest checkpoint left it, or before its first round."""
+    def _federation(self, trial: Trial) -> Federation:
+        """The trial's federation as its latest checkpoint left it."""
+        federation = self._new_federation(trial, lambda federation, record: None)
+        self._store.restore(federation)
+        return federation
+
+    def _new_federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
+        """The trial's federation before its first round."""
         strategy = FedTuneStrategy(
             trial,
             self._settings.server,
@@ -247,7 +265,7 @@ class Study:
             seed=self.seed,
             cohort_of=lambda server_round: self._devices.plan(trial, server_round).cohort,
         )
-        federation = Federation(
+        return Federation(
             strategy,
             self._initial_weights,
             self._dataset,
@@ -256,19 +274,21 @@ class Study:
             lambda server_round: self._devices.plan(trial, server_round),
             on_round,
         )
-        if self._store.latest(trial.number):
-            self._store.restore(federation)
-        return federation
 
-    def _personalise(self, reading: str, trial: Trial, config_of: Callable[[Federation, int], Config]) -> Iterator[int]:
-        """Evaluates the trial after local training on each evaluation client, unless the journal has that reading."""
-        if reading in self._personalised:
+    def _personalise(
+        self, reading: str, trial: Trial, rounds: int, config_of: Callable[[Federation, int], Config]
+    ) -> Iterator[int]:
+        """Evaluates the trial, which has had so many rounds, after local training on each evaluation client.
+
+        Not where the journal has that reading.
+        """
+        if (reading, trial.number, rounds) in self._personalised:
             return
-        federation = self._federation(trial, lambda federation, record: None)
+        federation = self._federation(trial)
         into: list[Evaluation] = []
         yield from federation.personalise(lambda client: config_of(federation, client), into)
-        self._personalised[reading] = into[0]
-        self._journal.note("personalised", reading=reading, trial=trial.number, evaluation=list(into[0]))
+        self._personalised[reading, trial.number, rounds] = into[0]
+        self._journal.note("personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(into[0]))
 
     def _wait(self, work: Iterator[int]) -> Iterator[None]:
         """Yields until each of the tickets that `work` waits for is finished."""
@@ -276,22 +296,39 @@ class Study:
             while not self._executor.finished(ticket):
                 yield
 
-    def _finish(self) -> Generator[None, None, StudyResult]:
+    def _extend(self, extension: ExtensionSettings) -> None:
+        """Gives the tuner more configurations, and a larger budget."""
+        self._journal.decide("extend", **extension.model_dump())
+        self._total_rounds = extension.total_rounds
+        extend(self._tuner, extension)
+
+    def _end(self) -> Generator[None, None, Score]:
+        """Reads the incumbent's personalised errors, and journals the end."""
         best = incumbent(self._scores)
         if best is None:
             raise InputError(
                 f"devices.drop_probability must let a job end, got {self._settings.devices.drop_probability}: "
                 f"tuner {self.name}, seed {self.seed}, lost all of its {self._dropped_jobs} jobs"
             )
-        history = self._trials[best.trial]
-        yield from self._wait(self._personalise("sampled", history.trial, Federation.sampled_config))
-        if history.trial.num_configs > 1:
-            argmax = self._personalise("argmax", history.trial, lambda federation, client: federation.best_config())
+        trial, rounds = self._trials[best.trial].trial, best.rounds
+        yield from self._wait(self._personalise("sampled", trial, rounds, Federation.sampled_config))
+        if trial.num_configs > 1:
+            argmax = self._personalise("argmax", trial, rounds, lambda federation, client: federation.best_config())
             yield from self._wait(argmax)
         self._journal.decide("end", incumbent=best.trial, time=self._loop.time)
+        return best
+
+    def _result(self, best: Score) -> StudyResult:
+        """The study's rows; of the checkpoints the incumbent's alone is kept."""
         self._store.keep_only(best.trial)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
-        federation = self._federation(history.trial, lambda federation, record: None)
+        history = self._trials[best.trial]
+        federation = self._federation(history.trial)
+        personalised = {
+            reading: evaluation
+            for (reading, trial, rounds), evaluation in self._personalised.items()
+            if trial == best.trial and (rounds == best.rounds or reading == "at_max_rounds")
+        }
         return StudyResult(
             round_rows(self.name, self.seed, self._trials, self._incumbents, one_federation=self._one_federation),
             trial_rows(self.name, self.seed, self._trials),
@@ -299,17 +336,27 @@ class Study:
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
                 **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
                 **{"dropped_jobs": self._dropped_jobs, "wasted_rounds": self._wasted_rounds},
-                **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
+                **result_row(self._trials, best.trial, self._settings.max_rounds, personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
             },
         )
 
 
+def extend(tuner: Tuner, extension: ExtensionSettings) -> None:
+    """Lets a tuner draw as many configurations in all as the extension says. Raises InputError where it can't."""
+    if extension.num_configs is not None:
+        assert isinstance(tuner, Extendable)
+        tuner.raise_num_configs(extension.num_configs)
+
+
 def digest(settings: Settings) -> str:
     """A fingerprint of the settings that decide a study's numbers, other than its budget."""
     fields = settings.model_dump(
         mode="json",
-        exclude={"tuners", "seeds", "seed", "workers", "executor", "parallel_studies", "shares", "total_rounds"},
+        exclude={
+            *("tuners", "seeds", "seed", "workers", "executor", "parallel_studies", "shares"),
+            *("total_rounds", "extensions"),
+        },
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

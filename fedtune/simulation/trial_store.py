@@ -96,6 +96,10 @@ class TrialStore:
         if previous not in (server_round, self.latest(trial)):
             self._path(trial, previous).unlink(missing_ok=True)
 
+    def holds(self, trial: int) -> bool:
+        """Whether the trial's latest checkpoint is there: those of all but the incumbent go at a study's end."""
+        return self._path(trial, self.latest(trial)).is_file()
+
     def restore(self, federation: Federation) -> None:
         """Puts the federation into the state of its trial's latest checkpoint."""
         number = federation.trial.number
