@@ -163,19 +163,19 @@ def test_an_infinite_horizon_has_no_top_rung():
 def test_more_configurations_can_be_asked_of_a_bracket_that_is_over():
     """As section 3.5.4 recommends: what comes next is what would have come, had they been allowed from the start."""
     errors = [0.3, 0.1, 0.5, 0.2, 0.6, 0.4, 0.05, 0.7, 0.8]
-    tuner, jobs = ASHA(draw, 9, num_configs=4), []
+    tuner, jobs = ASHA(draw, 9, 3, num_configs=4), []
     for num_configs in (4, 9):
         if num_configs > 4:
             tuner.raise_num_configs(num_configs)
         while (job := tuner.ask()) is not None:
             jobs.append((job.trial.number, job.rung))
             tuner.tell(job, errors[job.trial.number])
-    assert jobs == list(itertools.islice(serial_jobs(ASHA(draw, 9), [*errors, 1.0].__getitem__), len(jobs)))
+    assert jobs == list(itertools.islice(serial_jobs(ASHA(draw, 9, 3), [*errors, 1.0].__getitem__), len(jobs)))
 
 
 @pytest.mark.parametrize(("before", "drawn", "raised", "fewest"), [(4, 2, 4, 5), (4, 4, 3, 5), (None, 3, 2, 3)])
 def test_fewer_configurations_cannot_be_asked_for(before, drawn, raised, fewest):
-    tuner = ASHA(draw, 9, num_configs=before)
+    tuner = ASHA(draw, 9, 3, num_configs=before)
     assert isinstance(tuner, Extendable)
     for _ in range(drawn):
         tuner.ask()
@@ -287,13 +287,29 @@ def test_rounds_that_leave_nothing_to_stop_early(max_rounds, would_do):
             "max_rounds must be min_rounds (2) times a power of reduction_factor (3), got 81; 54 or 162 would do",
         ),
         ({"early_stopping_rate": 5}, "early_stopping_rate must be a whole number >= 0 and <= 4, got 5"),
-        ({"num_configs": 0}, "num_configs must be a whole number >= 1, got 0"),
+        ({"num_configs": 80}, f"num_configs must be a whole number >= {3**4}, got 80"),
+        (
+            {"num_configs": 26, "early_stopping_rate": 1},
+            f"num_configs must be a whole number >= {3**3}, got 26",
+        ),
+        ({"num_configs": 0, "infinite_horizon": True}, "num_configs must be a whole number >= 1, got 0"),
     ],
 )
 def test_options_that_are_not_allowed(options, said):
     with pytest.raises(InputError) as raised:
         ASHA(draw, **{"max_rounds": 81, **options})
     assert str(raised.value) == said
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_as_few_configurations_as_allowed_train_one_to_the_top(seed):
+    errors = np.random.default_rng(seed).random(9)
+    tuner, rungs = ASHA(draw, 9, num_configs=9), []
+    while (job := tuner.ask()) is not None:
+        rungs.append(job.rung)
+        tuner.tell(job, errors[job.trial.number])
+    assert rungs.count(0) == 9
+    assert 2 in rungs
 
 
 def test_one_rung_is_allowed_when_it_is_asked_for():

@@ -147,9 +147,9 @@ def test_options_of_the_searches_reach_them():
 
 
 def test_options_reach_the_tuner_and_fedex():
-    options = {"reduction_factor": 9, "early_stopping_rate": 1, "num_configs": 5, "pool_size": 27, "discount": 1}
+    options = {"reduction_factor": 9, "early_stopping_rate": 1, "num_configs": 9, "pool_size": 27, "discount": 1}
     tuner = make("asha+fedex", **options)
-    assert (tuner.rung_rounds, tuner.num_configs) == ((9, 81), 5)
+    assert (tuner.rung_rounds, tuner.num_configs) == ((9, 81), 9)
     assert fedex_settings("asha+fedex", options) == FedExSettings(pool_size=27, discount=1.0)
     assert make("random", num_configs=3).num_configs == 3
 

@@ -15,7 +15,8 @@ R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_r
 rounds, counted from the trial's start.
 
 Filled in: the k of top_k is rounded down, NaN and inf rank last, and the lower trial number wins a tie. With
-`num_configs` no more than that many are drawn (section 3.5.1), and the promotions that follow are still made.
+`num_configs` no more than that many are drawn (section 3.5.1), eta^(s_max - s) at least, and the promotions that follow
+are still made.
 Departures: R / r must be a power of eta, so that the top rung is R itself. A trial whose error is not finite is never
 promoted, even where it is among the candidates because too few others did better. With `infinite_horizon` the rungs
 have no top (section 3.3.4): line 13 starts at the highest rung there is, and max_rounds only places the first ones.
@@ -40,10 +41,12 @@ class ASHA:
         num_configs: int | None = None,
         infinite_horizon: bool = False,
     ) -> None:
-        if num_configs is not None:
-            checked_number("num_configs", num_configs, low=1, integer=True)
-        self.num_configs = num_configs
         self.rung_rounds = rung_rounds(max_rounds, min_rounds, reduction_factor, early_stopping_rate)
+        if num_configs is not None:
+            # As in line 3 of Algorithm 2: fewer could not be sure of training one to max_rounds.
+            fewest = 1 if infinite_horizon else reduction_factor ** (len(self.rung_rounds) - 1)
+            checked_number("num_configs", num_configs, low=fewest, integer=True)
+        self.num_configs = num_configs
         self.infinite_horizon = infinite_horizon
         self._draw = draw
         self._rungs = [Rung(reduction_factor) for _ in self.rung_rounds]
