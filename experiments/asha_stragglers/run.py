@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fedtune import rng
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
@@ -113,6 +113,40 @@ def run(cells: list[Cell], repeats: int, processes: int) -> pd.DataFrame:
     return table.reset_index()
 
 
+def plot(part: pd.DataFrame, path: Path) -> None:
+    """Draws both panels of figure 3.2, one above the other, in a column for each straggler standard deviation."""
+    stds = part["straggler_std"].unique()
+    figure = Figure(figsize=(1.5 + 1.9 * len(stds), 4.8), dpi=110, layout="constrained")
+    panels = figure.subplots(2, len(stds), sharex=True, sharey="row", squeeze=False)
+    for column, std in zip(panels.T, stds, strict=True):
+        for axes, measure in zip(column, ("trained", "first"), strict=True):
+            draw_lines(axes, part[part["straggler_std"] == std], measure)
+        column[0].set_title(f"standard deviation {std:g}", fontsize=9)
+        column[1].set_xlabel("drop probability", fontsize=9)
+    panels[0, 0].set_ylabel(f"trained to R by {HORIZON}")
+    panels[0, 0].set_ylim(bottom=0)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    panels[1, 0].set_ylabel("time of the first")
+    panels[1, 0].set_yscale("log")
+    panels[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[1, 0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[1, 0].yaxis.set_minor_formatter(NullFormatter())
+    start = "resume from the checkpoint" if part["resumes"].iloc[0] else "start afresh"
+    figure.suptitle(f"Dropped jobs: {part['on_drop'].iloc[0]}. Promoted jobs {start}. Mean ± one standard deviation")
+    figure.savefig(path)
+
+
+def draw_lines(axes: Axes, part: pd.DataFrame, measure: str) -> None:
+    """A line and a band for each tuner."""
+    for tuner, line in part.groupby("tuner", sort=False):
+        x, mean, std = line["drop_probability"], line[f"{measure}_mean"], line[f"{measure}_std"]
+        axes.plot(x, mean, "o-", color=COLOURS[tuner], label=LABELS[tuner], markersize=3)
+        axes.fill_between(x, (mean - std).clip(lower=1), mean + std, color=COLOURS[tuner], alpha=0.2, linewidth=0)
+    axes.grid(color="#E3E3E3")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--on-drop", nargs="+", default=["retry", "lose", "worst"], choices=["retry", "lose", "worst"])
@@ -122,11 +156,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=FOLDER)
     arguments = parser.parse_args()
+    (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
     grid = itertools.product(arguments.on_drop, (False, True), arguments.stds, arguments.drops, TUNERS)
     started = time.perf_counter()
     table = run([Cell(*values) for values in grid], arguments.repeats, arguments.processes)
     print(f"{time.perf_counter() - started:.0f} s")
     table.to_csv(arguments.out / "results.csv", index=False, float_format="%.6g")
+    for (on_drop, resumes), part in table.groupby(["on_drop", "resumes"]):
+        plot(part, arguments.out / "figures" / f"{on_drop}-{'resume' if resumes else 'afresh'}.png")
 
 
 if __name__ == "__main__":
