@@ -48,7 +48,7 @@ class LeafUser(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """What the examples become."""
 
     characters: bool
@@ -59,7 +59,7 @@ class _Form:
 
 def is_leaf_folder(path: str | Path) -> bool:
     """Whether a folder has LEAF's layout."""
-    return bool(_part_files(Path(path)))
+    return bool(find_part_files(Path(path)))
 
 
 def load_leaf(
@@ -108,11 +108,11 @@ def read_leaf(
     form = _saved_form(extra) if extra else None
     problems: list[Problem] = []
     parts: dict[str, dict[str, Pair]] = {}
-    for part, files in _part_files_or_error(folder).items():
+    for part, files in part_files(folder).items():
         examples = parts[part] = {}
         for user in read_users(files, problems):
             form = form or _form_of(user, input_shape, input_kind)
-            examples[user.name] = _pair(user, form)
+            examples[user.name] = pair(user, form)
     if form is None:
         raise InputError(f"{folder} must hold at least one user, got none")
     if extra:
@@ -258,7 +258,7 @@ class _Json:
         self.at += 1
 
 
-def _part_files(folder: Path) -> dict[str, list[Path]]:
+def find_part_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each part, in order of their names; empty if the folder has not LEAF's layout."""
     for root in (folder, folder / "data"):
         files = {part: sorted((root / part).glob("*.json")) for part in (*PARTS, WHOLE)}
@@ -269,13 +269,13 @@ def _part_files(folder: Path) -> dict[str, list[Path]]:
     return {}
 
 
-def _part_files_or_error(folder: Path) -> dict[str, list[Path]]:
-    if files := _part_files(folder):
+def part_files(folder: Path) -> dict[str, list[Path]]:
+    if files := find_part_files(folder):
         return files
     raise InputError(f"{folder} must hold train/*.json and test/*.json, or all_data/*.json, got no such files")
 
 
-def _form_of(user: LeafUser, input_shape: list[int] | None, input_kind: str | None) -> _Form:
+def _form_of(user: LeafUser, input_shape: list[int] | None, input_kind: str | None) -> Form:
     characters = isinstance(user.x[0], str)
     if characters:
         shape: tuple[int, ...] = (len(user.x[0]),)
@@ -287,14 +287,14 @@ def _form_of(user: LeafUser, input_shape: list[int] | None, input_kind: str | No
         except ValueError:
             shape = ()
     kind = np.dtype(np.uint8 if characters else np.int32 if input_kind == "token" else np.float32)
-    return _Form(characters, shape, kind, np.dtype(np.int64))
+    return Form(characters, shape, kind, np.dtype(np.int64))
 
 
-def _pair(user: LeafUser, form: _Form) -> Pair:
+def pair(user: LeafUser, form: Form) -> Pair:
     return _inputs(user, form), _labels(user, form)
 
 
-def _inputs(user: LeafUser, form: _Form) -> np.ndarray:
+def _inputs(user: LeafUser, form: Form) -> np.ndarray:
     if form.characters:
         if not all(isinstance(text, str) and len(text) == form.shape[0] for text in user.x):
             raise InputError(f"{user.place}: x must hold strings of {form.shape[0]} characters, as the first user's do")
@@ -311,7 +311,7 @@ def _inputs(user: LeafUser, form: _Form) -> np.ndarray:
     return _exactly(given, form.x_dtype, user.place).reshape(-1, *form.shape)
 
 
-def _labels(user: LeafUser, form: _Form) -> np.ndarray:
+def _labels(user: LeafUser, form: Form) -> np.ndarray:
     if form.characters:
         if not all(isinstance(text, str) and len(text) == 1 for text in user.y):
             raise InputError(f"{user.place}: y must hold strings of 1 character, got others")
@@ -335,7 +335,7 @@ def _exactly(given: np.ndarray, dtype: np.dtype, place: str) -> np.ndarray:
 
 
 def _three_parts(
-    parts: dict[str, dict[str, Pair]], form: _Form, seed: int, problems: list[Problem]
+    parts: dict[str, dict[str, Pair]], form: Form, seed: int, problems: list[Problem]
 ) -> tuple[list[str], deque[list[Pair]]]:
     """The clients that have, or can be given, all three parts; the others are left out with a warning."""
     kept: list[str] = []
@@ -415,6 +415,6 @@ def _saved_spec(extra: dict[str, Any]) -> DatasetSpec:
     return DatasetSpec(**fields)
 
 
-def _saved_form(extra: dict[str, Any]) -> _Form:
+def _saved_form(extra: dict[str, Any]) -> Form:
     shape = tuple(extra["spec"]["input_shape"])
-    return _Form(extra["characters"], shape, np.dtype(extra["x_dtype"]), np.dtype(extra["y_dtype"]))
+    return Form(extra["characters"], shape, np.dtype(extra["x_dtype"]), np.dtype(extra["y_dtype"]))
