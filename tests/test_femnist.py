@@ -190,6 +190,13 @@ def test_a_label_that_is_no_class_is_found(tmp_path):
         assert problem.startswith(f"client 'f1': labels must be in 0..{last}, got {(y == y[0]).sum()} others")
 
 
+def test_a_wrong_num_samples_is_told(leaf):
+    file = min(Path(leaf).glob("all_data/*.json"))
+    file.write_text(file.read_text().replace('"num_samples": [40,', '"num_samples": [39,'))
+    (problem,) = femnist.load(folder=leaf).tolerated
+    assert problem.message.startswith("client 'f0000_14': num_samples must be 40")
+
+
 def test_the_hub_is_asked_once(cache, monkeypatch):
     monkeypatch.setattr(femnist, "BATCH", 7)  # the last batch is a smaller one
     first = femnist.load()

@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from fedtune import rng
+from fedtune.data.checks import Problem
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.leaf import Form, pair, part_files, read_users
+from fedtune.data.leaf import Form, pair
+from fedtune.data.leaf_files import Beside, part_files, read_users
 from fedtune.data.sources import cache_folder
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
@@ -42,6 +44,7 @@ class Images(NamedTuple):
     y: Int64[np.ndarray, "image"]
     sizes: Integer[np.ndarray, "writer"]
     writers: list[str]
+    tolerated: list[Problem]
 
 
 def prepare() -> Path:
@@ -90,7 +93,7 @@ def load(
     dataset = FederatedDataset.from_partition(
         images.x, images.y, indices, name="femnist", num_classes=CLASSES[classes], scale=1 / 255, seed=seed
     )
-    return replace(dataset, client_ids=[images.writers[writer] for writer in kept])
+    return replace(dataset, client_ids=[images.writers[writer] for writer in kept], tolerated=images.tolerated)
 
 
 def _of_classes(images: Images, num_classes: int) -> list[Int64[np.ndarray, "_"]]:
@@ -113,10 +116,11 @@ def _fraction_of(sizes: Int64[np.ndarray, "writer"], fraction: float, seed: int)
 
 
 def _read_leaf(folder: Path) -> Images:
-    form = Form(False, (SIDE, SIDE), np.dtype(np.float32), np.dtype(np.int64))
+    form = Form(False, (SIDE, SIDE), np.dtype(np.float32), (), np.dtype(np.int64))
+    beside = Beside([], {})
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for files in part_files(folder).values():
-        for user in read_users(files, []):
+        for user in read_users(files, beside):
             x, y = pair(user, form)
             if not (x.min() >= 0 and x.max() <= 1):
                 raise InputError(f"{user.place}: x must be in 0..1, got {x.min()} to {x.max()}")
@@ -127,7 +131,7 @@ def _read_leaf(folder: Path) -> Images:
     pairs = [each for writer in writers for each in found[writer]]
     sizes = [sum(len(y) for _, y in found[writer]) for writer in writers]
     x, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-    return Images(x, y, np.array(sizes), writers)
+    return Images(x, y, np.array(sizes), writers, beside.tolerated)
 
 
 def _ask_hub() -> Any:
@@ -178,4 +182,4 @@ def _read_saved(folder: Path) -> Images:
         writers = json.loads((folder / "writers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder} is damaged: {error}; remove it, then `fedtune data prepare femnist`") from error
-    return Images(np.asarray(x), np.asarray(y), np.asarray(sizes), writers)
+    return Images(np.asarray(x), np.asarray(y), np.asarray(sizes), writers, [])

@@ -76,6 +76,7 @@ def load(
         name="shakespeare",
         window=WINDOW,
         num_classes=UNKNOWN + 1,
+        characters=True,
     )
 
 
