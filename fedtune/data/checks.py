@@ -57,13 +57,14 @@ def in_client_order(problems: Iterable[Problem], client_ids: Sequence[str]) -> l
 
 
 def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Problem]:
-    """Every problem of a data set: duplicate ids, then client by client, then what concerns several clients.
+    """Every problem of a data set: what was tolerated in its files, duplicate ids, then client by client, then what
+    concerns several clients.
 
     A quick check looks at all ids and at the size and place of all parts. Where the examples take more than
     QUICK_BYTES, it reads so many only: the first ones in each part of up to QUICK_CLIENTS clients, spread evenly. So in
     the others NaN, a wrong label, or a test example that also stands in train, goes unseen.
     """
-    problems = repeated_ids(dataset.client_ids)
+    problems = [*dataset.tolerated, *repeated_ids(dataset.client_ids)]
     if dataset.text is not None and (wrong := _outside(dataset.text, dataset.spec.num_classes)).any():
         message = f"text: characters must be in 0..{dataset.spec.num_classes - 1}, got {wrong.sum()} others, such as "
         problems.append(Problem(f"{message}{dataset.text[wrong][0]}", "characters outside the range"))

@@ -15,6 +15,8 @@ from fedtune.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedtune.data.checks import Problem
+
 PARTS = ("train", "validation", "test")
 DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
 LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
@@ -72,6 +74,9 @@ class FederatedDataset:
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
     text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
+    characters: bool = False  # whether the tokens are LEAF's characters, those of `fedtune.data.text`
+    hierarchies: Sequence[Any] | None = None  # what LEAF's files say that each client belongs to, such as a play
+    tolerated: "Sequence[Problem]" = ()  # warnings about the files it was read from
 
     def __post_init__(self) -> None:
         kinds = DTYPE_KINDS[self.spec.input_kind]
@@ -264,16 +269,18 @@ class FederatedDataset:
         name: str,
         window: int,
         num_classes: int,
+        characters: bool = False,
     ) -> "FederatedDataset":
         """Next-character prediction: example i is `text[i : i + window]`, its label `text[i + window]`.
 
+        `characters` says that the text's tokens are those of `fedtune.data.text`, which LEAF's files hold as strings.
         x is a view of the text: copied whole, it would take `window` times as much memory.
         """
         if not 1 <= window < len(text):
             raise InputError(f"window must be 1 to {len(text) - 1} (the text has {len(text)} characters), got {window}")
         spec = DatasetSpec((window,), "token", num_classes)
         y = text[window:].astype(np.int64)
-        return cls(name, spec, _windows(text, window), y, client_ids, ranges, text)
+        return cls(name, spec, _windows(text, window), y, client_ids, ranges, text, characters)
 
     @classmethod
     def from_shared(cls, spec: DatasetSpec, arrays: Mapping[str, np.ndarray]) -> "FederatedDataset":

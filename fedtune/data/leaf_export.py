@@ -1,4 +1,4 @@
-"""Data sets written in the JSON form of LEAF; `fedtune.data.leaf` describes it and reads them."""
+"""Data sets written in the JSON form of LEAF, which `fedtune.data.leaf` reads again."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from fedtune.data.checks import first_of, repeated_ids
 from fedtune.data.federated_dataset import PARTS, FederatedDataset
 from fedtune.data.leaf import EXTRA
-from fedtune.data.text import UNKNOWN, decode_rows
+from fedtune.data.text import decode_rows
 from fedtune.errors import InputError
 
 
@@ -19,7 +19,7 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
     """Write the data set into a new folder, from which `from_leaf` makes it again to the bit.
 
     A file is written user by user, and the folder appears when it is complete. An example's numbers become one list, as
-    LEAF has it. Windows of a text become strings if its tokens are LEAF's characters.
+    LEAF has it; windows of LEAF's characters become strings.
     """
     folder = Path(folder)
     if users_per_file < 1:
@@ -51,7 +51,10 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
 def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: Sequence[int]) -> None:
     sizes = dataset.num_examples(part)
     users = [dataset.client_ids[client] for client in clients]
-    head = json.dumps({"users": users, "num_samples": [int(sizes[client]) for client in clients]})
+    beside: dict[str, Any] = {"users": users, "num_samples": [int(sizes[client]) for client in clients]}
+    if dataset.hierarchies is not None:
+        beside["hierarchies"] = [dataset.hierarchies[client] for client in clients]
+    head = json.dumps(beside)
     stream.write(f'{head[:-1]}, "user_data": {{')
     for place, client in enumerate(clients):
         stream.write(", " if place else "")
@@ -61,14 +64,9 @@ def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: S
 
 def _user_data(dataset: FederatedDataset, client: int, part: str) -> dict[str, Any]:
     x, y = dataset.examples(client, part)
-    if _is_characters(dataset):
+    if dataset.characters:
         return {"x": decode_rows(x), "y": decode_rows(y[:, None])}
     return {"x": x.reshape(len(x), -1).tolist() if x.ndim > 1 else x.tolist(), "y": y.tolist()}
-
-
-def _is_characters(dataset: FederatedDataset) -> bool:
-    """Whether the tokens are LEAF's 80 characters and the unknown one: of a text of so many classes, they are."""
-    return dataset.text is not None and dataset.text.dtype.kind == "u" and dataset.spec.num_classes == UNKNOWN + 1
 
 
 def _extra(dataset: FederatedDataset) -> dict[str, Any]:
@@ -78,6 +76,6 @@ def _extra(dataset: FederatedDataset) -> dict[str, Any]:
         "spec": dataclasses.asdict(dataset.spec),
         "x_dtype": dataset.x.dtype.str,
         "y_dtype": dataset.y.dtype.str,
-        "characters": _is_characters(dataset),
+        "characters": dataset.characters,
         "client_ids": list(dataset.client_ids),
     }

@@ -1,0 +1,185 @@
+"""FEMNIST: handwritten digits and letters, one client a writer (LEAF: Caldas et al. 2018, arXiv 1812.01097).
+
+The images come from the Hugging Face hub or from a folder of LEAF's JSON files. From both an image is LEAF's: upright,
+black on white, unlike MNIST's white on black; held as bytes, of which a model gets LEAF's numbers, 0 for ink to 1 for
+paper. Classes 0–9 are the digits, 10–35 the capital letters, 36–61 the small ones.
+
+`fraction` and `min_samples` are LEAF's: writers in random order until they hold that fraction of all images, the last
+one cut to fit; then those with too few are left out. Departures: the fraction is of all files together, a writer with
+min_samples images is kept, and the parts are drawn from all of a writer's images, in whatever part of LEAF's folder
+they stand: its own split is what `fedtune train FOLDER` uses.
+"""
+
+import json
+import tempfile
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, Integer, UInt8
+
+from fedtune import rng
+from fedtune.data.checks import Problem
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.leaf import Form, pair
+from fedtune.data.leaf_files import Beside, part_files, read_users
+from fedtune.data.sources import cache_folder
+from fedtune.errors import InputError, UnknownNameError
+from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
+
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml").read_text())
+CLASSES = {"all": 62, "digits": 10}
+SIDE = 28
+HUB_NAME = "flwrlabs/femnist"
+HUB_TIMEOUT = 5.0  # seconds in which the hub must answer: its own client would try again for more than 30
+BATCH = 1000  # images that are decoded at a time
+
+
+class Images(NamedTuple):
+    """All images, writer after writer, in the order of their names."""
+
+    x: UInt8[np.ndarray, "image 28 28"]
+    y: Int64[np.ndarray, "image"]
+    sizes: Integer[np.ndarray, "writer"]
+    writers: list[str]
+    tolerated: list[Problem]
+
+
+def prepare() -> Path:
+    """The folder of the hub's images as arrays, downloaded if it is not there yet."""
+    folder = cache_folder("femnist") / "hub"
+    if not folder.is_dir():
+        images = _ask_hub()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+            complete = Path(scratch) / "hub"
+            complete.mkdir()
+            _save(images, complete)
+            complete.rename(folder)
+    return folder
+
+
+def load(
+    *,
+    folder: str | None = None,
+    classes: str = "all",
+    fraction: float = 1.0,
+    min_samples: int = MIN_SAMPLES,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> FederatedDataset:
+    """The writers' images of `classes`, "all" or "digits", from LEAF's files in `folder`; None means from the hub.
+
+    Writers with fewer than min_samples images are left out; of one with more than max_samples so many are drawn at
+    random, None meaning all.
+    """
+    if classes not in CLASSES:
+        raise UnknownNameError("classes", classes, CLASSES)
+    check_sampling(fraction, min_samples, max_samples)
+    images = _read_saved(prepare()) if folder is None else _read_leaf(Path(folder))
+    own = _of_classes(images, CLASSES[classes])
+    wanted = _fraction_of(np.array([len(chosen) for chosen in own]), fraction, seed)
+    kept = np.flatnonzero(wanted >= min_samples).tolist()
+    if not kept:
+        raise InputError(
+            f"fraction and min_samples must leave a writer, got {fraction} and {min_samples}; the most that one of "
+            f"{len(own)} then has is {wanted.max()}"
+        )
+    indices = [
+        rng.stream(seed, "images", writer).permutation(own[writer])[: wanted[writer]][:max_samples] for writer in kept
+    ]
+    dataset = FederatedDataset.from_partition(
+        images.x, images.y, indices, name="femnist", num_classes=CLASSES[classes], scale=1 / 255, seed=seed
+    )
+    return replace(dataset, client_ids=[images.writers[writer] for writer in kept], tolerated=images.tolerated)
+
+
+def _of_classes(images: Images, num_classes: int) -> list[Int64[np.ndarray, "_"]]:
+    """Where each writer's images of the first classes stand; labels that are none are kept, for the check to find."""
+    ends = images.sizes.cumsum()
+    used = (images.y < num_classes) | (images.y >= max(CLASSES.values()))
+    return [
+        start + np.flatnonzero(used[start:stop])
+        for start, stop in zip((ends - images.sizes).tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def _fraction_of(sizes: Int64[np.ndarray, "writer"], fraction: float, seed: int) -> Int64[np.ndarray, "writer"]:
+    """How many images are used of each writer, for a fraction of all."""
+    order = rng.stream(seed, "writers").permutation(len(sizes))
+    missing = int(fraction * sizes.sum()) - (sizes[order].cumsum() - sizes[order])
+    wanted = np.empty_like(sizes)
+    wanted[order] = np.clip(missing, 0, sizes[order])
+    return wanted
+
+
+def _read_leaf(folder: Path) -> Images:
+    form = Form(False, (SIDE, SIDE), np.dtype(np.float32), (), np.dtype(np.int64))
+    beside = Beside([], {})
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for files in part_files(folder).values():
+        for user in read_users(files, beside):
+            x, y = pair(user, form)
+            if not (x.min() >= 0 and x.max() <= 1):
+                raise InputError(f"{user.place}: x must be in 0..1, got {x.min()} to {x.max()}")
+            found.setdefault(user.name, []).append((np.rint(x * 255).astype(np.uint8), y))
+    if not found:
+        raise InputError(f"{folder} must hold at least one user, got none")
+    writers = sorted(found)
+    pairs = [each for writer in writers for each in found[writer]]
+    sizes = [sum(len(y) for _, y in found[writer]) for writer in writers]
+    x, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    return Images(x, y, np.array(sizes), writers, beside.tolerated)
+
+
+def _ask_hub() -> Any:
+    """The hub's `datasets.Dataset`; InputError if it can't be had."""
+    from huggingface_hub import HfApi
+
+    import datasets  # takes a second
+
+    hub = HfApi()
+    try:
+        hub.dataset_info(HUB_NAME, timeout=HUB_TIMEOUT)
+        return datasets.load_dataset(HUB_NAME, split="train")
+    except Exception as error:  # of several libraries, without a class in common
+        raise InputError(
+            f"cannot get {HUB_NAME} from {hub.endpoint}: {' '.join(str(error).split()) or type(error).__name__}. Go "
+            "online, then `fedtune data prepare femnist`; or make LEAF's files (https://github.com/TalwalkarLab/leaf, "
+            "data/femnist) and use them with `--set data.folder=PATH`"
+        ) from error
+
+
+def _save(images: Any, folder: Path) -> None:
+    """Writes the hub's data set as arrays, sorted by writer; a writer's images keep their order."""
+    for column in ("image", "writer_id", "character"):
+        if column not in images.column_names:
+            raise UnknownNameError(f"column of {HUB_NAME}", column, images.column_names)
+    writers, codes = np.unique(np.array(images["writer_id"][:]), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.uint8, (len(order), SIDE, SIDE))
+    pictures = images.select_columns("image").with_format("numpy")
+    for start in range(0, len(order), BATCH):
+        batch = np.asarray(pictures[start : start + BATCH]["image"])
+        if batch.shape[1:] != (SIDE, SIDE) or batch.dtype != np.uint8:
+            raise InputError(
+                f"images of {HUB_NAME} must be 28 x 28 bytes, got {batch.dtype} of shape {batch.shape[1:]}"
+            )
+        x[place[start : start + BATCH]] = batch
+    x.flush()
+    np.save(folder / "y.npy", np.array(images["character"][:], np.int64)[order])
+    np.save(folder / "sizes.npy", np.bincount(codes))
+    (folder / "writers.json").write_text(json.dumps(writers.tolist()), encoding="utf-8")
+
+
+def _read_saved(folder: Path) -> Images:
+    try:
+        x, y, sizes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in Images._fields[:3])
+        writers = json.loads((folder / "writers.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder} is damaged: {error}; remove it, then `fedtune data prepare femnist`") from error
+    return Images(np.asarray(x), np.asarray(y), np.asarray(sizes), writers, [])
