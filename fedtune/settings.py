@@ -208,20 +208,19 @@ def _split_key(key: str) -> list[str]:
     return [part.strip().strip("\"'") for part in key.split(".")]
 
 
-def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:
+def _merge(target: dict[str, Any], layer: Mapping[str, Any], in_space: bool = False) -> None:
     for key, value in layer.items():
         # A domain of the search space is one value: {uniform = ...} replaces {log_uniform = ...}.
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict) and not _is_domain(value):
-            _merge(target[key], value)
-        elif isinstance(value, Mapping):
-            target[key] = {}
-            _merge(target[key], value)
+        if isinstance(value, Mapping):
+            if not isinstance(target.get(key), dict) or (in_space and _is_domain(value)):
+                target[key] = {}
+            _merge(target[key], value, in_space or key == "space")
         else:
             target[key] = value
 
 
 def _is_domain(value: Mapping[str, Any]) -> bool:
-    return len(value) == 1 and isinstance(next(iter(value.values())), list) and "tuners" not in value
+    return len(value) == 1 and isinstance(next(iter(value.values())), list)
 
 
 def _input_error(error: ValidationError, model: type[BaseModel]) -> InputError:

@@ -1,8 +1,10 @@
 """What the figures show, read off the figures themselves."""
 
 import math
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,25 @@ def test_histogram_counts_every_client_once(figures: list[Figure], sizes: list[i
     low, high = axes.get_xlim()
     assert low < min(sizes) <= max(sizes) < high
     assert f"median {np.median(sizes):,.0f}" in "".join(text.get_text() for text in axes.texts)
+
+
+@pytest.mark.parametrize("sizes", [[3, 5000], [5000, 3, 4800], [21, 60, 90, 500], [7] * 30, [3] * 9 + [999], [12, 40]])
+def test_numbers_on_a_histogram_are_plain_and_do_not_overlap(figures: list[Figure], sizes: list[int]) -> None:
+    plots.plot_stats(a_dataset(sizes), Path("figure.png"))
+    figure, axes = figures[0], figures[0].axes[1]
+    figure.draw_without_rendering()
+    shown = [
+        label
+        for label in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True))
+        if label.get_text() and axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]
+    ]
+    assert len(shown) > 1
+    assert all(re.fullmatch(r"[\d,]+", label.get_text()) for label in shown)
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    (median,) = [text for text in axes.texts if "median" in text.get_text()]
+    inside = axes.get_window_extent()
+    assert inside.x0 < median.get_window_extent().x0 < median.get_window_extent().x1 < inside.x1
 
 
 def test_figures_are_wide_enough_to_read(tmp_path: Path) -> None:

@@ -19,6 +19,13 @@ def test_a_domain_is_replaced_not_merged():
     assert resolve([BASE, *layers]).space.client["dropout"] == {"choice": [0.0, 0.5]}
 
 
+def test_a_list_elsewhere_does_not_replace_its_table():
+    layers = [{"data": {"features": ["height"]}}, {"model": {"name": "mlp", "hidden": [9]}}, {"model": {"hidden": [7]}}]
+    settings = resolve([BASE, *layers])
+    assert settings.data == {"name": "digits", "features": ["height"]}
+    assert settings.model == {"name": "mlp", "hidden": [7]}
+
+
 def test_layers_are_not_changed():
     layer = {"client": {"learning_rate": 0.1}}
     resolve([BASE, layer, {"client": {"learning_rate": 0.5}}])

@@ -1,6 +1,6 @@
-"""Tables as data sets: a pandas DataFrame, or a CSV or Parquet file, with a row an example and a client column."""
+"""Tables as data sets, a row an example and a client column: a pandas DataFrame, or a CSV, Parquet or Arrow file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import pandas as pd
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
 
-SUFFIXES = (".csv", ".parquet")
+ARROW_SUFFIXES = (".arrow", ".feather")
+SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
 
 
 def load_table(
@@ -20,18 +21,31 @@ def load_table(
     label: str,
     features: Sequence[str] | None = None,
     objective: str = "classification",
-    standardize: bool = True,
+    standardize: bool | None = None,
+    mapped: bool = False,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The data set of a CSV or Parquet file; the options are those of `from_frame`."""
+    """The data set of a file; the options are those of `from_frame`.
+
+    With `mapped` an Arrow file is mapped into memory, not read: see `fedtune.data.arrow`. Its features then stay as
+    they are, and a client's parts are its first rows, the next and the last. `standardize` None means unless mapped.
+    """
     path = Path(path)
+    if mapped:
+        from fedtune.data.arrow import map_table
+
+        if path.suffix not in ARROW_SUFFIXES:
+            raise InputError(f"a mapped table must be a file that ends in {' or '.join(ARROW_SUFFIXES)}, got {path}")
+        if standardize:
+            raise InputError("standardize must be false for a mapped table, whose numbers stay in the file, got true")
+        return map_table(path, client=client, label=label, features=features, objective=objective)
     return from_frame(
         read_frame(path),
         client=client,
         label=label,
         features=features,
         objective=objective,
-        standardize=standardize,
+        standardize=standardize is not False,
         seed=seed,
         name=path.stem,
     )
@@ -42,6 +56,8 @@ def read_frame(path: Path) -> pd.DataFrame:
     if path.suffix not in SUFFIXES:
         raise InputError(f"a table must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
     try:
+        if path.suffix in ARROW_SUFFIXES:
+            return pd.read_feather(path)
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise InputError(f"the table {path} can't be read: {' '.join(str(error).split())}") from error
@@ -65,12 +81,7 @@ def from_frame(
     others, such as strings, are numbered in their order. The further options are those of
     `FederatedDataset.from_clients`.
     """
-    for column in (client, label, *(features or ())):
-        if column not in frame.columns:
-            raise UnknownNameError("column", column, frame.columns)
-    chosen = [column for column in frame.columns if column not in (client, label)] if features is None else [*features]
-    if not chosen:
-        raise InputError(f"a table must have a column beside {client!r} and {label!r}, got none")
+    chosen = feature_columns(frame.columns, client, label, features)
     for column in chosen:
         if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
             raise InputError(
@@ -87,7 +98,7 @@ def from_frame(
         std = x.std(axis=0, dtype=np.float64)
         std[~(std > 0)] = 1.0  # constant, or not finite: the check names its clients
         x = ((x - x.mean(axis=0, dtype=np.float64)) / std).astype(np.float32)
-    y, num_classes = _labels(frame[label], objective)
+    y, num_classes = labels_of(frame[label], objective)
     codes, names = pd.factorize(frame[client], sort=True)
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
@@ -97,7 +108,21 @@ def from_frame(
     )
 
 
-def _labels(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
+def feature_columns(columns: Iterable[str], client: str, label: str, features: Sequence[str] | None) -> list[str]:
+    """The features among the columns of a table: those chosen, or all but the other two."""
+    columns = [*columns]
+    for column in (client, label, *(features or ())):
+        if column not in columns:
+            raise UnknownNameError("column", column, columns)
+    chosen = [column for column in columns if column not in (client, label)] if features is None else [*features]
+    if taken := {client, label} & {*chosen}:
+        raise InputError(f"features must be other columns than the client and the label, got {min(taken)!r}")
+    if not chosen:
+        raise InputError(f"a table must have a column beside {client!r} and {label!r}, got none")
+    return chosen
+
+
+def labels_of(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
     """The labels as numbers, and how many classes there are; None leaves that to the largest."""
     if objective == "regression":
         if not pd.api.types.is_numeric_dtype(column):

@@ -24,8 +24,9 @@ DPI = 150  # 1200 pixels at a width of 8 inches
 LOG_FROM = 4.0  # ratio of largest to smallest value from which a logarithmic axis shows more
 LABEL_GAP = 0.065  # between the labels of lines, as a share of the axis
 LOG_SIZES_FROM = 20
-BINS = 30
+BINS, LOG_BINS = 30, 20
 MAX_ROWS = 200  # clients in a heat map
+MAX_COLUMNS = 300  # labels in a heat map that are drawn sharply
 
 
 class Line(NamedTuple):
@@ -98,29 +99,31 @@ def _heat_map(figure: Figure, axes: Axes, dataset: FederatedDataset) -> None:
     rows = min(dataset.num_clients, MAX_ROWS)
     shares = label_shares(dataset, np.linspace(0, dataset.num_clients - 1, rows).round().astype(np.int64))
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
-    image = axes.imshow(
-        shares[order], aspect="auto", cmap="Blues", norm=PowerNorm(0.5, vmin=0), interpolation="nearest"
-    )
+    # Blurred where there are too many labels for a pixel each: else some would not be seen.
+    blur = "nearest" if shares.shape[1] <= MAX_COLUMNS else "auto"
+    image = axes.imshow(shares[order], aspect="auto", cmap="Blues", norm=PowerNorm(0.5, vmin=0), interpolation=blur)
     shown = f"all {rows:,}" if rows == dataset.num_clients else f"{rows} of {dataset.num_clients:,}"
-    axes.set_title("Which labels does a client have?", loc="left", fontsize=11, fontweight="bold", color=INK)
+    _panel_title(axes, "Which labels does a client have?", "colour: share of the client's examples")
     axes.set_xlabel(f"label ({dataset.name})", color=INK)
     axes.set_ylabel(f"client ({shown}, by most frequent label)", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02, aspect=30)
-    bar.set_label("share of the client's examples", color=INK)
     bar.outline.set_visible(False)
 
 
 def _size_histogram(axes: Axes, sizes: Int[np.ndarray, "client"]) -> None:
-    """How many clients have how many examples; logarithmic bins when sizes differ much."""
+    """How many clients have how many examples; logarithmic bins when sizes differ much. Edges lie between numbers."""
     low, high = int(sizes.min()), int(sizes.max())
+    bins = min(BINS, math.ceil(2 * math.sqrt(len(sizes))))
     if low > 0 and high > LOG_SIZES_FROM * low:
         axes.set_xscale("log")
-        edges = np.geomspace(low, high + 1, BINS + 1).tolist()
+        edges = (np.unique(np.geomspace(low, high + 1, min(bins, LOG_BINS) + 1).round()) - 0.5).tolist()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        width = max(math.ceil((high - low + 1) / BINS), math.ceil(high / 40), 1)
+        width = max(math.ceil((high - low + 1) / bins), math.ceil(high / 40), 1)
         bins = math.ceil((high - low + 1) / width)
         first = math.floor((low + high - width * bins) / 2) + 0.5
         edges = [first + width * number for number in range(bins + 1)]
@@ -131,11 +134,13 @@ def _size_histogram(axes: Axes, sizes: Int[np.ndarray, "client"]) -> None:
     axes.margins(y=0.12)
     median = float(np.median(sizes))
     axes.axvline(median, color=COLOURS[1], linewidth=1.5)
-    axes.set_title("How many examples?", loc="left", fontsize=11, fontweight="bold", color=INK)
+    _panel_title(axes, "How many examples?", "of all parts: train, validation and test")
+    place = axes.transAxes.inverted().transform(axes.transData.transform((median, 0)))[0]
     axes.annotate(
-        f" median {median:,.0f}",
+        f" median {median:,.0f} ",
         (median, 1.0),
         xycoords=axes.get_xaxis_transform(),
+        ha="left" if place < 0.5 else "right",
         va="top",
         color=COLOURS[1],
         fontsize=9,
@@ -143,7 +148,13 @@ def _size_histogram(axes: Axes, sizes: Int[np.ndarray, "client"]) -> None:
     axes.set_xlabel("examples of a client", color=INK)
     axes.set_ylabel("clients", color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _quiet(axes)
+
+
+def _panel_title(axes: Axes, question: str, says: str) -> None:
+    axes.set_title(question, loc="left", fontsize=11, fontweight="bold", color=INK, pad=18)
+    axes.text(0, 1.02, says, transform=axes.transAxes, fontsize=9, color=MUTED)
 
 
 def _lines(bands: pd.DataFrame, x: str, tuners: Sequence[str]) -> list[Line]:

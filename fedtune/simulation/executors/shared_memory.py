@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.data.mapped import Place, place_of
+
 Shape = tuple[int, ...]
 
 
@@ -42,20 +44,19 @@ class SharedArray:
 
 
 class MappedFile:
-    """A numpy array that is a file mapped into memory. Among a starting process's arguments it arrives as one there."""
+    """An array in a file that is mapped into memory. Among a starting process's arguments it arrives as one there."""
 
-    def __init__(self, array: np.memmap) -> None:
-        self.array = array
+    def __init__(self, place: Place) -> None:
+        self.place = place
 
     def __reduce__(self) -> tuple[Callable[..., np.ndarray], tuple[Any, ...]]:
-        return np.memmap, (self.array.filename, self.array.dtype, "r", self.array.offset, self.array.shape)
+        return Place.map, (self.place,)
 
 
 def share(array: np.ndarray) -> SharedArray | MappedFile:
-    """The array as an argument for a starting process: a whole mapped file as it is, anything else copied."""
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-        return MappedFile(array)
-    return SharedArray.copy_of(array)
+    """The array as an argument for a starting process: a mapped file, or a view of one, as it is; else a copy."""
+    place = place_of(array)
+    return SharedArray.copy_of(array) if place is None else MappedFile(place)
 
 
 def receive(connection: Connection) -> np.ndarray:
