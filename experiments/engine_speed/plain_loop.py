@@ -1,6 +1,6 @@
 """The plain loop: a copy of the model, a DataLoader and an optimiser for each client, a mean of state_dicts.
 
-    python plain_loop.py MODEL PLANS
+python plain_loop.py MODEL PLANS
 """
 
 import copy

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 SAMPLE_SECONDS = 0.05
 END_SECONDS = 60
+CORES = len(os.sched_getaffinity(0))
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -39,7 +40,7 @@ class RunningEngine:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         command = [engine.python, str(Path(__file__).parent / engine.script), model, str(folder), *engine.arguments]
-        self._log = folder / "log.txt"
+        self._log = folder / f"log-{engine.script}-{'-'.join(engine.arguments)}.txt"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
@@ -48,7 +49,9 @@ class RunningEngine:
     def __enter__(self) -> "RunningEngine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         started = _descendants(self._process.pid)
         self._process.stdin.close()
         try:
@@ -70,7 +73,7 @@ class RunningEngine:
         return float(answer)
 
     def memory_during(self, cohort_size: int, rounds: int) -> float:
-        """The most memory in GiB that all its processes held at once during these rounds; what they share counts once."""
+        """The most memory in GiB that its processes held at once during these rounds; what they share counts once."""
         most, done = 0, threading.Event()
 
         def sample() -> None:

@@ -1,7 +1,7 @@
 """fedtune: whole rounds through its strategy and grid, on the executor of that name, several federations in flight.
 
-    python with_fedtune.py MODEL PLANS serial|pool FEDERATIONS
-    python with_fedtune.py plan PLANS COHORT_SIZE ROUNDS      writes the plan that the other engines follow
+python with_fedtune.py MODEL PLANS serial|pool FEDERATIONS
+python with_fedtune.py plan PLANS COHORT_SIZE ROUNDS      writes the plan that the other engines follow
 """
 
 import sys

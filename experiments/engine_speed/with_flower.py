@@ -1,6 +1,6 @@
 """Flower's own simulation on Ray: its FedAvg, an actor a core, and a ClientApp in the manner of its PyTorch template.
 
-    python with_flower.py MODEL PLANS
+python with_flower.py MODEL PLANS
 """
 
 import copy

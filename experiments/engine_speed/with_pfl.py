@@ -1,6 +1,6 @@
 """pfl-research: its federated averaging and simulated backend, over one process or several, as torchrun starts them.
 
-    python with_pfl.py MODEL PLANS PROCESSES
+python with_pfl.py MODEL PLANS PROCESSES
 """
 
 import itertools
@@ -41,7 +41,7 @@ def start_others(processes: int) -> list[subprocess.Popen]:
 
 
 class Relay:
-    """The lines of stdin, each passed on to the other processes before this one heeds it."""
+    """The lines of stdin, each passed on to the other processes before this one heeds it; only this one writes files."""
 
     def __init__(self, others: list[subprocess.Popen]) -> None:
         self._others = others
@@ -49,7 +49,7 @@ class Relay:
     def __iter__(self) -> Any:
         for line in iter(sys.__stdin__.readline, ""):
             for other in self._others:
-                other.stdin.write(line.encode())
+                other.stdin.write(f"{line.rsplit(maxsplit=1)[0]} -\n".encode())
                 other.stdin.flush()
             yield line
         for other in self._others:

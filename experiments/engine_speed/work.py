@@ -4,6 +4,7 @@ Engines run in environments of their own, so this needs no more than torch, NumP
 """
 
 import functools
+import itertools
 import os
 import sys
 import time
@@ -85,7 +86,7 @@ def load(model: str) -> tuple[nn.Module, list[Part]]:
     parts = []
     for start in range(0, len(y), EXAMPLES):
         ends = start, start + TRAIN, start + TRAIN + VALIDATION
-        parts.append(Part(*(TensorDataset(inputs[a:b], y[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))))
+        parts.append(Part(*(TensorDataset(inputs[a:b], y[a:b]) for a, b in itertools.pairwise(ends))))
     return make_module(model), parts
 
 
