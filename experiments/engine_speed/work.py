@@ -1,0 +1,147 @@
+"""The work of a round, the same for every engine, and how an engine is told to do it.
+
+Engines run in environments of their own, so this needs no more than torch, NumPy and fedtune's models.
+"""
+
+import functools
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedtune import rng
+from fedtune.data.federated_dataset import DatasetSpec
+from fedtune_clients import models
+
+MODELS = {  # by their [model] tables
+    "logistic": {"name": "logistic"},
+    "mlp": {"name": "mlp"},
+    "cnn": {"name": "cnn"},
+    "lstm": {"name": "lstm", "hidden": 32, "layers": 1},  # that of shakespeare.toml
+}
+SEED, NUM_CLIENTS = 0, 100
+TRAIN, VALIDATION, EXAMPLES = 100, 12, 124  # of a client; the rest is its test part
+IMAGE_CLASSES, CHARACTERS, WINDOW = 10, 80, 80
+LEARNING_RATE, BATCH_SIZE = 0.05, 20
+
+
+class Turn(NamedTuple):
+    """What a client trains on in one round."""
+
+    client: int
+    order: list[int]  # of its training examples
+
+
+class Part(NamedTuple):
+    """A client's examples in the form that the model gets."""
+
+    train: TensorDataset
+    validation: TensorDataset
+
+
+def make_spec(model: str) -> DatasetSpec:
+    """What a model must know about the examples."""
+    if model == "lstm":
+        return DatasetSpec((WINDOW,), "token", CHARACTERS)
+    return DatasetSpec((28, 28), "real", IMAGE_CLASSES, scale=1 / 255)
+
+
+def make_module(model: str) -> nn.Module:
+    """The model with the weights from which every engine starts."""
+    options = {name: value for name, value in MODELS[model].items() if name != "name"}
+    torch.manual_seed(SEED)
+    module: nn.Module = getattr(models, model)(make_spec(model), **options)
+    return module
+
+
+def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
+    """x and y, (client * example, ...): MNIST's shape, a pattern for each class under noise; or text at random."""
+    draws, size = rng.stream(SEED, "examples"), NUM_CLIENTS * EXAMPLES
+    if model == "lstm":
+        y = draws.integers(0, CHARACTERS, size)
+        return draws.integers(0, CHARACTERS, (size, WINDOW)).astype(np.uint8), y
+    patterns = draws.integers(0, 256, (IMAGE_CLASSES, 28, 28))
+    y = draws.integers(0, IMAGE_CLASSES, size)
+    return ((patterns[y] + draws.integers(0, 256, (size, 28, 28))) // 2).astype(np.uint8), y
+
+
+@functools.cache
+def load(model: str) -> tuple[nn.Module, list[Part]]:
+    """The first model, and each client's examples as tensors in memory: the first to train on, the next to validate on.
+
+    Once a process, whatever engine works there.
+    """
+    spec = make_spec(model)
+    x, y = map(torch.from_numpy, make_examples(model))
+    inputs = x.long() if spec.input_kind == "token" else x.float().mul_(spec.scale)
+    parts = []
+    for start in range(0, len(y), EXAMPLES):
+        ends = start, start + TRAIN, start + TRAIN + VALIDATION
+        parts.append(Part(*(TensorDataset(inputs[a:b], y[a:b]) for a, b in itertools.pairwise(ends))))
+    return make_module(model), parts
+
+
+def plan_path(folder: str | Path, cohort_size: int) -> Path:
+    """The file in which the plan for cohorts of this size lies."""
+    return Path(folder) / f"plan-{cohort_size}.npz"
+
+
+@functools.cache
+def read_plan(folder: str | Path, cohort_size: int) -> list[list[Turn]]:
+    """For each round, its cohort's turns."""
+    with np.load(plan_path(folder, cohort_size)) as plan:
+        return [
+            [Turn(client, order) for client, order in zip(clients, orders, strict=True)]
+            for clients, orders in zip(plan["clients"].tolist(), plan["orders"].tolist(), strict=True)
+        ]
+
+
+def train_plainly(module: nn.Module, part: Part, order: list[int]) -> dict[str, float]:
+    """Trains as most programs do, with a DataLoader and an optimiser made for it; what validation says afterwards."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
+    module.train()
+    for x, y in DataLoader(part.train, BATCH_SIZE, sampler=order):
+        optimizer.zero_grad()
+        cross_entropy(module(x), y).backward()
+        optimizer.step()
+    return measure(module, *part.validation.tensors)
+
+
+def measure(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """The mean loss and error."""
+    module.eval()
+    with torch.inference_mode():
+        logits = module(x)
+        return {"loss": cross_entropy(logits, y).item(), "error": (logits.argmax(1) != y).float().mean().item()}
+
+
+def take_stdout() -> TextIO:
+    """Where answers go; what libraries print goes to stderr from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def serve(answers: TextIO, train: Callable[[int, int], Tensor]) -> None:
+    """Answers each line "COHORT_SIZE ROUNDS FILE" with the seconds that `train` took for it.
+
+    `train` gives the flat weights after these rounds, which go to the file unless it is "-".
+    """
+    for line in sys.stdin:
+        cohort_size, rounds, path = line.split()
+        started = time.perf_counter()
+        weights = train(int(cohort_size), int(rounds))
+        seconds = time.perf_counter() - started
+        assert weights.isfinite().all()
+        if path != "-":
+            np.save(path, weights.detach().numpy())
+        print(seconds, file=answers, flush=True)
