@@ -54,7 +54,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     settings = resolve([read_settings(folder / "settings.toml")])
     hyperparameters = resolve_hyperparameters(settings)
     check_tuners(settings, hyperparameters.space)
-    results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, float_precision="round_trip"))
+    results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
     trials = _rows(folder / "trials.parquet", pd.read_parquet)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for name in settings.tuners:
