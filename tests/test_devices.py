@@ -280,3 +280,15 @@ def test_a_study_that_loses_every_job_says_so(tmp_path):
     table = {"drop_probability": 0.999, "on_drop": "lose"}
     with pytest.raises(InputError, match=r"tuner random, seed 0, lost all of its \d+ jobs"):
         fedtune.compare("digits", out=tmp_path / "run", devices=table, **{**SMALL, "tuners": ["random"]})
+
+
+@pytest.mark.parametrize("on_drop", ["retry", "lose", "worst"])
+def test_a_study_with_drops_is_rebuilt_from_its_journal(tmp_path, on_drop):
+    table = {"drop_probability": 0.15, "straggler_std": 1.0, "on_drop": on_drop}
+    settings = {**SMALL, "tuners": ["asha", "sha", "elimination"]}
+    options = {"elimination": {"num_configs": 4, "rounds_per_halving": 2}}
+    run = fedtune.compare("digits", out=tmp_path / "run", devices=table, tuner=options, **settings)
+    assert (run.results["dropped_jobs"] > 0).all()
+    studies = fedtune.replay(tmp_path / "run")
+    assert [study.rounds for study in studies] == run.results["rounds"].tolist()
+    assert all(study.finished and study.under_way == 0 for study in studies)
