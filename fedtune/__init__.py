@@ -7,6 +7,7 @@ The functions here do what the commands of the same names do:
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
     from fedtune.report.frames import Run
     from fedtune.settings import Settings
+    from fedtune.simulation.comparison import Comparison
     from fedtune.simulation.replay import ReplayedStudy
 
 __all__ = ["compare", "extend", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
@@ -46,19 +48,25 @@ def compare(
     out: str | Path | None = None,
     force: bool = False,
     listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    optuna: str | None = None,
     **settings: Any,
 ) -> "Run":
     """The run of several tuners at an equal budget, on a data set by name or as a settings file says.
 
     `settings` are laid over those of the data set or file: `max_rounds=27`, `client={"learning_rate": 0.1}`. `out` is
     the run folder, made anew (`force` overwrites an older run); None makes one under runs/. `listener` hears every
-    event.
+    event. `optuna` is the URL of an Optuna storage in which the trials appear too, for its dashboard.
     """
-    return run(resolve_settings(what, settings), out=out, force=force, listener=listener)
+    return run(resolve_settings(what, settings), out=out, force=force, listener=listener, optuna=optuna)
 
 
 def run(
-    settings: "Settings", *, out: str | Path | None, force: bool, listener: Callable[[dict[str, Any]], None]
+    settings: "Settings",
+    *,
+    out: str | Path | None,
+    force: bool,
+    listener: Callable[[dict[str, Any]], None],
+    optuna: str | None = None,
 ) -> "Run":
     """The run that resolved settings describe, with its figures drawn; see `compare`."""
     _start_workers_early(settings)
@@ -66,8 +74,9 @@ def run(
 
     comparison = prepare(settings)
     folder = Path(out) if out is not None else _new_folder(settings)
-    claim_folder(folder, settings, force=force)
-    comparison.run(folder, listener)
+    with _mirrored(listener, optuna, comparison, folder) as listener:
+        claim_folder(folder, settings, force=force)
+        comparison.run(folder, listener)
     return _draw(folder)
 
 
@@ -77,6 +86,7 @@ def resume(
     workers: int | None = None,
     executor: str | None = None,
     listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    optuna: str | None = None,
 ) -> "Run":
     """The run in a folder, brought to its end after it was stopped: to the bit as if it had never been."""
     from fedtune.errors import InputError
@@ -89,7 +99,9 @@ def resume(
     _start_workers_early(settings)
     from fedtune.simulation.comparison import prepare
 
-    prepare(settings).run(folder, listener)
+    comparison = prepare(settings)
+    with _mirrored(listener, optuna, comparison, folder) as listener:
+        comparison.run(folder, listener)
     return _draw(folder)
 
 
@@ -98,19 +110,17 @@ def extend(
     *,
     num_configs: int | None = None,
     total_rounds: int | None = None,
-    workers: int | None = None,
-    executor: str | None = None,
-    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    **keywords: Any,
 ) -> "Run":
     """The finished run in a folder, gone on with: each study draws up to `num_configs` configurations in all.
 
-    `total_rounds` is each study's new budget; None is what so many configurations can use at most.
+    `total_rounds` is each study's new budget; None is what so many configurations can use at most. The other keywords
+    are those of `resume`.
     """
     from fedtune.simulation.extension import extend_run
 
-    folder = Path(folder)
-    extend_run(folder, num_configs, total_rounds)
-    return resume(folder, workers=workers, executor=executor, listener=listener)
+    extend_run(Path(folder), num_configs, total_rounds)
+    return resume(folder, **keywords)
 
 
 def replay(folder: str | Path) -> "list[ReplayedStudy]":
@@ -153,6 +163,19 @@ def _start_workers_early(settings: "Settings") -> None:
 
     if settings.executor != "serial":
         start_forkserver()  # imports torch over there while we import it here
+
+
+def _mirrored(
+    listener: Callable[[dict[str, Any]], None], storage: str | None, comparison: "Comparison", folder: Path
+) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    if storage is None:
+        return nullcontext(listener)
+    from fedtune.report.optuna_mirror import OptunaMirror
+    from fedtune.simulation.study import digest
+
+    settings = comparison.settings
+    decided_by = f"{digest(settings)}, {settings.total_rounds} rounds"
+    return OptunaMirror(storage, folder.resolve().name, decided_by, comparison.hyperparameters.space, listener)
 
 
 def _draw(folder: Path) -> "Run":

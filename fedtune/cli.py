@@ -37,6 +37,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite an older run in 
 Workers = Annotated[int | None, typer.Option(help="Processes to use; 0 is one a core. Never changes a number.")]
 Device = Annotated[str | None, typer.Option(help="Where clients train, e.g. cpu or cuda.")]
 ExecutorName = Annotated[str | None, typer.Option(help="auto, serial or pool.")]
+Optuna = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Show the trials in this Optuna storage as well, e.g. sqlite:///trials.db."),
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds to train for.")]
 MaxRounds = Annotated[int | None, typer.Option(help="Rounds that one configuration may get in a search.")]
 TotalRounds = Annotated[int | None, typer.Option(help="Rounds that each tuner may spend in all.")]
@@ -53,6 +57,7 @@ def train(
     seeds: Seeds = None,
     out: Out = None,
     force: Force = False,
+    optuna: Optuna = None,
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
@@ -60,7 +65,7 @@ def train(
     """Train one federation under fixed hyperparameters."""
     budget = {"max_rounds": rounds, "total_rounds": rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    _run(what, {"tuners": ["manual"], **budget, **flags}, model, assignments, out, force)
+    _run(what, {"tuners": ["manual"], **budget, **flags}, model, assignments, out, force, optuna)
 
 
 @app.command()
@@ -79,6 +84,7 @@ def tune(
     seeds: Seeds = None,
     out: Out = None,
     force: Force = False,
+    optuna: Optuna = None,
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
@@ -89,14 +95,14 @@ def tune(
         given |= {"--seed": seed, "--seeds": seeds, "--device": device, "--force": force or None}
         if too_much := [name for name, value in given.items() if value is not None]:
             raise InputError(f"--extend keeps the settings of its run, got {too_much[0]}")
-        _extend(extend, num_configs, total_rounds, workers, executor)
+        _extend(extend, num_configs, total_rounds, workers=workers, executor=executor, optuna=optuna)
         return
     if what is None:
         raise InputError("tune needs a data set or a settings file, or --extend and a run folder, got neither")
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
     options = {} if num_configs is None else {"tuner": {tuner: {"num_configs": num_configs}}}
-    _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force)
+    _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force, optuna)
 
 
 @app.command()
@@ -111,6 +117,7 @@ def compare(
     seeds: Seeds = None,
     out: Out = None,
     force: Force = False,
+    optuna: Optuna = None,
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
@@ -123,19 +130,22 @@ def compare(
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
     flags["parallel_studies"] = parallel_studies
-    _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force)
+    _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force, optuna)
 
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="A run folder.")], workers: Workers = None, executor: ExecutorName = None
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    optuna: Optuna = None,
+    workers: Workers = None,
+    executor: ExecutorName = None,
 ) -> None:
     """Go on with a run that was stopped; the numbers are those of a run that never was."""
     import fedtune
     from fedtune.report.live import LiveProgress
 
     with LiveProgress() as progress:
-        finished = fedtune.resume(run, workers=workers, executor=executor, listener=progress)
+        finished = fedtune.resume(run, workers=workers, executor=executor, listener=progress, optuna=optuna)
     _show(finished)
 
 
@@ -256,7 +266,13 @@ def main() -> None:
 
 
 def _run(
-    what: str, flags: dict[str, Any], model: str | None, assignments: list[str] | None, out: Path | None, force: bool
+    what: str,
+    flags: dict[str, Any],
+    model: str | None,
+    assignments: list[str] | None,
+    out: Path | None,
+    force: bool,
+    optuna: str | None,
 ) -> None:
     import fedtune
     from fedtune.report.live import LiveProgress
@@ -267,25 +283,16 @@ def _run(
     given = {name: value for name, value in flags.items() if value is not None}
     settings = fedtune.resolve_settings(what, *layers, given)
     with LiveProgress() as progress:
-        run = fedtune.run(settings, out=out, force=force, listener=progress)
+        run = fedtune.run(settings, out=out, force=force, listener=progress, optuna=optuna)
     _show(run)
 
 
-def _extend(
-    run: Path, num_configs: int | None, total_rounds: int | None, workers: int | None, executor: str | None
-) -> None:
+def _extend(run: Path, num_configs: int | None, total_rounds: int | None, **where: Any) -> None:
     import fedtune
     from fedtune.report.live import LiveProgress
 
     with LiveProgress() as progress:
-        longer = fedtune.extend(
-            run,
-            num_configs=num_configs,
-            total_rounds=total_rounds,
-            workers=workers,
-            executor=executor,
-            listener=progress,
-        )
+        longer = fedtune.extend(run, num_configs=num_configs, total_rounds=total_rounds, listener=progress, **where)
     _show(longer)
 
 

@@ -15,7 +15,7 @@ from fedtune.errors import UnknownNameError
 from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
 
-EVENTS = ("plan", "round", "lost", "incumbent", "study_end", "warning")
+EVENTS = ("plan", "ask", "round", "lost", "tell", "drop", "incumbent", "study_end", "warning")
 REFRESHES_PER_SECOND = 5
 
 
@@ -99,6 +99,8 @@ class LiveProgress:
                 self._plan(event)
             case "study_end":
                 self._study_end(event)
+            case "ask" | "tell" | "drop":
+                pass
             case other:
                 raise UnknownNameError("event", other, EVENTS)
 

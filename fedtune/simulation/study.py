@@ -149,6 +149,7 @@ class Study:
             dropped=drop_time is not None,
             **plan(job.trial),
         )
+        self._say("ask", job, attempt=number, **plan(job.trial))
         if drop_time is not None:
             return RunningJob(job, number, finishes, True, history, iter(()), int((ends <= drop_time).sum()))
         training = self._train(job, history, (now + ends).tolist(), finishes)
@@ -173,6 +174,7 @@ class Study:
         score = history.scores[job.rounds] = history.tail("validation_error")
         self._journal.decide("tell", trial=number, rung=job.rung, rounds=job.rounds, time=self._loop.time, score=score)
         self._store.told(number, job.rounds)
+        self._say("tell", job, score=score)
         self._scores.append(Score(number, job.rounds, score))
         best = incumbent(self._scores)
         assert best is not None
@@ -193,6 +195,11 @@ class Study:
         self._journal.decide(
             "drop", trial=job.trial.number, rung=job.rung, rounds=job.rounds, time=self._loop.time, then=then
         )
+        self._say("drop", job, then=then)
+
+    def _say(self, event: str, job: Job, **fields: Any) -> None:
+        about = {"tuner": self.name, "seed": self.seed, "trial": job.trial.number}
+        self._listener({"event": event, **about, "rung": job.rung, "rounds": job.rounds, **fields})
 
     def _fate(self, job: Job, number: int, told: int) -> tuple[float | None, Float[np.ndarray, "round"]]:
         """When the attempt is dropped, None if it is not, and when each of its rounds ends, counted from its start."""

@@ -1,0 +1,207 @@
+"""A run's trials in an Optuna storage, for `optuna-dashboard` to show them live. It listens, and decides nothing."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from fedtune.errors import InputError
+from fedtune.tuning.space import Choice, Domain, Integer, LogUniform, PowerOfTwo, SearchSpace, Uniform
+
+try:
+    import optuna
+except ModuleNotFoundError as error:
+    raise InputError(f"--optuna needs the package optuna (pip install 'optuna>=4'): {error}") from None
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+
+@dataclass
+class MirroredTrial:
+    """A trial as the storage has it: `values` are its scores by rounds."""
+
+    storage_id: int
+    finished: bool = False
+    values: dict[int, float] = field(default_factory=dict)
+    drops: int = 0  # of its jobs
+
+
+class OptunaMirror:
+    """A listener that passes every event on to `listener` and writes the trials into the storage at `url`.
+
+    Each study of ours is one of Optuna's, `<run>/<tuner>-seed<n>`, minimised. Its trials have the scores as
+    intermediate values by rounds, and are RUNNING, paused ones too, until the study ends: then COMPLETE with their last
+    score, or FAIL where that is NaN or missing. What is searched is a parameter, of a pool's centre where there is a
+    pool; the user attributes `config`, with all values, and `fedtune_trial` say the rest.
+
+    Optuna lets no finished trial go on: of a run that is extended, it gets the new trials alone.
+
+    A study that is there is gone on with if it was `decided_by` the same settings, and its trials are found by
+    `fedtune_trial`. Otherwise InputError is raised, as for a storage that can't be opened. If the storage fails later,
+    `listener` hears one warning, and the storage nothing more.
+    """
+
+    def __init__(
+        self, url: str, run: str, decided_by: str, space: SearchSpace, listener: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._run = run
+        self._decided_by = decided_by
+        self._domains = {f"client.{name}": domain for name, domain in space.client.items()}
+        self._domains |= {f"server.{name}": domain for name, domain in space.server.items()}
+        self._listener = listener
+        self._failed = False
+        self._studies: dict[tuple[str, int], int] = {}
+        self._trials: dict[tuple[str, int], dict[int, MirroredTrial]] = {}
+        try:
+            self._storage = RDBStorage(url)
+            studies = self._storage.get_all_studies()
+        except Exception as error:  # which ones, the database's driver says
+            raise InputError(
+                f"--optuna must be the URL of a database that opens, such as sqlite:///trials.db, got {url!r}: "
+                f"{_reason(error)}"
+            ) from None
+        for study in studies:
+            ours = study.study_name.startswith(f"{run}/")
+            if ours and study.user_attrs.get("fedtune_settings", decided_by) != decided_by:
+                self._close()
+                raise InputError(
+                    f"--optuna must hold no study of another run of this name, got {study.study_name} in {url!r}: "
+                    "give another storage, or another --out"
+                )
+
+    def __enter__(self) -> "OptunaMirror":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self._listener(event)
+        if self._failed:
+            return
+        try:
+            self._mirror(event)
+        except Exception as error:  # whatever it is, the run does not need the mirror
+            self._failed = True
+            message = f"the Optuna storage failed, and gets no more of this run: {_reason(error)}"
+            self._listener({"event": "warning", "message": message})
+
+    def _mirror(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "plan":
+                for study in event["studies"]:
+                    self._find_or_make_study(study["tuner"], study["seed"])
+            case "ask":
+                self._ask(event)
+            case "tell":
+                self._tell(event)
+            case "drop":
+                self._drop(event)
+            case "study_end":
+                self._end(event)
+
+    def _find_or_make_study(self, tuner: str, seed: int) -> None:
+        name = f"{self._run}/{tuner}-seed{seed}"
+        try:
+            study_id = self._storage.get_study_id_from_name(name)
+        except KeyError:
+            with _quiet():
+                study_id = self._storage.create_new_study([StudyDirection.MINIMIZE], name)
+        self._storage.set_study_user_attr(study_id, "fedtune_settings", self._decided_by)
+        self._studies[tuner, seed] = study_id
+        self._trials[tuner, seed] = {
+            trial.user_attrs["fedtune_trial"]: MirroredTrial(
+                self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number),
+                trial.state.is_finished(),
+                trial.intermediate_values,
+            )
+            for trial in self._storage.get_all_trials(study_id)
+        }
+
+    def _ask(self, event: Mapping[str, Any]) -> None:
+        study, number = (event["tuner"], event["seed"]), event["trial"]
+        if number not in self._trials[study]:
+            storage_id = self._storage.create_new_trial(self._studies[study], self._as_optuna_trial(event))
+            self._trials[study][number] = MirroredTrial(storage_id)
+
+    def _as_optuna_trial(self, event: Mapping[str, Any]) -> FrozenTrial:
+        centre = {f"client.{name}": value for factor in event["pool"] for name, value in factor[0].items()}
+        values = centre | {f"server.{name}": value for name, value in event["server"].items()}
+        # A fixed value may lie outside of what is searched.
+        searched = {name: domain for name, domain in self._domains.items() if domain.contains(values[name])}
+        return create_trial(
+            state=TrialState.RUNNING,
+            params={name: values[name] for name in searched},
+            distributions={name: distribution(domain) for name, domain in searched.items()},
+            user_attrs={
+                "fedtune_trial": event["trial"],
+                "config": {"server": event["server"], "pool": event["pool"]},
+            },
+        )
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        trial, rounds, score = self._trial(event), event["rounds"], event["score"]
+        if not trial.finished and str(trial.values.get(rounds)) != str(score):  # as text, NaN equals itself
+            self._storage.set_trial_intermediate_value(trial.storage_id, rounds, score)
+            trial.values[rounds] = score
+
+    def _drop(self, event: Mapping[str, Any]) -> None:
+        trial = self._trial(event)
+        trial.drops += 1
+        if not trial.finished:
+            self._storage.set_trial_user_attr(trial.storage_id, "dropped_jobs", trial.drops)
+
+    def _end(self, event: Mapping[str, Any]) -> None:
+        for trial in self._trials[event["tuner"], event["seed"]].values():
+            score = trial.values[max(trial.values)] if trial.values else float("nan")
+            failed = score != score
+            if not trial.finished:
+                self._storage.set_trial_state_values(
+                    trial.storage_id,
+                    TrialState.FAIL if failed else TrialState.COMPLETE,
+                    None if failed else [score],
+                )
+
+    def _trial(self, event: Mapping[str, Any]) -> MirroredTrial:
+        return self._trials[event["tuner"], event["seed"]][event["trial"]]
+
+    def _close(self) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+
+def distribution(domain: Domain) -> BaseDistribution:
+    """Optuna's name for a domain; powers of two are whole numbers on a log scale."""
+    match domain:
+        case Uniform():
+            return FloatDistribution(domain.low, domain.high)
+        case LogUniform():
+            return FloatDistribution(domain.low, domain.high, log=True)
+        case Integer():
+            return IntDistribution(domain.low, domain.high)
+        case PowerOfTwo():
+            return IntDistribution(domain.low, domain.high, log=True)
+        case Choice():
+            return CategoricalDistribution(domain.options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Optuna from printing over a run's progress that it made a study."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in one line; a database's own words come first."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}".partition("\n")[0]
