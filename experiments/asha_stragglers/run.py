@@ -144,8 +144,9 @@ def draw_lines(axes: Axes, part: pd.DataFrame, measure: str) -> None:
     """A line and a band for each tuner."""
     for tuner, line in part.groupby("tuner", sort=False):
         x, mean, std = line["drop_probability"], line[f"{measure}_mean"], line[f"{measure}_std"]
-        axes.plot(x, mean, "o-", color=COLOURS[tuner], label=LABELS[tuner], markersize=3)
-        axes.fill_between(x, (mean - std).clip(lower=1), mean + std, color=COLOURS[tuner], alpha=0.2, linewidth=0)
+        colour = COLOURS[str(tuner)]
+        axes.plot(x, mean, "o-", color=colour, label=LABELS[str(tuner)], markersize=3)
+        axes.fill_between(x, (mean - std).clip(lower=1), mean + std, color=colour, alpha=0.2, linewidth=0)
     axes.grid(color="#E3E3E3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
