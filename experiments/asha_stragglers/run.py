@@ -28,6 +28,7 @@ STRAGGLER_STDS = (0.0, 0.1, 0.24, 0.56, 1.33)
 DROP_PROBABILITIES = (0.0, 0.0025, 0.005, 0.0075, 0.01)
 BLOCK = 4096  # errors drawn at once
 COLOURS = {"sha": "#D55E00", "asha": "#0072B2"}
+FATES = {"retry": "are retried", "lose": "are lost", "worst": "count as the worst"}
 LABELS = {"sha": "synchronous SHA", "asha": "ASHA"}
 
 
@@ -116,7 +117,7 @@ def run(cells: list[Cell], repeats: int, processes: int) -> pd.DataFrame:
 def plot(part: pd.DataFrame, path: Path) -> None:
     """Draws both panels of figure 3.2, one above the other, in a column for each straggler standard deviation."""
     stds = part["straggler_std"].unique()
-    figure = Figure(figsize=(1.5 + 1.9 * len(stds), 4.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(1.5 + 1.8 * len(stds), 4.6), dpi=90, layout="constrained")
     panels = figure.subplots(2, len(stds), sharex=True, sharey="row", squeeze=False)
     for column, std in zip(panels.T, stds, strict=True):
         for axes, measure in zip(column, ("trained", "first"), strict=True):
@@ -127,12 +128,15 @@ def plot(part: pd.DataFrame, path: Path) -> None:
     panels[0, 0].set_ylim(bottom=0)
     panels[0, 0].legend(frameon=False, fontsize=8)
     panels[1, 0].set_ylabel("time of the first")
+    panels[1, 0].set_xticks([0, 0.005, 0.01])
     panels[1, 0].set_yscale("log")
+    panels[1, 0].set_ylim(bottom=MAX_ROUNDS * 0.8)
     panels[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1, 0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[1, 0].yaxis.set_minor_formatter(NullFormatter())
-    start = "resume from the checkpoint" if part["resumes"].iloc[0] else "start afresh"
-    figure.suptitle(f"Dropped jobs: {part['on_drop'].iloc[0]}. Promoted jobs {start}. Mean ± one standard deviation")
+    on_drop, resumes = part[["on_drop", "resumes"]].iloc[0]
+    fates = f"Promoted jobs {'resume' if resumes else 'start afresh'}, dropped ones {FATES[on_drop]}"
+    figure.suptitle(f"Who trains more to the end, and who is first? {fates}")
     figure.savefig(path)
 
 
@@ -140,8 +144,9 @@ def draw_lines(axes: Axes, part: pd.DataFrame, measure: str) -> None:
     """A line and a band for each tuner."""
     for tuner, line in part.groupby("tuner", sort=False):
         x, mean, std = line["drop_probability"], line[f"{measure}_mean"], line[f"{measure}_std"]
-        axes.plot(x, mean, "o-", color=COLOURS[tuner], label=LABELS[tuner], markersize=3)
-        axes.fill_between(x, (mean - std).clip(lower=1), mean + std, color=COLOURS[tuner], alpha=0.2, linewidth=0)
+        colour = COLOURS[str(tuner)]
+        axes.plot(x, mean, "o-", color=colour, label=LABELS[str(tuner)], markersize=3)
+        axes.fill_between(x, (mean - std).clip(lower=1), mean + std, color=colour, alpha=0.2, linewidth=0)
     axes.grid(color="#E3E3E3")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
