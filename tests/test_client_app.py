@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def context(partition=2, **run_config):
 def message(message_type, weights, **config):
     content = RecordDict()
     content["arrays"] = ArrayRecord({"weights": Array(weights.numpy())})
-    content["config"] = ConfigRecord({"seed": 5} | {f"client.{name}": value for name, value in CONFIG.items()} | config)
+    content["config"] = ConfigRecord({"seed": 5, "hyperparameters": json.dumps(CONFIG), **config})
     sent = Message(content, dst_node_id=9, message_type=message_type)
     stamp(sent, "question")
     return sent

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -92,8 +94,8 @@ def train_rounds(strategy, grid, weights, num_rounds):
 
 
 def message(arrays, client=0, message_type=MessageType.TRAIN, **config):
-    hyperparameters = {"client.learning_rate": 0.1, "client.epochs": 1}
-    record = ConfigRecord({"seed": 3, **hyperparameters, **config})
+    hyperparameters = {"learning_rate": 0.1, "epochs": 1} | config.pop("hyperparameters", {})
+    record = ConfigRecord({"seed": 3, "hyperparameters": json.dumps(hyperparameters), **config})
     content = RecordDict({"arrays": arrays, "config": record})
     return Message(content, dst_node_id=client + FIRST_NODE_ID, message_type=message_type)
 
@@ -160,7 +162,7 @@ def test_a_reply_says_which_message_of_which_node_it_answers(grid, initial):
 
 def test_a_program_that_raises_answers_with_an_error(grid, initial):
     arrays = pack(initial.numpy())
-    sent = [message(arrays, 0), message(arrays, 1, **{"client.learning_rate": -1.0})]
+    sent = [message(arrays, 0), message(arrays, 1, hyperparameters={"learning_rate": -1.0})]
     good, bad = sorted(grid.send_and_receive(sent), key=lambda reply: reply.metadata.src_node_id)
     assert good.has_content()
     assert (bad.error.code, bad.metadata.src_node_id) == (CLIENT_ERROR, 1 + FIRST_NODE_ID)
@@ -235,7 +237,7 @@ def test_a_push_becomes_one_batch_of_the_executor(initial):
     grid = ExecutorGrid(executor, NUM_CLIENTS)
     grid.order = 7.0
     arrays = pack(initial.numpy())
-    sent = [message(arrays, 4), message(arrays, 2, error_before=True, **{"client.epochs": 3})]
+    sent = [message(arrays, 4), message(arrays, 2, error_before=True, hyperparameters={"epochs": 3})]
     assert grid.ticket(grid.push_messages(sent)) == 0
     ((weights, tasks, order),) = executor.batches
     assert weights.data_ptr() == initial.data_ptr()  # not a copy

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import numpy as np
@@ -104,8 +105,7 @@ def clients(messages):
 
 def configs(messages):
     """The hyperparameters in each message."""
-    records = [message.content.config_records["config"] for message in messages]
-    return [{n.removeprefix("client."): v for n, v in record.items() if n.startswith("client.")} for record in records]
+    return [json.loads(message.content.config_records["config"]["hyperparameters"]) for message in messages]
 
 
 def seeds(messages):

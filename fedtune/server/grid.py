@@ -155,8 +155,8 @@ def _client(message: Message) -> int:
 
 
 def _check_alike(work: list[Message]) -> None:
-    arrays = work[0].content.array_records["arrays"]
-    if any(message.content.array_records["arrays"] is not arrays for message in work):
+    arrays = work[0].content["arrays"]
+    if any(message.content["arrays"] is not arrays for message in work):
         raise ValueError("all messages of a push must carry the same ArrayRecord, got several")
     if len({message.metadata.message_type for message in work}) > 1:
         raise ValueError("all work of a push must be of one message type, got several")

@@ -1,18 +1,20 @@
 """What the server and its clients tell each other: both ends, and every grid, write and read it here.
 
-A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", each
-hyperparameter as "client.NAME", for training "error_before", for evaluation "personalise". A reply holds the record
+A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", the JSON
+object "hyperparameters" (one value, since Flower checks each: that is a third of what a message costs), for training
+"error_before", for evaluation "personalise". A reply holds the record
 "metrics", and after training "arrays". A query is answered with the metric "client", the client's number.
 
 The run's configuration holds "settings", the TOML text of a run's settings.
 """
 
+import json
 import tomllib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,8 +22,6 @@ from fedtune.errors import InputError
 from fedtune.server.flower_compat import pack
 from fedtune.settings import Settings, resolve
 from fedtune.tuning.space import Config, Number
-
-PREFIX = "client."
 
 
 def run_settings(text: object) -> Settings:
@@ -37,22 +37,21 @@ def run_settings(text: object) -> Settings:
 
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
     """`config` and what one client is to train with."""
-    named = {f"{PREFIX}{name}": value for name, value in hyperparameters.items()}
-    return ConfigRecord({**config, "seed": seed, "error_before": error_before, **named})
+    text = json.dumps(dict(hyperparameters))
+    return ConfigRecord({**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
 
 
 def config_of(message: Message) -> ConfigRecord:
     """The record "config"."""
-    return message.content.config_records["config"]
+    record = message.content["config"]
+    assert isinstance(record, ConfigRecord)
+    return record
 
 
 def hyperparameters(message: Message) -> dict[str, Number]:
     """The client configuration to train with."""
-    return {
-        name.removeprefix(PREFIX): value
-        for name, value in config_of(message).items()
-        if name.startswith(PREFIX) and isinstance(value, int | float)
-    }
+    config: dict[str, Number] = json.loads(str(config_of(message)["hyperparameters"]))
+    return config
 
 
 def seed(message: Message) -> int:
@@ -70,12 +69,16 @@ def wants(message: Message, what: str) -> bool:
 
 def weights(message: Message) -> Float[Tensor, "weight"]:
     """The weights in a message or reply: a view, where nothing was serialised on the way."""
-    return torch.from_numpy(message.content.array_records["arrays"]["weights"].numpy())
+    record = message.content["arrays"]
+    assert isinstance(record, ArrayRecord)
+    return torch.from_numpy(record["weights"].numpy())
 
 
 def metrics(reply: Message) -> MetricRecord:
     """The record "metrics"."""
-    return reply.content.metric_records["metrics"]
+    record = reply.content["metrics"]
+    assert isinstance(record, MetricRecord)
+    return record
 
 
 def answer(
