@@ -228,4 +228,5 @@ def _check_type(annotation: Any, value: Any, name: str) -> None:
         return
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Input should be ").replace("an instance of Sequence", "a list")
+        message = message.replace("'str' instances are not allowed as a Sequence value", "a list")
         raise InputError(f"{name} must be {message}, got {value!r}") from None

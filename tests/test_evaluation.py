@@ -71,6 +71,10 @@ def test_the_standard_error_counts_clients_not_examples():
     assert np.isnan(standard_error(np.array([0.5, 0.1]), np.array([7.0, 0.0])))
 
 
+def test_the_standard_error_of_a_model_that_diverged_is_no_number():
+    assert np.isnan(standard_error(np.array([np.inf, np.inf, 0.1]), np.array([7.0, 7.0, 7.0])))
+
+
 def test_the_standard_error_is_how_much_the_mean_varies_between_draws_of_clients():
     """Over 4,000 draws a standard deviation is known to 1/sqrt(8,000), 1.1 %: 10 % is nine of these."""
     rng = np.random.default_rng(0)

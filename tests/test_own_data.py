@@ -124,6 +124,51 @@ def test_a_broken_file_is_one_line(tmp_path):
         fedtune.load(str(tmp_path / "none.csv"), client="a", label="b")
     with pytest.raises(InputError, match=r"the setting data\.client is missing"):
         fedtune.load(str(path), label="b")
+    with pytest.raises(InputError, match=r"data\.features must be a list, got 'size'"):
+        fedtune.load(str(path), client="a", label="b", features="size")
+
+
+def test_a_hole_does_not_spread_to_other_clients():
+    table = frame()
+    table.loc[table.user == "u3", "size"] = np.inf
+    dataset = from_frame(table, client="user", label="likes", features=["size", "age"])
+    (problem,) = dataset.check()
+    assert problem.startswith("client 'u3': x must be finite, got NaN or infinity in")
+    sizes = table["size"][table.user != "u3"].to_numpy(np.float32).astype(float)
+    x = np.concatenate([client_rows(dataset, number) for number in range(6) if number != 3])[:, 0]
+    np.testing.assert_allclose(np.sort(x), np.sort((sizes - sizes.mean()) / sizes.std()), rtol=1e-4)
+
+
+def test_a_frame_is_left_as_it_is():
+    table = frame().astype({"size": np.float32, "age": np.float32})
+    before = table.copy(deep=True)
+    from_frame(table, client="user", label="likes", features=["size", "age"])
+    pd.testing.assert_frame_equal(table, before)
+
+
+def test_everything_that_is_wrong_in_a_table_is_said_at_once(tmp_path):
+    table = frame().astype({"size": object}).drop(columns="price")
+    table.loc[1, "size"], table.loc[2, "user"], table.loc[[4, 9], "likes"] = "12 cm", None, None
+    table["day"] = "2024-05-01"
+    table.to_csv(tmp_path / "users.csv", index=False)
+    options = ["--set", "data.client=user", "--set", "data.label=likes"]
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "users.csv"), *options])
+    assert done.exit_code == 2
+    for said in (
+        "error: features must be numbers, got column 'size' of type ",
+        "such as '12 cm'; name the columns to use in features",
+        "error: features must be numbers, got column 'day' of type ",
+        "such as '2024-05-01'; name",
+        "error: column 'user' must have a value in every row, got none in 1 of 120, first in row 3",
+        "error: column 'likes' must have a value in every row, got none in 2 of 120, first in row 5",
+        "4 errors, 0 warnings",
+    ):
+        assert said in done.output, done.output
+
+
+def test_a_table_with_no_rows_is_said_to_have_none():
+    with pytest.raises(InputError, match="a table must have at least one row, got none"):
+        from_frame(frame()[:0], client="user", label="likes", features=["size"])
 
 
 def pairs():

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedtune.data.checks import BadDataError, Problem
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
 
@@ -82,22 +83,16 @@ def from_frame(
     `FederatedDataset.from_clients`.
     """
     chosen = feature_columns(frame.columns, client, label, features)
-    for column in chosen:
-        if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
-            raise InputError(
-                f"features must be numbers, got column {column!r} of type {frame[column].dtype}; name the columns to "
-                "use in features"
-            )
-    for column in (client, label):
-        if missing := int(frame[column].isna().sum()):
-            raise InputError(f"column {column!r} must have a value in every row, got none in {missing} of {len(frame)}")
     if frame.empty:
         raise InputError("a table must have at least one row, got none")
-    x = frame[chosen].to_numpy(np.float32, na_value=np.nan)
+    if problems := _column_problems(frame, client, label, chosen):
+        raise BadDataError(problems)
+    x = frame[chosen].to_numpy(np.float32, na_value=np.nan, copy=standardize)
     if standardize:
-        std = x.std(axis=0, dtype=np.float64)
-        std[~(std > 0)] = 1.0  # constant, or not finite: the check names its clients
-        x = ((x - x.mean(axis=0, dtype=np.float64)) / std).astype(np.float32)
+        for feature in x.T:
+            finite = feature[np.isfinite(feature)].astype(np.float64)  # of the rest the check says whose it is
+            if len(finite):
+                feature[...] = (feature - finite.mean()) / (finite.std() or 1.0)
     y, num_classes = labels_of(frame[label], objective)
     codes, names = pd.factorize(frame[client], sort=True)
     order = np.argsort(codes, kind="stable")
@@ -106,6 +101,28 @@ def from_frame(
     return FederatedDataset.from_clients(
         clients, name=name, objective=objective, **{"num_classes": num_classes, **options}
     )
+
+
+def _column_problems(frame: pd.DataFrame, client: str, label: str, features: Iterable[str]) -> list[Problem]:
+    """Every column that does not hold what it must."""
+    problems = []
+    for column in features:
+        if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
+            texts = frame[column][frame[column].map(lambda value: isinstance(value, str))]
+            wrong = texts[pd.to_numeric(texts, errors="coerce").isna()]
+            message = (
+                f"features must be numbers, got column {column!r} of type {frame[column].dtype}"
+                f"{f', such as {wrong.iloc[0]!r}' if len(wrong) else ''}; name the columns to use in features"
+            )
+            problems.append(Problem(message, "features that are no numbers"))
+    for column in (client, label):
+        if (missing := frame[column].isna()).any():
+            message = (
+                f"column {column!r} must have a value in every row, got none in {missing.sum()} of {len(frame)}, "
+                f"first in row {missing.argmax() + 1}"
+            )
+            problems.append(Problem(message, "missing values"))
+    return problems
 
 
 def feature_columns(columns: Iterable[str], client: str, label: str, features: Sequence[str] | None) -> list[str]:

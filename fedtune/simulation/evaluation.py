@@ -76,7 +76,8 @@ def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray,
     if num_clients < 2:
         return float("nan")
     mean = np.dot(sizes, errors) / sizes.sum()
-    deviations = sizes * (errors - mean)
+    with np.errstate(invalid="ignore"):  # the squared errors of a model that diverged are infinite
+        deviations = sizes * (errors - mean)
     return float(np.sqrt(num_clients / (num_clients - 1) * np.dot(deviations, deviations)) / sizes.sum())
 
 
