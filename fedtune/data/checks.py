@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 
 from fedtune.data.chunks import positions, rows
-from fedtune.data.federated_dataset import IGNORED, PARTS, FederatedDataset
+from fedtune.data.federated_dataset import IGNORED, PARTS, FederatedDataset, NumberedIds
 from fedtune.data.repeats import find_repeats
 from fedtune.errors import InputError
 
 QUICK_BYTES = 1 << 28  # of examples that a quick check reads
+QUICK_EXAMPLES = 1 << 20
 QUICK_CLIENTS = 1000
 
 
@@ -60,25 +61,23 @@ def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Pro
     """Every problem of a data set: what was tolerated in its files, duplicate ids, then client by client, then what
     concerns several clients.
 
-    A quick check looks at all ids and at the size and place of all parts. Where the examples take more than
-    QUICK_BYTES, it reads so many only: the first ones in each part of up to QUICK_CLIENTS clients, spread evenly. So in
-    the others NaN, a wrong label, or a test example that also stands in train, goes unseen.
+    A quick check looks at all ids and at the size and place of all parts. Where there are more than QUICK_EXAMPLES, or
+    they take more than QUICK_BYTES, it reads so many only: the first ones in each part of up to QUICK_CLIENTS clients,
+    spread evenly. So in the others NaN, a wrong label, or a test example that also stands in train, goes unseen.
     """
     problems = [*dataset.tolerated, *repeated_ids(dataset.client_ids)]
     if dataset.text is not None and (wrong := _outside(dataset.text, dataset.spec.num_classes)).any():
         message = f"text: characters must be in 0..{dataset.spec.num_classes - 1}, got {wrong.sum()} others, such as "
         problems.append(Problem(f"{message}{dataset.text[wrong][0]}", "characters outside the range"))
     misplaced = _misplaced_parts(dataset)
-    ranges = np.clip(dataset.ranges, 0, len(dataset.y))
-    clients = np.arange(dataset.num_clients)
-    if quick:
-        clients, ranges = _sample(dataset, ranges)
+    clients, ranges = _sample(dataset) if quick else _everything(dataset)
     found = [*_part_findings(dataset, misplaced), *_content_findings(dataset, clients, ranges)]
     in_place = ~misplaced[clients]
     repeats = find_repeats(dataset, ranges[in_place])
-    searched, test_sizes = clients[in_place], dataset.num_examples("test").tolist()
+    searched, test = clients[in_place], PARTS.index("test")
     for client, count in sorted(Counter(searched[repeats.own].tolist()).items()):
-        of_all = f"{count} of its {test_sizes[client]} test examples also stand in its train part"
+        start, stop = dataset.ranges[client, test].tolist()
+        of_all = f"{count} of its {stop - start} test examples also stand in its train part"
         found.append(_Finding(client, "test examples that also stand in train", of_all, "warning"))
     for client, kind, message, severity in sorted(found, key=itemgetter(0)):
         client_id = dataset.client_ids[client]
@@ -93,6 +92,8 @@ def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Pro
 
 def repeated_ids(client_ids: Sequence[str]) -> list[Problem]:
     """A problem for each id that several clients have."""
+    if isinstance(client_ids, NumberedIds):
+        return []
     return [
         Problem(f"client id {client_id!r} must be unique, got it {count} times", "ids that are not unique", client_id)
         for client_id, count in Counter(client_ids).items()
@@ -147,13 +148,13 @@ class _Content(NamedTuple):
 
 
 def _part_findings(dataset: FederatedDataset, misplaced: Bool[np.ndarray, "client"]) -> Iterator[_Finding]:
-    sizes = dataset.sizes()
     for client in np.flatnonzero(misplaced).tolist():
         message = f"its parts must lie within the {len(dataset.y)} examples and not overlap"
         yield _Finding(client, "misplaced parts", message)
-    for client, part in np.argwhere(sizes < 1).tolist():
-        message = f"{PARTS[part]} must have at least 1 example, got {sizes[client, part]} of the client's "
-        yield _Finding(client, "empty parts", f"{message}{sizes[client].sum()}")
+    for client, part in np.argwhere(dataset.ranges[..., 1] <= dataset.ranges[..., 0]).tolist():
+        sizes = (dataset.ranges[client, :, 1] - dataset.ranges[client, :, 0]).tolist()
+        message = f"{PARTS[part]} must have at least 1 example, got {sizes[part]} of the client's {sum(sizes)}"
+        yield _Finding(client, "empty parts", message)
 
 
 def _content_findings(
@@ -209,26 +210,33 @@ def _finite(name: str, array: Shaped[np.ndarray, "example ..."]) -> _Content:
     return _Content(f"NaN or infinity in {name}", array, _not_finite, says)
 
 
-def _sample(
-    dataset: FederatedDataset, ranges: Int64[np.ndarray, "client 3 2"]
-) -> tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_ 3 2"]]:
+def _everything(dataset: FederatedDataset) -> tuple[Int64[np.ndarray, "client"], Int64[np.ndarray, "client 3 2"]]:
+    """All clients, and their ranges as far as they lie within the arrays."""
+    return np.arange(dataset.num_clients), np.clip(dataset.ranges, 0, len(dataset.y))
+
+
+def _sample(dataset: FederatedDataset) -> tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_ 3 2"]]:
     """The clients that a quick check reads, and the ranges of what it reads of them."""
-    example_bytes = max(1, dataset.x[:1].nbytes + dataset.y[:1].nbytes)
-    if np.maximum(dataset.sizes(), 0).sum() * example_bytes <= QUICK_BYTES:
-        return np.arange(dataset.num_clients), ranges
-    num_clients = min(dataset.num_clients, QUICK_CLIENTS, max(1, QUICK_BYTES // (24 * example_bytes)))
+    limit = min(QUICK_EXAMPLES, QUICK_BYTES // max(1, dataset.x[:1].nbytes + dataset.y[:1].nbytes))
+    if np.maximum(dataset.sizes(), 0).sum() <= limit:
+        return _everything(dataset)
+    num_clients = min(dataset.num_clients, QUICK_CLIENTS, max(1, limit // 24))
     clients = np.linspace(0, dataset.num_clients - 1, num_clients).round().astype(np.int64)
-    limit = max(1, QUICK_BYTES // (len(PARTS) * num_clients * example_bytes))
-    starts, stops = ranges[clients, :, 0], ranges[clients, :, 1]
-    return clients, np.stack([starts, np.minimum(stops, starts + limit)], axis=2)
+    starts, stops = np.clip(dataset.ranges[clients], 0, len(dataset.y)).transpose(2, 0, 1)
+    stops = np.minimum(stops, starts + max(1, limit // (len(PARTS) * num_clients)))
+    return clients, np.stack([starts, stops], axis=2)
 
 
 def _misplaced_parts(dataset: FederatedDataset) -> Bool[np.ndarray, "client"]:
     """Whether a client's parts leave the arrays, run backwards or share an example."""
-    in_order = np.take_along_axis(dataset.ranges, dataset.ranges[..., :1].argsort(1), 1)
-    starts, stops = in_order[..., 0], in_order[..., 1]
-    misplaced: np.ndarray = (starts[:, 0] < 0) | (stops.max(1) > len(dataset.y)) | (stops < starts).any(1)
-    return misplaced | (starts[:, 1:] < stops[:, :-1]).any(1)
+    misplaced = np.zeros(dataset.num_clients, bool)
+    step = rows(dataset.ranges)
+    for some in (slice(start, start + step) for start in range(0, dataset.num_clients, step)):
+        ranges = dataset.ranges[some]
+        starts, stops = np.take_along_axis(ranges, ranges[..., :1].argsort(1), 1).transpose(2, 0, 1)
+        misplaced[some] = (starts[:, 0] < 0) | (stops.max(1) > len(dataset.y)) | (stops < starts).any(1)
+        misplaced[some] |= (starts[:, 1:] < stops[:, :-1]).any(1)
+    return misplaced
 
 
 def _outside(classes: Shaped[np.ndarray, "..."], num_classes: int) -> Bool[np.ndarray, "..."]:

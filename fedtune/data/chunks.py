@@ -22,7 +22,8 @@ def positions(
     """
     sizes = np.maximum(ranges[:, 1] - ranges[:, 0], 0)
     ends = sizes.cumsum()
+    offsets = ranges[:, 0] - (ends - sizes)
     for first in range(0, int(sizes.sum()), rows):
         number = np.arange(first, min(first + rows, int(ends[-1])))
         owner = np.searchsorted(ends, number, side="right")
-        yield owner, ranges[owner, 0] + number - (ends - sizes)[owner]
+        yield owner, number + offsets[owner]

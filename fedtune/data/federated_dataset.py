@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from jaxtyping import Int64, Integer, Shaped
@@ -58,6 +58,23 @@ class DatasetSpec:
     def num_outputs(self) -> int:
         """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
         return self.num_classes or math.prod(self.target_shape)
+
+
+class NumberedIds(Sequence[str]):
+    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
+
+    def __init__(self, num_clients: int) -> None:
+        self._numbers = range(num_clients)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return str(self._numbers[index]) if isinstance(index, int) else [str(number) for number in self._numbers[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,16 +239,19 @@ class FederatedDataset:
 
         Nothing is copied, so x and y may be memory-mapped files, larger than the memory. A client's parts are its first
         examples, the next and the last: shuffle them yourself where their order means something. y must have the
-        objective's dtype, int64 or float32; the targets of a regression stay as they are.
+        objective's dtype, int64 or float32; the targets of a regression stay as they are. num_classes None means the
+        largest label + 1, for which all of y is read.
         """
         if len(sizes) == 0 or sizes.min() < 0 or sizes.sum() != len(y):
             raise InputError(f"sizes must be a number >= 0 a client, {len(y)} in all, got {sizes.sum()} in all")
         parts = part_sizes(sizes.astype(np.int64), fractions)
-        stops = parts.cumsum().reshape(parts.shape)
-        ids = [str(client) for client in range(len(sizes))] if client_ids is None else client_ids
+        ranges = np.empty((len(sizes), 3, 2), np.int64)
+        ranges[..., 1] = parts.cumsum().reshape(parts.shape)
+        np.subtract(ranges[..., 1], parts, out=ranges[..., 0])
+        ids = NumberedIds(len(sizes)) if client_ids is None else client_ids
         classes = 0 if objective == "regression" else _num_classes(y, num_classes)
         spec = DatasetSpec(x.shape[1:], input_kind, classes, scale, objective, y.shape[1:])
-        return cls(name, spec, x, y, ids, np.stack([stops - parts, stops], axis=2))
+        return cls(name, spec, x, y, ids, ranges)
 
     @classmethod
     def from_partition(
@@ -287,7 +307,7 @@ class FederatedDataset:
         """The data set whose `shared()` gave the arrays, without its name and its clients' ids."""
         y, ranges, text = arrays["y"], arrays["ranges"], arrays.get("text")
         x = arrays["x"] if text is None else _windows(text, spec.input_shape[0])
-        return cls("", spec, x, y, [""] * len(ranges), ranges, text)
+        return cls("", spec, x, y, NumberedIds(len(ranges)), ranges, text)
 
     def shared(self) -> dict[str, np.ndarray]:
         """The arrays by name that `from_shared` makes the data set from, in another process: of a text, not its
@@ -302,7 +322,9 @@ class FederatedDataset:
 
     def num_examples(self, part: str) -> Int64[np.ndarray, "client"]:
         """How many examples each client has in one of PARTS."""
-        return self.sizes()[:, _part_number(part)]
+        starts, stops = self.ranges[:, _part_number(part)].T
+        sizes: np.ndarray = stops - starts
+        return sizes
 
     def examples(self, client: int, part: str) -> tuple[np.ndarray, np.ndarray]:
         """One client's (x, y) in one of PARTS: views, not copies."""

@@ -85,9 +85,7 @@ class Study:
         self._loop = EventLoop(
             tuner, self, settings.parallel_trials, "retry" if one_federation else settings.devices.on_drop
         )
-        self._devices = Devices(
-            settings, seed, dataset.ranges[:, 0, 1] - dataset.ranges[:, 0, 0], initial_weights.nbytes
-        )
+        self._devices = Devices(settings, seed, dataset.num_examples("train"), initial_weights.nbytes)
         self._tickets: dict[RunningJob, int] = {}  # that jobs in training wait for
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
