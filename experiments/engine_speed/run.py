@@ -19,6 +19,7 @@ from processes import CORES, Engine, RunningEngine
 
 FOLDER = Path(__file__).parent
 MODELS, COHORT_SIZES = ("logistic", "mlp", "lstm", "cnn"), (10, 50)
+CASES = [f"{model}:{cohort_size}" for model in MODELS for cohort_size in COHORT_SIZES]
 MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 40  # a measurement takes as many rounds as fill the first
 MEMORY_ROUNDS = 3
 IN_FLIGHT = 4  # trials at once, as a search has them
@@ -218,17 +219,20 @@ def plot(ratios: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each engine (default 5)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--cohort-sizes", nargs="+", default=list(COHORT_SIZES), choices=COHORT_SIZES, type=int)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, help="models and cohort sizes")
     arguments = parser.parse_args()
     repeats, rows = arguments.repeats, []
+    sizes: dict[str, list[int]] = {}
+    for case in arguments.cases:
+        model, _, cohort_size = case.partition(":")
+        sizes.setdefault(model, []).append(int(cohort_size))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_plans(folder)
         measurements = [
+            *(measure_rounds(*case, repeats, folder) for case in sizes.items()),
             *(measure_starts(model, repeats, folder) for model in STARTED),
             measure_flute_job(repeats, folder),
-            *(measure_rounds(model, arguments.cohort_sizes, repeats, folder) for model in arguments.models),
         ]
         for measurement in measurements:
             for measured in measurement:
