@@ -18,7 +18,8 @@ from peers import python_of
 from processes import CORES, Engine, RunningEngine
 
 FOLDER = Path(__file__).parent
-MODELS, COHORT_SIZES = ("logistic", "mlp", "cnn", "lstm"), (10, 50)
+MODELS, COHORT_SIZES = ("logistic", "mlp", "lstm", "cnn"), (10, 50)
+CASES = [f"{model}:{cohort_size}" for model in MODELS for cohort_size in COHORT_SIZES]
 MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 40  # a measurement takes as many rounds as fill the first
 MEMORY_ROUNDS = 3
 IN_FLIGHT = 4  # trials at once, as a search has them
@@ -75,7 +76,7 @@ class Measured(NamedTuple):
 ROUND, START, MEMORY, FLUTE = "milliseconds a round", "seconds to the first round", "GiB", "seconds"
 
 
-def measure_rounds(model: str, repeats: int, plans: Path) -> Iterator[Measured]:
+def measure_rounds(model: str, cohort_sizes: list[int], repeats: int, plans: Path) -> Iterator[Measured]:
     """What a round takes; the engines take turns. Raises unless one round leads them all to the same weights."""
     with ExitStack() as stack:
         running = {
@@ -83,7 +84,7 @@ def measure_rounds(model: str, repeats: int, plans: Path) -> Iterator[Measured]:
             for name, engine in ENGINES.items()
             if model in ONLY_FOR.get(name, MODELS)
         }
-        for cohort_size in COHORT_SIZES:
+        for cohort_size in cohort_sizes:
             check_equal_work(model, cohort_size, running, plans)
             rounds = {}
             for name, engine in running.items():
@@ -148,7 +149,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     The median, least and most over the repeats, a repeat's two measurements being taken within seconds of each other;
     and what was aimed at.
     """
-    rounds = rows[rows["what"] == ROUND].pivot_table("value", ["model", "cohort_size", "repeat"], "engine")
+    rounds = rows[rows["what"] == ROUND].pivot_table("value", ["model", "cohort_size", "repeat"], "engine", sort=False)
     lines = []
     for (model, cohort_size), part in rounds.groupby(level=["model", "cohort_size"], sort=False):
         for rival, ways in RIVALS.items():
@@ -161,11 +162,15 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 def tables(rows: pd.DataFrame, ratios: pd.DataFrame) -> Iterator[str]:
     """README.md's tables: what was measured, by engine, and how many times as fast the pool is."""
-    spread = rows.groupby(["what", "model", "cohort_size", "engine"], sort=False)["value"].apply(_with_range).unstack()
+    spread = (
+        rows.groupby(["what", "model", "cohort_size", "engine"], sort=False)["value"]
+        .apply(_with_range)
+        .unstack(sort=False)
+    )
     cases = {f"`{model}`, {size} clients: {what}": line for (what, model, size), line in spread.iterrows()}
     names = [name for name in ENGINES if name in spread]
     yield markdown(["", *names], ([case, *line[names].fillna("")] for case, line in cases.items()))
-    cells = ratios.apply(_with_target, axis=1).unstack()[list(RIVALS)]
+    cells = ratios.apply(_with_target, axis=1).unstack(sort=False)[list(RIVALS)]
     lines = ([f"`{model}`, {size} clients", *line] for (model, size), line in cells.iterrows())
     yield markdown(["times as fast as", *RIVALS], lines)
 
@@ -214,22 +219,27 @@ def plot(ratios: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each engine (default 5)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, help="models and cohort sizes")
     arguments = parser.parse_args()
     repeats, rows = arguments.repeats, []
+    sizes: dict[str, list[int]] = {}
+    for case in arguments.cases:
+        model, _, cohort_size = case.partition(":")
+        sizes.setdefault(model, []).append(int(cohort_size))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_plans(folder)
         measurements = [
-            *(measure_rounds(model, repeats, folder) for model in arguments.models),
+            *(measure_rounds(*case, repeats, folder) for case in sizes.items()),
             *(measure_starts(model, repeats, folder) for model in STARTED),
             measure_flute_job(repeats, folder),
         ]
-        for measured in itertools.chain.from_iterable(measurements):
-            print(*measured, file=sys.stderr, flush=True)
-            rows.append(measured)
-    frame = pd.DataFrame(rows)
-    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.4g")
+        for measurement in measurements:
+            for measured in measurement:
+                print(*measured, file=sys.stderr, flush=True)
+                rows.append(measured)
+            frame = pd.DataFrame(rows)  # as far as it is: a run takes long
+            frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.4g")
     ratios = compare(frame)
     plot(ratios, FOLDER / "figures" / "speed.png")
     print(*tables(frame, ratios), sep="\n\n")
