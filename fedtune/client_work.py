@@ -14,6 +14,8 @@ from fedtune.tuning.space import Config
 
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]  # a client program's `train`
 Device = str | torch.device
+Part = tuple[int, str]  # a client, and the name of one of its parts
+ErrorAndLoss = tuple[float, float]  # means over a part
 
 
 def train_client(
@@ -32,15 +34,13 @@ def train_client(
     `error` and `loss` are means over the validation part after training; `error_before` and `loss_before`, if asked
     for, are the same before it; `num_train` and `num_validation` count examples.
     """
-    before: Metrics = {}
+    before = None
     if error_before:
         model.load(weights)
-        ((error, loss),) = _measure(model, dataset, [(client, "validation")], device)
-        before = {"error_before": error, "loss_before": loss}
+        (before,) = measure(model, dataset, [(client, "validation")], device)
     trained = _trained(train, model, weights, dataset, client, config, seed, device)
-    ((error, loss),) = _measure(model, dataset, [(client, "validation")], device)
-    counts = {f"num_{part}": len(dataset.examples(client, part)[1]) for part in ("train", "validation")}
-    return trained, {"error": error, "loss": loss, **before, **counts}
+    (after,) = measure(model, dataset, [(client, "validation")], device)
+    return trained, update_metrics(dataset, client, after, before)
 
 
 def evaluate_clients(
@@ -57,15 +57,11 @@ def evaluate_clients(
     """
     model.load(weights)
     parts = [(client, part) for client in clients for part in ("validation", "test")]
-    measured = iter(_measure(model, dataset, parts, device))
-    results = []
-    for client in clients:
-        metrics: Metrics = {}
-        for part in ("validation", "test"):
-            metrics[f"{part}_error"], metrics[f"{part}_loss"] = next(measured)
-            metrics[f"num_{part}"] = len(dataset.examples(client, part)[1])
-        results.append(metrics)
-    return results
+    measured = measure(model, dataset, parts, device)
+    return [
+        evaluation_metrics(dataset, client, validation, test)
+        for client, validation, test in zip(clients, measured[::2], measured[1::2], strict=True)
+    ]
 
 
 def personalise_client(
@@ -81,6 +77,21 @@ def personalise_client(
     """The metrics of `evaluate_clients` for one client, after training on its train part."""
     trained = _trained(train, model, weights, dataset, client, config, seed, device)
     return evaluate_clients(model, trained, dataset, [client], device)[0]
+
+
+def update_metrics(dataset: FederatedDataset, client: int, after: ErrorAndLoss, before: ErrorAndLoss | None) -> Metrics:
+    """The metrics of `train_client`, of what was measured on the validation part."""
+    counts = {f"num_{part}": len(dataset.examples(client, part)[1]) for part in ("train", "validation")}
+    earlier = {} if before is None else {"error_before": before[0], "loss_before": before[1]}
+    return {"error": after[0], "loss": after[1], **earlier, **counts}
+
+
+def evaluation_metrics(dataset: FederatedDataset, client: int, validation: ErrorAndLoss, test: ErrorAndLoss) -> Metrics:
+    """The metrics of `evaluate_clients`, of what was measured on the two parts."""
+    metrics: Metrics = {}
+    for part, (error, loss) in (("validation", validation), ("test", test)):
+        metrics |= {f"{part}_error": error, f"{part}_loss": loss, f"num_{part}": len(dataset.examples(client, part)[1])}
+    return metrics
 
 
 def _trained(
@@ -99,17 +110,18 @@ def _trained(
     return model.flat
 
 
-def _measure(
-    model: FlatModel, dataset: FederatedDataset, parts: Sequence[tuple[int, str]], device: Device
-) -> list[tuple[float, float]]:
+def measure(model: FlatModel, dataset: FederatedDataset, parts: Sequence[Part], device: Device) -> list[ErrorAndLoss]:
     """The mean error and the mean loss of the model's weights on each of some clients' parts."""
     stored = [dataset.examples(client, part) for client, part in parts]
     x, y = (np.concatenate(arrays) for arrays in zip(*stored, strict=True))
     batches = [slice(start, start + EVALUATION_BATCH) for start in range(0, len(y), EVALUATION_BATCH)]
     results = [evaluate(model, make_examples(x[batch], y[batch], dataset.spec, device)) for batch in batches]
-    losses, errors = (torch.cat(values).cpu().numpy().astype(np.float64) for values in zip(*results, strict=True))
-    stops = np.cumsum([len(labels) for _, labels in stored])[:-1]
-    return [
-        (float(error.mean()), float(loss.mean()))
-        for error, loss in zip(np.split(errors, stops), np.split(losses, stops), strict=True)
-    ]
+    losses, errors = (torch.cat(values) for values in zip(*results, strict=True))
+    return _means(losses, errors, [len(labels) for _, labels in stored])
+
+
+def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[ErrorAndLoss]:
+    """The mean error and the mean loss of the first so many examples, of the next so many, and so on."""
+    stops = np.cumsum(sizes)[:-1]
+    parts = (np.split(values.cpu().numpy().astype(np.float64), stops) for values in (errors, losses))
+    return [(float(error.mean()), float(loss.mean())) for error, loss in zip(*parts, strict=True)]
