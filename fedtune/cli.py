@@ -36,7 +36,7 @@ Out = Annotated[Path | None, typer.Option(help="The run folder; by default a new
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an older run in --out.")]
 Workers = Annotated[int | None, typer.Option(help="Processes to use; 0 is one a core. Never changes a number.")]
 Device = Annotated[str | None, typer.Option(help="Where clients train, e.g. cpu or cuda.")]
-ExecutorName = Annotated[str | None, typer.Option(help="auto, serial or pool.")]
+ExecutorName = Annotated[str | None, typer.Option(help="auto, serial, pool or batched.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds to train for.")]
 MaxRounds = Annotated[int | None, typer.Option(help="Rounds that one configuration may get in a search.")]
 TotalRounds = Annotated[int | None, typer.Option(help="Rounds that each tuner may spend in all.")]

@@ -72,7 +72,7 @@ class Settings(Table):
     parallel_trials: Count = 4
     workers: int = Field(0, ge=0, strict=True)
     device: str = "cpu"
-    executor: Literal["auto", "serial", "pool"] = "auto"
+    executor: Literal["auto", "serial", "pool", "batched"] = "auto"
     data: dict[str, Any]
     model: dict[str, Any] = {"name": "mlp"}
     client: dict[str, Any] = {}
@@ -103,6 +103,11 @@ class Settings(Table):
                 "a tuner may spend no less than one configuration needs"
             )
         return self
+
+    @property
+    def batches_clients(self) -> bool:
+        """Whether clients train in one tensor program, whose numbers differ from the other executors' by rounding."""
+        return self.executor == "batched" or (self.executor == "auto" and self.device != "cpu")
 
     @property
     def evaluate_every(self) -> int:

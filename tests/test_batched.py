@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.flat_model import Examples, FlatModel

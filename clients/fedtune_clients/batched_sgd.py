@@ -106,8 +106,7 @@ def _train_bucket(
         with torch.no_grad():
             parameters = model.slices(weights[now])
             slopes = gradients(parameters, weights[now], x, y, counts[step, now], masks)
-            rates_now = Rates(*(None if column is None else column[now] for column in rates))
-            _sgd_step(parameters, slopes, [v[now] for v in velocities], model.slices(sent), rates_now)  # 4
+            _sgd_step(parameters, slopes, [v[now] for v in velocities], model.slices(sent), rates)  # 4
     return weights
 
 
@@ -169,8 +168,8 @@ def _sgd_step(
 
 
 def _beside(column: Tensor, tensor: Tensor) -> Tensor:
-    """The column in a shape that broadcasts along the first axis of the tensor."""
-    return column.view(-1, *[1] * (tensor.ndim - 1))
+    """The column, as far as the tensor's first axis goes, in a shape that broadcasts along it."""
+    return column[: len(tensor)].view(-1, *[1] * (tensor.ndim - 1))
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """A comparison: several studies, paired by seed, in one run folder. `train` and `tune` are comparisons of one tuner."""
 
+import functools
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ from fedtune.server.trials import (
 )
 from fedtune.settings import Settings, write_settings
 from fedtune.simulation.executors import num_workers
+from fedtune.simulation.executors.batched import BatchedMachine
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
@@ -62,7 +65,7 @@ class Comparison:
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
         results, timings = [], []
-        executor = self.make_executor()
+        executor = self.make_executor(lambda message: listener({"event": "warning", "message": message}))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
@@ -75,13 +78,15 @@ class Comparison:
             torch.set_num_threads(threads)
         write_frames(folder, results, timings)
 
-    def make_executor(self) -> Executor:
-        """The executor that the settings name; `auto` is the pool where there is more than one core, on the CPU."""
+    def make_executor(self, say: Callable[[str], None]) -> Executor:
+        """The executor that the settings name; `auto` is the pool on a CPU of several cores, and batched elsewhere."""
         settings = self.settings
         machine = MachineSettings(settings.model, client_program(settings), settings.device)
         workers = num_workers(settings.workers)
         if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
             return PoolExecutor(machine, self.dataset, workers)
+        if settings.batches_clients:
+            return SerialExecutor(machine, self.dataset, functools.partial(BatchedMachine, say=say))
         return SerialExecutor(machine, self.dataset)
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:

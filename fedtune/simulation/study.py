@@ -263,4 +263,6 @@ def digest(settings: Settings) -> str:
     fields = settings.model_dump(
         mode="json", exclude={"tuners", "seeds", "seed", "workers", "executor", "total_rounds"}
     )
+    if settings.batches_clients:
+        fields["batched"] = True
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
