@@ -36,7 +36,7 @@ Out = Annotated[Path | None, typer.Option(help="The run folder; by default a new
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an older run in --out.")]
 Workers = Annotated[int | None, typer.Option(help="Processes to use; 0 is one a core. Never changes a number.")]
 Device = Annotated[str | None, typer.Option(help="Where clients train, e.g. cpu or cuda.")]
-ExecutorName = Annotated[str | None, typer.Option(help="auto, serial or pool.")]
+ExecutorName = Annotated[str | None, typer.Option(help="auto, serial, pool or batched.")]
 Optuna = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Show the trials in this Optuna storage as well, e.g. sqlite:///trials.db."),

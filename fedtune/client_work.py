@@ -1,4 +1,7 @@
-"""What one client does in a round: it trains, and it measures a model on its own validation and test parts."""
+"""What one client does in a round: it trains, and it measures a model on its own validation and test parts.
+
+`train_clients` and `measure_clients` do so for many clients in one tensor program.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, evaluate, make_examples
@@ -13,7 +17,13 @@ from fedtune.tasks import Metrics
 from fedtune.tuning.space import Config
 
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]  # a client program's `train`
+# Its `train_batched`: examples of several clients in turn, how many each has, and their configurations and streams.
+TrainBatched = Callable[
+    [FlatModel, Tensor, Examples, Sequence[int], Sequence[Config], Sequence[np.random.Generator]], Tensor
+]
 Device = str | torch.device
+Part = tuple[int, str]  # a client, and the name of one of its parts
+ErrorAndLoss = tuple[float, float]  # means over a part
 
 
 def train_client(
@@ -32,15 +42,13 @@ def train_client(
     `error` and `loss` are means over the validation part after training; `error_before` and `loss_before`, if asked
     for, are the same before it; `num_train` and `num_validation` count examples.
     """
-    before: Metrics = {}
+    before = None
     if error_before:
         model.load(weights)
-        ((error, loss),) = _measure(model, dataset, [(client, "validation")], device)
-        before = {"error_before": error, "loss_before": loss}
+        (before,) = measure(model, dataset, [(client, "validation")], device)
     trained = _trained(train, model, weights, dataset, client, config, seed, device)
-    ((error, loss),) = _measure(model, dataset, [(client, "validation")], device)
-    counts = {f"num_{part}": len(dataset.examples(client, part)[1]) for part in ("train", "validation")}
-    return trained, {"error": error, "loss": loss, **before, **counts}
+    (after,) = measure(model, dataset, [(client, "validation")], device)
+    return trained, update_metrics(dataset, client, after, before)
 
 
 def evaluate_clients(
@@ -57,15 +65,11 @@ def evaluate_clients(
     """
     model.load(weights)
     parts = [(client, part) for client in clients for part in ("validation", "test")]
-    measured = iter(_measure(model, dataset, parts, device))
-    results = []
-    for client in clients:
-        metrics: Metrics = {}
-        for part in ("validation", "test"):
-            metrics[f"{part}_error"], metrics[f"{part}_loss"] = next(measured)
-            metrics[f"num_{part}"] = len(dataset.examples(client, part)[1])
-        results.append(metrics)
-    return results
+    measured = measure(model, dataset, parts, device)
+    return [
+        evaluation_metrics(dataset, client, validation, test)
+        for client, validation, test in zip(clients, measured[::2], measured[1::2], strict=True)
+    ]
 
 
 def personalise_client(
@@ -83,6 +87,68 @@ def personalise_client(
     return evaluate_clients(model, trained, dataset, [client], device)[0]
 
 
+def train_clients(
+    train_batched: TrainBatched,
+    model: FlatModel,
+    weights: Float[Tensor, "weight"],
+    dataset: FederatedDataset,
+    clients: Sequence[int],
+    configs: Sequence[Config],
+    seeds: Sequence[int],
+    device: Device,
+) -> Float[Tensor, "client weight"]:
+    """The weights of each client after training from `weights`."""
+    stored = [dataset.examples(client, "train") for client in clients]
+    x, y = (np.concatenate(arrays) for arrays in zip(*stored, strict=True))
+    examples = make_examples(x, y, dataset.spec, device)
+    sizes = [len(labels) for _, labels in stored]
+    return train_batched(model, weights, examples, sizes, configs, [generator(seed) for seed in seeds])
+
+
+def measure_clients(
+    model: FlatModel,
+    weights: Float[Tensor, "client weight"],
+    dataset: FederatedDataset,
+    parts: Sequence[Sequence[Part]],
+    device: Device,
+) -> list[list[ErrorAndLoss]]:
+    """For each client, the mean error and loss of its row of the weights on each of its parts."""
+    stored = [[dataset.examples(*part) for part in each] for each in parts]
+    x, y = (np.concatenate(arrays) for arrays in zip(*(pair for each in stored for pair in each), strict=True))
+    examples = make_examples(x, y, dataset.spec, device)
+    sizes = np.array([sum(len(labels) for _, labels in each) for each in stored])
+    starts = np.cumsum(sizes) - sizes
+    losses, errors = torch.empty(2, len(y), device=device)
+    model.module.eval()
+    largest_first = np.argsort(-sizes, kind="stable")
+    for first in range(0, int(sizes.max()), EVALUATION_BATCH):
+        rows = largest_first[sizes[largest_first] > first]
+        offsets = first + np.arange(min(EVALUATION_BATCH, int(sizes.max()) - first))
+        offsets = np.minimum(offsets, sizes[rows, None] - 1)  # the last example again, where a client has no more
+        index = torch.from_numpy(starts[rows, None] + offsets).to(device)
+        with torch.no_grad():
+            outputs = vmap(model.outputs)(weights[torch.from_numpy(rows).to(device)], examples.x[index])
+            measures = model.measure(outputs.flatten(0, 1), examples.y[index].flatten(0, 1))
+        losses[index.flatten()], errors[index.flatten()] = measures
+    means = iter(_means(losses, errors, [len(labels) for each in stored for _, labels in each]))
+    return [[next(means) for _ in each] for each in parts]
+
+
+def update_metrics(dataset: FederatedDataset, client: int, after: ErrorAndLoss, before: ErrorAndLoss | None) -> Metrics:
+    """The metrics of `train_client`, of what was measured on the validation part."""
+    counts = {f"num_{part}": len(dataset.examples(client, part)[1]) for part in ("train", "validation")}
+    earlier = {} if before is None else {"error_before": before[0], "loss_before": before[1]}
+    return {"error": after[0], "loss": after[1], **earlier, **counts}
+
+
+def evaluation_metrics(dataset: FederatedDataset, client: int, validation: ErrorAndLoss, test: ErrorAndLoss) -> Metrics:
+    """The metrics of `evaluate_clients`, of what was measured on the two parts."""
+    metrics: Metrics = {}
+    for part, (error, loss) in (("validation", validation), ("test", test)):
+        metrics |= {f"{part}_error": error, f"{part}_loss": loss, f"num_{part}": len(dataset.examples(client, part)[1])}
+    return metrics
+
+
 def _trained(
     train: Train,
     model: FlatModel,
@@ -95,21 +161,27 @@ def _trained(
 ) -> Float[Tensor, "weight"]:
     """The weights after training, which the model then holds."""
     examples = make_examples(*dataset.examples(client, "train"), dataset.spec, device)
-    model.load(train(model, weights, examples, config, np.random.Generator(np.random.PCG64(seed))))
+    model.load(train(model, weights, examples, config, generator(seed)))
     return model.flat
 
 
-def _measure(
-    model: FlatModel, dataset: FederatedDataset, parts: Sequence[tuple[int, str]], device: Device
-) -> list[tuple[float, float]]:
+def generator(seed: int) -> np.random.Generator:
+    """The stream that a client program gets for a task's seed."""
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def measure(model: FlatModel, dataset: FederatedDataset, parts: Sequence[Part], device: Device) -> list[ErrorAndLoss]:
     """The mean error and the mean loss of the model's weights on each of some clients' parts."""
     stored = [dataset.examples(client, part) for client, part in parts]
     x, y = (np.concatenate(arrays) for arrays in zip(*stored, strict=True))
     batches = [slice(start, start + EVALUATION_BATCH) for start in range(0, len(y), EVALUATION_BATCH)]
     results = [evaluate(model, make_examples(x[batch], y[batch], dataset.spec, device)) for batch in batches]
-    losses, errors = (torch.cat(values).cpu().numpy().astype(np.float64) for values in zip(*results, strict=True))
-    stops = np.cumsum([len(labels) for _, labels in stored])[:-1]
-    return [
-        (float(error.mean()), float(loss.mean()))
-        for error, loss in zip(np.split(errors, stops), np.split(losses, stops), strict=True)
-    ]
+    losses, errors = (torch.cat(values) for values in zip(*results, strict=True))
+    return _means(losses, errors, [len(labels) for _, labels in stored])
+
+
+def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[ErrorAndLoss]:
+    """The mean error and the mean loss of the first so many examples, of the next so many, and so on."""
+    stops = np.cumsum(sizes)[:-1]
+    parts = (np.split(values.cpu().numpy().astype(np.float64), stops) for values in (errors, losses))
+    return [(float(error.mean()), float(loss.mean())) for error, loss in zip(*parts, strict=True)]

@@ -1,12 +1,13 @@
 """A torch module over one flat float32 tensor, its examples as tensors, and its error on them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
@@ -59,8 +60,25 @@ class FlatModel:
         for buffer, first in self._integers.values():
             buffer.copy_(first)
 
-    def slices(self, weights: Float[Tensor, "weight"]) -> list[Tensor]:
-        """Views of the weights in the shapes of the trainable parameters, in the order of `parameters`."""
+    def outputs(
+        self, weights: Float[Tensor, "weight"], x: Shaped[Tensor, "example ..."], parameters: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The module's outputs with these weights instead of its own: a function that torch.func can transform.
+
+        `parameters`, if given, take the place of the trainable ones.
+        """
+        views = self._views(weights)
+        for index, parameter in zip(self._trainable, parameters, strict=False):
+            views[index] = parameter
+        named = {name: views[index] for name, index in self._names.items()}
+        outputs: Tensor = functional_call(self.module, named, (x,), tie_weights=False)
+        return outputs
+
+    def slices(self, weights: Float[Tensor, "*client weight"]) -> list[Tensor]:
+        """Views of the weights in the shapes of the trainable parameters, in the order of `parameters`.
+
+        Of several clients' weights, a row each, each view has the client as its first axis.
+        """
         views = self._views(weights)
         return [views[index] for index in self._trainable]
 
@@ -71,8 +89,8 @@ class FlatModel:
         return {name: views[index] for name, index in self._names.items()} | integers
 
     def _views(self, weights: Tensor) -> list[Tensor]:
-        parts = torch.split(weights, self._sizes)
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        parts = torch.split(weights, self._sizes, dim=-1)
+        return [part.view(*weights.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 def make_examples(

@@ -114,7 +114,7 @@ class Settings(Table):
     shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     workers: int = Field(0, ge=0, strict=True)
     device: str = "cpu"
-    executor: Literal["auto", "serial", "pool"] = "auto"
+    executor: Literal["auto", "serial", "pool", "batched"] = "auto"
     data: dict[str, Any]
     model: dict[str, Any] = {"name": "mlp"}
     client: dict[str, Any] = {}
@@ -155,6 +155,11 @@ class Settings(Table):
     def last_total_rounds(self) -> int:
         """What a tuner may have spent at the end of all extensions."""
         return self.extensions[-1].total_rounds if self.extensions else self.total_rounds
+
+    @property
+    def batches_clients(self) -> bool:
+        """Whether clients train in one tensor program, whose numbers differ from the other executors' by rounding."""
+        return self.executor == "batched" or (self.executor == "auto" and self.device != "cpu")
 
     @property
     def evaluate_every(self) -> int:

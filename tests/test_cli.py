@@ -48,7 +48,7 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--rounds", "0"], "max_rounds must be greater than or equal to 1, got 0"),
         (["train", "digits", "--set", "rounds=3"], "unknown setting 'rounds'; known: "),
         (["train", "digits", "--set", "rounds"], "--set must be key=value"),
-        (["train", "digits", "--executor", "ray"], "executor must be 'auto', 'serial' or 'pool', got 'ray'"),
+        (["train", "digits", "--executor", "ray"], "executor must be 'auto', 'serial', 'pool' or 'batched', got 'ray'"),
         (["train", "digits", "--rounds", "2", "--out", "/proc/run"], "--out must be a folder that can be made"),
         (["train", "digits", "--set", "data=3"], "data must be a table, got 3"),
         (["train", "missing.toml"], "settings file missing.toml cannot be read"),

@@ -54,15 +54,15 @@ def train(
 
     They depend on the arguments alone, not on what the model did before. What `config` leaves out keeps its default.
     """
-    config = _complete(config)
+    config = complete(config)
     mu, momentum = config["proximal_mu"], config["momentum"]
     settings = {
         "learning_rate": config["learning_rate"],
         "momentum": momentum,
         "weight_decay": config["weight_decay"] + mu,  # proximal_mu (w - w0) = proximal_mu w - proximal_mu w0
     }
-    attraction = model.slices(mu * weights) if mu > 0 else None
     model.load(weights)
+    attraction = model.slices(mu * model.flat) if mu > 0 else None  # not of `weights`, which may be on the CPU
     _prepare(model.module, config["dropout"], rng)
     parameters = model.slices(model.flat)
     velocities = [torch.zeros_like(parameter) for parameter in parameters] if momentum > 0 else []
@@ -75,7 +75,22 @@ def train(
     return model.flat  # 5
 
 
-def _complete(config: Config) -> dict[str, Number]:
+def train_batched(
+    model: FlatModel,
+    weights: Float[Tensor, "weight"],
+    examples: Examples,
+    sizes: Sequence[int],
+    configs: Sequence[Config],
+    rngs: Sequence[np.random.Generator],
+) -> Float[Tensor, "client weight"]:
+    """What `train` gives for each of several clients, to rounding: see `fedtune_clients.batched_sgd.train`."""
+    from fedtune_clients import batched_sgd  # which imports this module
+
+    return batched_sgd.train(model, weights, examples, sizes, configs, rngs)
+
+
+def complete(config: Config) -> dict[str, Number]:
+    """The configuration with the defaults of what it leaves out."""
     for name in config:
         if name not in HYPERPARAMETERS:
             raise UnknownNameError("client hyperparameter", name, HYPERPARAMETERS)

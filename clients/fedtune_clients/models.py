@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
@@ -92,7 +91,9 @@ class _MaxPool(nn.Module):
     """`nn.MaxPool2d(2)` bit for bit; the detour makes the evaluation of the CNN 1.5 times as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return max_pool2d(x.contiguous(memory_format=torch.channels_last), 2).contiguous()
+        # As contiguous(memory_format=torch.channels_last), which torch.func.vmap does not know.
+        channels_last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return max_pool2d(channels_last, 2).contiguous()
 
 
 def _image_shape(input_shape: tuple[int, ...]) -> tuple[int, int, int]:

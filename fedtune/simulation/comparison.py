@@ -1,5 +1,6 @@
 """A comparison: several studies, paired by seed, in one run folder. `train` and `tune` are comparisons of one tuner."""
 
+import functools
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedtune.server.trials import (
 from fedtune.settings import Settings, write_settings
 from fedtune.simulation.devices import check_jobs_can_end, quantities
 from fedtune.simulation.executors import num_workers
+from fedtune.simulation.executors.batched import BatchedMachine
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
@@ -64,7 +66,7 @@ class Comparison:
         listener({"event": "plan", "studies": plan})
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
-        executor = self.make_executor()
+        executor = self.make_executor(lambda message: listener({"event": "warning", "message": message}))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
@@ -105,13 +107,15 @@ class Comparison:
             return executor.for_study(self.settings.shares.get(name, 1.0))
         return executor
 
-    def make_executor(self) -> Executor:
-        """The executor that the settings name; `auto` is the pool where there is more than one core, on the CPU."""
+    def make_executor(self, say: Callable[[str], None]) -> Executor:
+        """The executor that the settings name; `auto` is the pool on a CPU of several cores, and batched elsewhere."""
         settings = self.settings
         machine = MachineSettings(settings.model, client_program(settings), settings.device)
         workers = num_workers(settings.workers)
         if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
             return PoolExecutor(machine, self.dataset, workers)
+        if settings.batches_clients:
+            return SerialExecutor(machine, self.dataset, functools.partial(BatchedMachine, say=say))
         return SerialExecutor(machine, self.dataset)
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:

@@ -364,4 +364,6 @@ def digest(settings: Settings) -> str:
             *("total_rounds", "extensions"),
         },
     )
+    if settings.batches_clients:
+        fields["batched"] = True
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

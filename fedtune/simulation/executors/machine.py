@@ -1,7 +1,7 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Machine:
         self.model = FlatModel(
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
-        self._train = plugins.client_program(settings.client).train
+        self.program = plugins.client_program(settings.client)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -45,10 +45,18 @@ class Machine:
             reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
             return Failure(f"{describe(task)}: {reason}")
 
+    def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
+        """The results of several tasks, their weights in memory of their own."""
+        return [_keep(self.run(weights, task)) for task in tasks]
+
     def _compute(self, weights: torch.Tensor, task: Task) -> Result:
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
-        arguments = (self._train, self.model, weights, self.dataset, task.client, task.config, task.seed)
+        arguments = (self.program.train, self.model, weights, self.dataset, task.client, task.config, task.seed)
         if isinstance(task, PersonaliseTask):
             return [personalise_client(*arguments, self.device)]
         return Update(*train_client(*arguments, task.error_before, self.device))
+
+
+def _keep(result: Result) -> Result:
+    return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

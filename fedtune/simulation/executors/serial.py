@@ -1,20 +1,33 @@
 """The serial executor: everything in this process, in the order of submission."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import Result, Task, Update
+from fedtune.tasks import Result, Task
+
+
+class RunsAll(Protocol):
+    """A machine that does several tasks from the same weights."""
+
+    def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
+        """The results of the tasks, their weights in memory of their own."""
 
 
 class SerialExecutor:
     """See `fedtune.tasks.Executor`."""
 
-    def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
-        self._machine = Machine(settings, dataset)
+    def __init__(
+        self,
+        settings: MachineSettings,
+        dataset: FederatedDataset,
+        make_machine: Callable[[MachineSettings, FederatedDataset], RunsAll] = Machine,
+    ) -> None:
+        self._machine = make_machine(settings, dataset)
         self._waiting: deque[tuple[int, Tensor, Sequence[Task]]] = deque()
         self._results: dict[int, list[Result]] = {}
         self._num_submitted = 0
@@ -29,7 +42,7 @@ class SerialExecutor:
         """Computes the oldest batch."""
         if self._waiting:
             ticket, weights, tasks = self._waiting.popleft()
-            self._results[ticket] = [_keep(self._machine.run(weights, task)) for task in tasks]
+            self._results[ticket] = self._machine.run_all(weights, tasks)
 
     def finished(self, ticket: int) -> bool:
         """True once the batch was computed."""
@@ -44,7 +57,3 @@ class SerialExecutor:
 
     def close(self) -> None:
         """Nothing: there are no workers."""
-
-
-def _keep(result: Result) -> Result:
-    return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

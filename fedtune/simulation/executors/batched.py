@@ -1,0 +1,135 @@
+"""The batched executor's machine: many clients train in one tensor program, for devices that one client leaves idle."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.client_work import (
+    ErrorAndLoss,
+    TrainBatched,
+    evaluation_metrics,
+    generator,
+    measure,
+    measure_clients,
+    train_clients,
+    update_metrics,
+)
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
+from fedtune.flat_model import Examples, make_examples
+from fedtune.simulation.executors.machine import Machine, MachineSettings
+from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
+
+LARGEST_CHUNK = 128  # clients
+CHUNK_BYTES = 2**32  # for their weights and what goes with them; what the rest takes is found out
+COPIES = 4  # of a client's weights: itself, the gradient, the velocity, and one in passing
+TOLERANCE = 1e-2  # of the distance that training goes; a GPU's convolutions round to a thousandth
+
+ClientTask = TrainTask | PersonaliseTask
+
+
+class BatchedMachine:
+    """Does tasks as `Machine` does, the training of many clients at once; a result may differ by rounding.
+
+    It goes through clients a chunk at a time, and halves the chunk when the device's memory does not suffice. What
+    can't be batched is done one client at a time, and `say` is told why, once.
+    """
+
+    def __init__(self, settings: MachineSettings, dataset: FederatedDataset, say: Callable[[str], None]) -> None:
+        self._machine = Machine(settings, dataset)
+        self._say = say
+        self._has_said = False
+        client_bytes = COPIES * self._machine.model.flat.nbytes
+        self._chunk_size = max(1, min(LARGEST_CHUNK, CHUNK_BYTES // client_bytes))
+        self._train: TrainBatched | None = getattr(self._machine.program, "train_batched", None)
+        if self._train is None:
+            self._say_once(f"the client program {settings.client!r} has no train_batched")
+        elif obstacle := self._obstacle(self._train):
+            self._say_once(obstacle)
+            self._train = None
+
+    def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
+        """The results of the tasks, their weights in memory of their own."""
+        if self._train is None:
+            return self._machine.run_all(weights, tasks)
+        batchable = [(index, task) for index, task in enumerate(tasks) if not isinstance(task, EvaluateTask)]
+        results: dict[int, Result] = {}
+        while batchable:
+            chunk = batchable[: self._chunk_size]
+            computed = self._run_chunk(self._train, weights, [task for _, task in chunk])
+            results.update({index: result for (index, _), result in zip(chunk, computed, strict=False)})
+            batchable = batchable[len(computed) :]
+        rest = [index for index in range(len(tasks)) if index not in results]
+        results.update(zip(rest, self._machine.run_all(weights, [tasks[index] for index in rest]), strict=True))
+        return [results[index] for index in range(len(tasks))]
+
+    def _run_chunk(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
+        """The results; none where memory does not suffice, after which chunks are smaller."""
+        try:
+            return self._compute(train, weights, tasks)
+        except torch.OutOfMemoryError as error:
+            if len(tasks) == 1:
+                reason = str(error).splitlines()[0]
+                device = self._machine.device
+                raise InputError(f"{describe(tasks[0])} must fit the memory of {device}: {reason}") from None
+        except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
+            results = self._machine.run_all(weights, tasks)
+            if not any(isinstance(result, Failure) for result in results):
+                self._say_once(_in_one_line(error))
+            return results
+        # Only here, for the error holds on to the tensors of its frames.
+        self._chunk_size = len(tasks) // 2
+        return []
+
+    def _compute(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
+        model, dataset, device = self._machine.model, self._machine.dataset, self._machine.device
+        asking = [task.client for task in tasks if isinstance(task, TrainTask) and task.error_before]
+        before: Iterator[ErrorAndLoss] = iter(())
+        if asking:
+            model.load(weights)
+            before = iter(measure(model, dataset, [(client, "validation") for client in asking], device))
+        clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
+        trained = train_clients(train, model, weights, dataset, clients, configs, seeds, device)
+        names = [("validation",) if isinstance(task, TrainTask) else ("validation", "test") for task in tasks]
+        parts = [[(client, name) for name in each] for client, each in zip(clients, names, strict=True)]
+        after = measure_clients(model, trained, dataset, parts, device)
+        results: list[Result] = []
+        for task, row, measured in zip(tasks, trained.cpu(), after, strict=True):
+            if isinstance(task, PersonaliseTask):
+                results.append([evaluation_metrics(dataset, task.client, *measured)])
+            else:
+                earlier = next(before) if task.error_before else None
+                results.append(Update(row, update_metrics(dataset, task.client, measured[0], earlier)))
+        return results
+
+    def _obstacle(self, train: TrainBatched) -> str | None:
+        """Why clients can't be batched, found out by training two of a few examples both ways; None where they can."""
+        model, dataset, program = self._machine.model, self._machine.dataset, self._machine.program
+        x, y = dataset.examples(int(dataset.num_examples("train").argmax()), "train")
+        sizes = [min(3, len(y)), min(2, len(y))]  # of unequal sizes, so that one batch is filled up
+        few = [make_examples(x[:size], y[:size], dataset.spec, self._machine.device) for size in sizes]
+        config = {name: each.default for name, each in program.HYPERPARAMETERS.items()}
+        weights = model.flat.clone()
+        try:
+            alone = [program.train(model, weights, each, config, generator(0)).clone() for each in few]
+            with warnings.catch_warnings():
+                # An operation that torch would do one client at a time, more slowly than we.
+                warnings.filterwarnings("error", message=".*performance drop")
+                together = Examples(*map(torch.cat, zip(*few, strict=True)))
+                rows = train(model, weights, together, sizes, [config] * 2, [generator(0), generator(0)])
+        except (Exception, SystemExit) as error:
+            return _in_one_line(error)
+        apart = max(float((row - each).norm() / (each - weights).norm()) for row, each in zip(rows, alone, strict=True))
+        # Such as batch normalisation, which mixes the examples of a batch.
+        return None if apart <= TOLERANCE else "a client's training is not the same when others train beside it"
+
+    def _say_once(self, reason: str) -> None:
+        if not self._has_said:
+            self._say(f"clients train one at a time: {reason}")
+        self._has_said = True
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
