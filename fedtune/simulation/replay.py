@@ -24,6 +24,8 @@ from fedtune.simulation.study import digest
 from fedtune.simulation.trial_store import TrialHistory, past_records
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
 
+EXACT = dict.fromkeys(("virtual_time", "validation_error"), float)  # pandas < 3 does not read floats to the last bit
+
 
 @dataclass(frozen=True)
 class ReplayedStudy:
@@ -53,7 +55,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     settings = resolve([read_settings(folder / "settings.toml")])
     hyperparameters = resolve_hyperparameters(settings)
     check_tuners(settings, hyperparameters.space)
-    results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, float_precision="round_trip"))
+    results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, converters=EXACT))
     trials = _rows(folder / "trials.parquet", pd.read_parquet)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for name in settings.tuners:
