@@ -1,10 +1,15 @@
+import csv
+import json
+import shutil
 import subprocess
 import sys
+import zlib
 
 import pytest
 from typer.testing import CliRunner
 
 from fedtune import cli
+from fedtune.simulation.journal import FORMAT
 
 
 def fedtune(*arguments, cwd=None):
@@ -64,6 +69,106 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(arguments, me
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """What the command says in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedtune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tuner", "options", "message"),
+    [
+        (
+            tuner,
+            {"min_rounds": 2},
+            "max_rounds must be min_rounds (2) times a power of reduction_factor (3), got 27; 18 or 54 would do",
+        )
+        for tuner in ("sha", "asha", "hyperband", "async_hyperband", "bohb")
+    ]
+    + [
+        *(
+            (tuner, {"num_configs": 26}, f"num_configs must be a whole number >= {3**3}, got 26")
+            for tuner in ("sha", "asha")
+        ),
+        (
+            "async_hyperband",
+            {"num_configs": 37},
+            "num_configs must be >= 38 for each of 2 brackets to train one to max_rounds, got 37; "
+            "a larger min_rounds needs fewer",
+        ),
+    ],
+)
+def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_path, tuner, options, message):
+    options = {"reduction_factor": 3, **options}
+    given = [text for name, value in options.items() for text in ("--set", f"tuner.{tuner}.{name}={value}")]
+    budget = ["--max-rounds", 27, "--total-rounds", 135]
+    told = answer("tune", "digits", "--tuner", tuner, *budget, *given, "--out", tmp_path / "run")
+    assert told == (2, "", f"fedtune: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    budget = ["--max-rounds", "3", "--total-rounds", "9"]
+    done = fedtune("tune", "digits", "--tuner", "asha", *budget, "--executor", "serial", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_replay_says_what_it_rebuilt(answer, searched):
+    tells = [line for line in (searched / "asha-seed0" / "journal.jsonl").read_text().splitlines() if '"tell"' in line]
+    (row,) = csv.DictReader((searched / "results.csv").read_text().splitlines())
+    code, shown, errors = answer("replay", searched)
+    assert (code, errors) == (0, "")
+    assert shown == (
+        f"asha-seed0: {len(tells)} jobs, {row['trials']} trials, {row['rounds']} rounds, "
+        f"incumbent {row['trial']} at {float(row['validation_error']):.4f}: as journalled\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["resume", "replay"])
+def test_a_journal_that_was_edited_is_one_line(answer, searched, tmp_path, command):
+    folder = shutil.copytree(searched, tmp_path / "run")
+    path = folder / "asha-seed0" / "journal.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('"score": 0.', '"score": 1.', 1))
+    number = text[: text.index('"score": 0.')].count("\n") + 1
+    code, shown, errors = answer(command, folder)
+    assert (code, shown) == (2, "")
+    assert errors == f"fedtune: {path}, line {number}, is damaged or was edited: its checksum does not fit\n"
+
+
+@pytest.mark.parametrize("command", ["resume", "replay"])
+def test_a_run_of_another_version_is_one_line(answer, searched, tmp_path, command):
+    folder = shutil.copytree(searched, tmp_path / "run")
+    path = folder / "asha-seed0" / "journal.jsonl"
+    line = json.dumps({"event": "study", "format": FORMAT - 1, "tuner": "asha"})
+    path.write_text(f'{line[:-1]}, "check": "{zlib.crc32(line.encode()):08x}"}}\n')
+    code, shown, errors = answer(command, folder)
+    assert (code, shown) == (2, "")
+    assert (
+        errors == f"fedtune: {path} must have format {FORMAT}, got {FORMAT - 1}: another version of fedtune wrote it\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["resume", "replay"])
+def test_a_folder_that_is_no_run_is_one_line(answer, tmp_path, command):
+    code, shown, errors = answer(command, tmp_path)
+    assert (code, shown) == (2, "")
+    assert errors.startswith("fedtune: ")
+    assert str(tmp_path) in errors
+    assert "settings.toml" in errors
+    assert errors.count("\n") == 1
 
 
 def test_train_shows_a_table_and_writes_a_run(tmp_path):

@@ -107,3 +107,9 @@ def test_all_clients_can_be_asked_for_by_name():
     for bad in (0, "some"):
         with pytest.raises(InputError, match=r"^evaluation\.clients must be [^\n]*got " + re.escape(repr(bad))):
             clients(bad)
+
+
+def test_all_clients_stay_asked_for_where_a_data_set_ships_fewer():
+    shipped = {**BASE, "evaluation": {"clients": 100}}
+    written = write_settings(resolve([shipped, {"evaluation": {"clients": "all"}}]))
+    assert resolve([shipped, tomllib.loads(written)]).evaluation.clients is None

@@ -1,0 +1,386 @@
+"""What `fedtune replay` rebuilds of a run, and what it finds that was changed."""
+
+import json
+import math
+import shutil
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import fedtune
+from fedtune import plugins
+from fedtune.errors import InputError
+from fedtune.simulation.comparison import claim_folder, prepare
+from fedtune.simulation.federation import Federation
+from fedtune.tuning import bohb
+from fedtune.tuning.tuners import TUNERS
+
+SMALL = {
+    "executor": "serial",
+    "cohort_size": 1,
+    "evaluation": {"every": 9, "clients": 3},
+    "space": {"client": {"epochs": {"choice": [1]}, "batch_size": {"choice": [64]}}},
+}
+SETTINGS = {
+    **SMALL,
+    "max_rounds": 3,
+    "total_rounds": 18,
+    "tuners": sorted(TUNERS),
+    "tuner": {
+        **{name: {"num_configs": 4, "rounds_per_halving": 1} for name in ("elimination", "elimination+fedex")},
+        "async_hyperband": {"reduction_factor": 3},
+    },
+}
+
+
+def finished(folder, **settings):
+    """The run, without figures."""
+    resolved = fedtune.resolve_settings("digits", settings)
+    claim_folder(folder, resolved, force=False)
+    prepare(resolved).run(folder, lambda event: None)
+    return fedtune.read_run(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("replay") / "run", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """Three rungs, and trials that inherit."""
+    folder = tmp_path_factory.mktemp("replay") / "longer"
+    return finished(folder, **SMALL, tuners=["asha", "pbt"], max_rounds=9, total_rounds=45)
+
+
+def copied(run, folder):
+    """A run folder to be changed: without checkpoints and figures, which no replay needs."""
+    return shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "figures"))
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return copied(run, tmp_path / "copy")
+
+
+def journal(folder, study):
+    return folder / f"{study}-seed0" / "journal.jsonl"
+
+
+def lines_of(path):
+    """The journal's lines without their checksums."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["check"]
+    return lines
+
+
+def seal(path, lines):
+    """Writes a journal whose checksums are right, as somebody would who means to deceive."""
+    checksum, text = 0, ""
+    for line in map(json.dumps, lines):
+        checksum = zlib.crc32(line.encode(), checksum)
+        text += f'{line[:-1]}, "check": "{checksum:08x}"}}\n'
+    path.write_text(text)
+
+
+def numbered(lines, event, **fields):
+    """The index of each line of this event with these fields."""
+    return [
+        index
+        for index, line in enumerate(lines)
+        if line["event"] == event and all(line[name] == value for name, value in fields.items())
+    ]
+
+
+def only(folder, *tuners):
+    """The run folder as if no other tuner had run in it."""
+    settings = folder / "settings.toml"
+    rest = settings.read_text().partition("]\n")[2]
+    settings.write_text(f"tuners = {json.dumps(tuners)}\n{rest}")
+    return folder
+
+
+def test_every_tuner_is_rebuilt(run):
+    studies = fedtune.replay(run.folder)
+    assert [study.tuner for study in studies] == SETTINGS["tuners"] == run.results["tuner"].tolist()
+    for study, row in zip(studies, run.results.itertuples(), strict=True):
+        assert study.finished
+        assert (study.trials, study.rounds) == (row.trials, row.rounds)
+        assert study.incumbent == (row.trial, row.rounds_of_trial, pytest.approx(row.validation_error, abs=1e-15))
+        assert study.jobs == len(numbered(lines_of(journal(run.folder, study.tuner)), "tell"))
+        assert study.under_way == 0
+
+
+def test_bohbs_model_proposes_the_same_again(tmp_path, monkeypatch):
+    proposed = []
+
+    def propose(*arguments):
+        proposed.append(bohb_propose(*arguments))
+        return proposed[-1]
+
+    bohb_propose = bohb.propose
+    monkeypatch.setattr(bohb, "propose", propose)
+    run = finished(tmp_path / "run", **SMALL, tuners=["bohb"], max_rounds=3, total_rounds=75)
+    first, proposed = proposed, []
+    assert fedtune.replay(run.folder)[0].finished
+    assert np.array_equal(proposed, first)
+    assert len(first) > 0
+
+
+def test_neither_data_nor_training_nor_checkpoints_are_needed_and_nothing_is_written(copy, monkeypatch):
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(plugins, "load_dataset", never)
+    monkeypatch.setattr(Federation, "advance", never)
+
+    def everything():
+        return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in copy.rglob("*")}
+
+    before = everything()
+    assert all(study.finished for study in fedtune.replay(copy))
+    assert everything() == before
+
+
+@pytest.mark.parametrize("study", ["asha", "pbt"])
+def test_a_study_that_was_stopped_is_rebuilt_as_far_as_it_went(longer, tmp_path, study):
+    """Wherever its journal stops: the whole lines are replayed, what a torn one held is not missed."""
+    folder = only(copied(longer, tmp_path / "copy"), study)
+    path = journal(folder, study)
+    whole, lines = path.read_text().splitlines(keepends=True), lines_of(path)
+    assert fedtune.replay(folder)[0].finished
+    for end in range(0, len(lines), 6):
+        path.write_text("".join(whole[:end]) + whole[end][:30])
+        (replayed,) = fedtune.replay(folder)
+        told = [lines[index] for index in numbered(lines[:end], "tell")]
+        assert not replayed.finished
+        assert replayed.jobs == len(told)
+        assert replayed.under_way == len(numbered(lines[:end], "ask")) - len(told)
+        assert replayed.trials == len({line["trial"] for line in told})
+        best = min(told, key=lambda line: (-line["rounds"], line["score"], line["trial"]), default=None)
+        assert (replayed.incumbent and replayed.incumbent.trial) == (best and best["trial"])
+    first_rounds = longer.rounds[longer.rounds["tuner"] == "pbt"].groupby("trial")["round"].min()
+    assert (first_rounds > 1).any()  # a trial of PBT inherits
+
+
+def test_a_study_that_was_not_begun(copy):
+    shutil.rmtree(copy / "asha-seed0")
+    (study,) = fedtune.replay(only(copy, "asha"))
+    assert str(
+        study
+    ) == "asha-seed0: 0 jobs, 0 trials, 0 rounds, no incumbent: as journalled; not finished, 0 jobs " + ("under way")
+
+
+def test_a_run_that_was_resumed_is_rebuilt_before_and_after(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    rounds = 0
+
+    def stop(event):
+        nonlocal rounds
+        rounds += event["event"] == "round"
+        if rounds == 20:
+            raise Killed
+
+    settings = {**SMALL, "tuners": ["asha+fedex"], "max_rounds": 9, "total_rounds": 27}
+    with pytest.raises(Killed):
+        fedtune.compare("digits", out=tmp_path / "run", listener=stop, **settings)
+    (before,) = fedtune.replay(tmp_path / "run")
+    assert not before.finished
+    assert before.under_way > 0
+    resumed = fedtune.resume(tmp_path / "run", executor="serial")
+    (after,) = fedtune.replay(tmp_path / "run")
+    assert after.finished
+    assert after.rounds == resumed.results["rounds"][0] > before.rounds > 0
+
+
+def ask(line, **changes):
+    """How a message names an ask or tell."""
+    shown = {name: line[name] for name in ("trial", "rung", "rounds")} | changes
+    return ", ".join([line["event"], *(f"{name} {value}" for name, value in shown.items())])
+
+
+def refused(folder, message):
+    with pytest.raises(InputError) as caught:
+        fedtune.replay(folder)
+    assert str(caught.value) == message
+
+
+def misfit(path, number, expected, found):
+    return f"{path}, line {number}, does not fit the tuner: expected {expected}, got {found}"
+
+
+@pytest.mark.parametrize(("event", "name"), [("tell", "trial"), ("tell", "rung"), ("ask", "trial"), ("ask", "rounds")])
+def test_a_decision_that_was_changed(copy, event, name):
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    index = numbered(lines, event)[5]
+    right = ask(lines[index])
+    lines[index][name] += 1
+    seal(path, lines)
+    refused(copy, misfit(path, index + 1, right, ask(lines[index])))
+
+
+@pytest.mark.parametrize(("event", "name"), [("ask", "started"), ("tell", "time")])
+def test_a_time_that_was_changed(copy, event, name):
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    index = numbered(lines, event)[5]
+    right = ask(lines[index], **{name: lines[index][name]})
+    lines[index][name] += 0.5
+    seal(path, lines)
+    refused(copy, misfit(path, index + 1, right, ask(lines[index], **{name: lines[index][name]})))
+
+
+def test_an_end_that_was_moved(copy):
+    """Whoever ends earlier than the others is told first."""
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    index = numbered(lines, "ask")[3]
+    lines[index]["finishes"] = 0.5
+    seal(path, lines)
+    first = numbered(lines, "tell")[0]
+    refused(copy, misfit(path, first + 1, ask({**lines[index], "event": "tell"}), ask(lines[first])))
+    lines[index]["finishes"] = -1.0
+    seal(path, lines)
+    refused(copy, misfit(path, index + 1, "finishes >= 0.0", "finishes -1.0"))
+
+
+def test_a_configuration_that_was_changed(copy):
+    path = journal(only(copy, "asha+fedex"), "asha+fedex")
+    lines = lines_of(path)
+    index = numbered(lines, "ask")[5]
+    config = lines[index]["pool"][0][2]
+    right = config["learning_rate"]
+    config["learning_rate"] = 0.125
+    seal(path, lines)
+    name = "pool.0.2.learning_rate"
+    refused(copy, misfit(path, index + 1, ask(lines[index], **{name: right}), ask(lines[index], **{name: 0.125})))
+
+
+def test_a_score_that_was_changed(copy):
+    """The rounds in the journal give another; so it is found whether or not a decision hangs on it."""
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    for index in numbered(lines, "tell")[::4]:
+        edited = [dict(line) for line in lines]
+        right, edited[index]["score"] = edited[index]["score"], 0.987
+        seal(path, edited)
+        refused(copy, misfit(path, index + 1, f"score {right}, as the trial's rounds have it,", f"score {0.987}"))
+
+
+def test_a_line_that_was_taken_out(copy):
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    index = numbered(lines, "tell")[7]
+    seal(path, lines[:index] + lines[index + 1 :])
+    follows = min(
+        index for index in numbered(lines, "tell") + numbered(lines, "ask") if index > numbered(lines, "tell")[7]
+    )
+    refused(copy, misfit(path, follows, ask(lines[index]), ask(lines[follows])))
+
+
+def test_a_round_that_was_taken_out(copy):
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    told = lines[numbered(lines, "tell")[7]]
+    (index,) = (
+        i for i in numbered(lines, "round", trial=told["trial"]) if lines[i]["record"]["round"] == told["rounds"]
+    )
+    seal(path, lines[:index] + lines[index + 1 :])
+    number = numbered(lines, "tell")[7]  # one less than before, and counted from 1
+    refused(
+        copy,
+        misfit(path, number, f"a line of round {told['rounds']} of trial {told['trial']} before it", "none"),
+    )
+
+
+def test_two_lines_that_were_swapped(copy):
+    path = journal(only(copy, "sha"), "sha")
+    lines = lines_of(path)
+    first, second = numbered(lines, "ask")[1:3]
+    lines[first], lines[second] = lines[second], lines[first]
+    seal(path, lines)
+    refused(copy, misfit(path, first + 1, ask(lines[second]), ask(lines[first])))
+
+
+def test_an_end_that_comes_early_or_is_not_the_last(copy):
+    path = journal(only(copy, "random"), "random")
+    lines = lines_of(path)
+    index = numbered(lines, "ask")[4]
+    seal(path, [*lines[:index], lines[-1]])
+    refused(copy, misfit(path, index + 1, ask(lines[index]), "end"))
+    seal(path, [*lines, lines[-1]])
+    refused(copy, misfit(path, len(lines) + 1, "no more lines", f"end, time {lines[-1]['time']}"))
+    seal(path, [*lines[:-1], {**lines[-1], "incumbent": 99}])
+    incumbent = lines[-1]["incumbent"]
+    refused(copy, misfit(path, len(lines), f"end, incumbent {incumbent}", "end, incumbent 99"))
+
+
+def test_a_journal_of_another_study(copy):
+    shutil.copy(journal(copy, "random"), journal(copy, "random+fedex"))
+    path = journal(only(copy, "random+fedex"), "random+fedex")
+    refused(copy, misfit(path, 1, "study, tuner random+fedex", "study, tuner random"))
+
+
+def test_a_journal_that_was_edited_without_its_checksums(copy):
+    path = journal(only(copy, "asha"), "asha")
+    path.write_text(path.read_text().replace('"score": 0.', '"score": 1.', 1))
+    number = numbered(lines_of(path), "tell")[0] + 1
+    refused(copy, f"{path}, line {number}, is damaged or was edited: its checksum does not fit")
+
+
+def test_settings_that_were_edited(copy):
+    path = copy / "settings.toml"
+    path.write_text(path.read_text().replace("cohort_size = 1", "cohort_size = 2"))
+    begun = lines_of(journal(copy, "asha"))[0]["settings"]
+    with pytest.raises(InputError) as caught:
+        fedtune.replay(only(copy, "asha"))
+    start, _, end = str(caught.value).partition(", got other ones (digest ")
+    assert start == f"{path} must hold the settings of {journal(copy, 'asha')} (digest {begun})"
+    assert end.endswith("): one of the two was edited")
+
+
+def test_a_larger_budget_than_the_run_had(copy):
+    """The budget is not in the digest: the tuner then asks for a job more than it did."""
+    path = copy / "settings.toml"
+    path.write_text(path.read_text().replace("total_rounds = 18", "total_rounds = 21"))
+    lines = lines_of(journal(only(copy, "random"), "random"))
+    last = max(numbered(lines, "ask"))
+    index = next(i for i in numbered(lines, "tell") if i > last and numbered(lines[last:i], "tell"))
+    wanted = {**lines[last], "trial": lines[last]["trial"] + 1}
+    refused(copy, misfit(journal(copy, "random"), index + 1, ask(wanted), ask(lines[index])))
+
+
+def test_results_that_were_edited(copy):
+    only(copy, "asha", "sha")
+    frame = pd.read_csv(copy / "results.csv", converters={"validation_error": float})
+    row = frame.index[frame["tuner"] == "sha"][0]
+    trial, right = frame.loc[row, "trial"], frame.loc[row, "validation_error"]
+    frame.loc[row, "validation_error"] = math.nextafter(right, 1)
+    frame.to_csv(copy / "results.csv", index=False)
+    refused(
+        copy,
+        f"{copy / 'results.csv'} must have validation_error {right} for sha-seed0, trial {trial}, "
+        f"as its journal has it, got {math.nextafter(right, 1)}",
+    )
+    frame.drop(index=row).to_csv(copy / "results.csv", index=False)
+    refused(copy, f"{copy / 'results.csv'} must have 1 rows of sha-seed0, as its journal has it, got 0")
+
+
+def test_trials_that_were_edited(copy):
+    only(copy, "asha")
+    frame = pd.read_parquet(copy / "trials.parquet")
+    row = frame.index[(frame["tuner"] == "asha") & (frame["trial"] == 3)][0]
+    right = frame.loc[row, "rounds"]
+    frame.loc[row, "rounds"] = 27
+    frame.to_parquet(copy / "trials.parquet")
+    path = copy / "trials.parquet"
+    refused(copy, f"{path} must have rounds {right} for asha-seed0, trial 3, as its journal has it, got 27")
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"^[^\n]*trials\.parquet cannot be read: [^\n]+$"):
+        fedtune.replay(copy)
