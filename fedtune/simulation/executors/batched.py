@@ -77,7 +77,7 @@ class BatchedMachine:
         except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
             results = self._machine.run_all(weights, tasks)
             if not any(isinstance(result, Failure) for result in results):
-                self._say_once(_in_one_line(error))
+                self._say_once(_first_sentence(error))
             return results
         # Only here, for the error holds on to the tensors of its frames.
         self._chunk_size = len(tasks) // 2
@@ -120,7 +120,7 @@ class BatchedMachine:
                 together = Examples(*map(torch.cat, zip(*few, strict=True)))
                 rows = train(model, weights, together, sizes, [config] * 2, [generator(0), generator(0)])
         except (Exception, SystemExit) as error:
-            return _in_one_line(error)
+            return _first_sentence(error)
         apart = max(float((row - each).norm() / (each - weights).norm()) for row, each in zip(rows, alone, strict=True))
         # Such as batch normalisation, which mixes the examples of a batch.
         return None if apart <= TOLERANCE else "a client's training is not the same when others train beside it"
@@ -131,5 +131,5 @@ class BatchedMachine:
         self._has_said = True
 
 
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0]
