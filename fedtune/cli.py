@@ -36,6 +36,7 @@ Out = Annotated[Path | None, typer.Option(help="The run folder; by default a new
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an older run in --out.")]
 Workers = Annotated[int | None, typer.Option(help="Processes to use; 0 is one a core. Never changes a number.")]
 Device = Annotated[str | None, typer.Option(help="Where clients train, e.g. cpu or cuda.")]
+Precision = Annotated[str | None, typer.Option(help="Of the clients' training: fp32 or bf16. Changes the numbers.")]
 ExecutorName = Annotated[str | None, typer.Option(help="auto, serial, pool or batched.")]
 Optuna = Annotated[
     str | None,
@@ -61,10 +62,12 @@ def train(
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
+    precision: Precision = None,
 ) -> None:
     """Train one federation under fixed hyperparameters."""
     budget = {"max_rounds": rounds, "total_rounds": rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["precision"] = precision
     _run(what, {"tuners": ["manual"], **budget, **flags}, model, assignments, out, force, optuna)
 
 
@@ -88,6 +91,7 @@ def tune(
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
+    precision: Precision = None,
 ) -> None:
     """Search for good hyperparameters with one tuner, or go on with a search that has ended (--extend)."""
     if extend is not None:
@@ -101,6 +105,7 @@ def tune(
         raise InputError("tune needs a data set or a settings file, or --extend and a run folder, got neither")
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["precision"] = precision
     options = {} if num_configs is None else {"tuner": {tuner: {"num_configs": num_configs}}}
     _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force, optuna)
 
@@ -121,6 +126,7 @@ def compare(
     workers: Workers = None,
     device: Device = None,
     executor: ExecutorName = None,
+    precision: Precision = None,
     parallel_studies: Annotated[
         int | None, typer.Option(help="Studies computed at once, which share the workers. Never changes a number.")
     ] = None,
@@ -129,6 +135,7 @@ def compare(
     names = None if tuners is None else [name.strip() for name in tuners.split(",")]
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
+    flags["precision"] = precision
     flags["parallel_studies"] = parallel_studies
     _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force, optuna)
 

@@ -100,7 +100,8 @@ class Settings(Table):
     """Everything that decides a run. `workers`, `executor` and `device` say where it is computed.
 
     `parallel_studies` are computed at once, which changes no number; each gets workers in proportion to its tuner's
-    number in `shares`, 1 if it has none, as far as it can use them.
+    number in `shares`, 1 if it has none, as far as it can use them. With `precision` bf16, clients train with torch's
+    autocast to bfloat16, which changes the numbers; weights, their means and all errors stay float32.
     """
 
     tuners: list[str] = ["manual", "random", "asha", "fedex"]
@@ -115,6 +116,7 @@ class Settings(Table):
     workers: int = Field(0, ge=0, strict=True)
     device: str = "cpu"
     executor: Literal["auto", "serial", "pool", "batched"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any]
     model: dict[str, Any] = {"name": "mlp"}
     client: dict[str, Any] = {}

@@ -110,7 +110,7 @@ class Comparison:
     def make_executor(self, say: Callable[[str], None]) -> Executor:
         """The executor that the settings name; `auto` is the pool on a CPU of several cores, and batched elsewhere."""
         settings = self.settings
-        machine = MachineSettings(settings.model, client_program(settings), settings.device)
+        machine = MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
         workers = num_workers(settings.workers)
         if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
             return PoolExecutor(machine, self.dataset, workers)

@@ -19,7 +19,7 @@ from fedtune.client_work import (
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import Examples, make_examples
-from fedtune.simulation.executors.machine import Machine, MachineSettings
+from fedtune.simulation.executors.machine import Machine, MachineSettings, in_precision
 from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
 
 LARGEST_CHUNK = 128  # clients
@@ -49,6 +49,8 @@ class BatchedMachine:
         elif obstacle := self._obstacle(self._train):
             self._say_once(obstacle)
             self._train = None
+        else:
+            self._train = in_precision(settings, self._train)
 
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
         """The results of the tasks, their weights in memory of their own."""

@@ -1,7 +1,7 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ class MachineSettings:
     model: Mapping[str, Any]  # the [model] table
     client: str  # the client program's name
     device: str
+    precision: str = "fp32"  # of training: fp32 or bf16
 
 
 class Machine:
@@ -35,6 +36,7 @@ class Machine:
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
         self.program = plugins.client_program(settings.client)
+        self._train = in_precision(settings, self.program.train)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -52,10 +54,24 @@ class Machine:
     def _compute(self, weights: torch.Tensor, task: Task) -> Result:
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
-        arguments = (self.program.train, self.model, weights, self.dataset, task.client, task.config, task.seed)
+        arguments = (self._train, self.model, weights, self.dataset, task.client, task.config, task.seed)
         if isinstance(task, PersonaliseTask):
             return [personalise_client(*arguments, self.device)]
         return Update(*train_client(*arguments, task.error_before, self.device))
+
+
+def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The training function, with autocast to bfloat16 where the settings say so."""
+    if settings.precision == "fp32":
+        return train
+    # Without its cache, in which the first step's weights would stand for those of all.
+    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, cache_enabled=False)
+
+    def train_in_bf16(*arguments: Any) -> torch.Tensor:
+        with autocast:
+            return train(*arguments)
+
+    return train_in_bf16
 
 
 def _keep(result: Result) -> Result:
