@@ -4,7 +4,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fedtune.data.partition import assign, partition
+from fedtune import rng
+from fedtune.data.partition import partition
 from fedtune.errors import InputError, UnknownNameError
 
 
@@ -38,6 +39,44 @@ def test_a_partition_is_a_function_of_its_seed(name):
     again, other = partition(labels, name, 10, seed=1), partition(labels, name, 10, seed=2)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_clients", "examples_per_client", "options"),
+    [
+        ("iid", 7, None, {}),
+        ("shards", 50, None, {}),
+        ("shards", 20, 30, {"shards_per_client": 5}),
+        ("dirichlet", 20, None, {}),
+        ("dirichlet", 5, 100, {"alpha": 3.0}),
+        ("dirichlet", 40, None, {"alpha": 0.12}),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_partitions_are_those_of_flwr_datasets(name, num_clients, examples_per_client, options, seed):
+    """The last case with seed 1 is drawn several times, of which theirs warns."""
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, ShardPartitioner
+
+    import datasets
+
+    labels = random_labels(2000).astype(np.uint8)
+    used = len(labels) if examples_per_client is None else num_clients * examples_per_client
+    chosen = rng.stream(seed, "partition").permutation(len(labels))[:used]
+    draw_seed, shards = rng.derived_seed(seed, "partitioner"), options.get("shards_per_client", 2)
+    alpha = float(options.get("alpha", 0.5))
+    partitioner = {
+        "iid": lambda: IidPartitioner(num_clients),
+        "shards": lambda: ShardPartitioner(num_clients, "label", num_shards_per_partition=shards, seed=draw_seed),
+        "dirichlet": lambda: DirichletPartitioner(num_clients, "label", alpha, min_partition_size=3, seed=draw_seed),
+    }[name]()
+    partitioner.dataset = datasets.Dataset.from_dict({"label": labels[chosen], "example": chosen})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = [np.sort(partitioner.load_partition(client)["example"][:]) for client in range(num_clients)]
+    ours = partition(labels, name, num_clients, seed=seed, examples_per_client=examples_per_client, **options)
+    assert all(np.array_equal(part, expected) for part, expected in zip(ours, parts, strict=True))
+    drawn_again = any("min_partition_size" in str(warning.message) for warning in caught)
+    assert drawn_again == (options.get("alpha") == 0.12 and seed == 1)
 
 
 def test_iid_sizes_differ_by_one_and_examples_are_shuffled():
@@ -133,27 +172,3 @@ def test_what_is_impossible_is_refused(name, num_clients, options, message):
 def test_an_unknown_partition_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match="unknown partition 'iidd'; known: dirichlet, iid, shards"):
         partition(random_labels(100), "iidd", 10, seed=0)
-
-
-def test_a_partitioner_that_loses_examples_is_caught():
-    from flwr_datasets.partitioner import PathologicalPartitioner
-
-    lossy = PathologicalPartitioner(5, "label", num_classes_per_partition=1, class_assignment_mode="random")
-    with (
-        pytest.warns(UserWarning, match="will NOT be used"),
-        pytest.raises(RuntimeError, match=r"PathologicalPartitioner left out [1-9]"),
-    ):
-        assign(random_labels(600), lossy)
-
-
-def test_a_partitioner_that_repeats_examples_is_caught():
-    from flwr_datasets.partitioner import IidPartitioner
-
-    class Greedy(IidPartitioner):
-        """The first client gets everything, the others their part of it."""
-
-        def load_partition(self, partition_id):
-            return super().load_partition(partition_id) if partition_id else self.dataset
-
-    with pytest.raises(RuntimeError, match="Greedy left out 0 and repeated 400 of 600"):
-        assign(random_labels(600), Greedy(3))
