@@ -38,6 +38,7 @@ class RunningEngine:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # by default 15: beside other programs its actors would hardly get a core
         }
         command = [engine.python, str(Path(__file__).parent / engine.script), model, str(folder), *engine.arguments]
         self._log = folder / f"log-{engine.script}-{'-'.join(engine.arguments)}.txt"
