@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: install demo test lint clean
+
+install: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/fedtune compare mnist --tuners manual,random,asha,fedex --max-rounds 27 --total-rounds 135 --seeds 2 \

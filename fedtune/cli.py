@@ -305,9 +305,11 @@ def _extend(run: Path, num_configs: int | None, total_rounds: int | None, **wher
 
 def _show(run: "Run") -> None:
     from fedtune.report.frames import summary
-    from fedtune.report.tables import summary_table
+    from fedtune.report.tables import chosen_lines, summary_table
 
     _print(summary_table(summary(run.results, run.timings)))
+    for line in chosen_lines(run.results, run.settings["space"]):
+        typer.echo(line)
     for figure in sorted((run.folder / "figures").glob("*.png")):
         typer.echo(f"figure: {figure}")
     typer.echo(f"run folder: {run.folder}")

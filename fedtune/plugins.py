@@ -130,6 +130,8 @@ def _name_and_options(table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _load(kind: str, name: str) -> Any:
     plugins = known(kind)
     if name not in plugins:
+        if kind == "datasets" and Path(name).is_dir():
+            raise InputError(f"data set {name!r} must be an installed one; for the folder write {name + '/'!r}")
         what = {"datasets": "data set", "models": "model", "clients": "client program"}[kind]
         raise UnknownNameError(what, name, plugins)
     try:

@@ -316,7 +316,8 @@ def centred(spec):
 
 
 def batch_norm(spec):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9, track_running_stats=False), nn.Linear(9, spec.num_classes))
+    normalised = nn.BatchNorm1d(9, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), normalised, nn.Linear(9, spec.num_classes))
 
 
 def running(spec):

@@ -353,3 +353,10 @@ def test_a_regression_has_statistics_and_a_picture(tmp_path):
     assert "label skew" not in done.output
     with Image.open(figure) as image:
         assert image.size[0] > 500
+
+
+def test_a_folder_without_its_slash_is_hinted_at(tmp_path, monkeypatch):
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="data set 'pics' must be an installed one; for the folder write 'pics/'"):
+        fedtune.load("pics")

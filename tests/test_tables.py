@@ -1,6 +1,7 @@
 """The tables in terminals of 80 and 120 columns."""
 
 import io
+import json
 import math
 import re
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.report.frames import ERRORS, FAULTS
-from fedtune.report.tables import duration, percent, size_histogram, stats_table, summary_table
+from fedtune.report.tables import chosen_lines, duration, percent, size_histogram, stats_table, summary_table
 
 NAN = math.nan
 COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
@@ -132,3 +133,12 @@ def test_the_histogram_counts_every_client_once() -> None:
 
 def test_clients_of_one_size_are_one_bin() -> None:
     assert rendered(size_histogram(np.full(7, 60))).splitlines()[1].split() == ["60", "7", "█" * 30]
+
+
+def test_what_each_search_chose_is_a_line():
+    config = {"client": {"learning_rate": 0.012344, "batch_size": 32}, "server": {"learning_rate": 1.0}}
+    studies = [(tuner, seed) for tuner in ("manual", "asha") for seed in (0, 1)]
+    results = pd.DataFrame([{"tuner": tuner, "seed": seed, "config": json.dumps(config)} for tuner, seed in studies])
+    space = {"client": {"learning_rate": {}, "batch_size": {}}, "server": {}}
+    chosen = "chose client.learning_rate=0.01234, client.batch_size=32"
+    assert list(chosen_lines(results, space)) == [f"asha, seed {seed}, {chosen}" for seed in (0, 1)]

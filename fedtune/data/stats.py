@@ -15,20 +15,20 @@ def stats(dataset: FederatedDataset) -> dict[str, int | float]:
     """
     if problems := dataset.check():
         raise InputError(f"statistics need a data set without problems, got {len(problems)}, first: {problems[0]}")
-    sizes = dataset.sizes().sum(1)
+    spec, sizes = dataset.spec, dataset.sizes().sum(1)
     std = sizes.std()
     skewness = ((sizes - sizes.mean()) ** 3).mean() / std**3 if std > 0 else 0.0
     return {
         "clients": dataset.num_clients,
         "examples": int(sizes.sum()),
         **{part: int(dataset.num_examples(part).sum()) for part in PARTS},
-        "classes": dataset.spec.num_classes,
+        **({"targets": spec.num_outputs} if spec.objective == "regression" else {"classes": spec.num_classes}),
         "mean": float(sizes.mean()),
         "std": float(std),
         "skewness": float(skewness),
         "smallest": int(sizes.min()),
         "largest": int(sizes.max()),
-        **({"label_skew": _label_skew(dataset)} if dataset.spec.objective == "classification" else {}),
+        **({"label_skew": _label_skew(dataset)} if spec.objective == "classification" else {}),
     }
 
 

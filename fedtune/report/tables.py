@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,18 @@ def percent(error: float, standard_error: float = math.nan) -> str:
     if math.isnan(error):
         return MISSING
     return f"{100 * error:.2f}" + ("" if math.isnan(standard_error) else f"±{100 * standard_error:.2f}")
+
+
+def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """What each search chose, a line a tuner and seed: the values of what `space` searches, of FedEx's pool the best."""
+    for row in results.to_dict("records"):
+        if row["tuner"] == "manual":
+            continue
+        config = json.loads(row["config"])
+        values = [
+            f"{side}.{name}={config[side][name]:.4g}" for side in ("client", "server") for name in space.get(side, {})
+        ]
+        yield f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}"
 
 
 def _marked(cell: str, best: bool) -> Text:

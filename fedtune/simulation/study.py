@@ -180,7 +180,10 @@ class Study:
         self._listener(
             {
                 **{"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial},
-                **{"validation_error": best.error, "test_error": self._trials[best.trial].last_test_error()},
+                **{
+                    "validation_error": best.error,
+                    "test_error": self._trials[best.trial].tail("test_error", best.rounds),
+                },
             }
         )
         return score
