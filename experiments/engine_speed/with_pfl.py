@@ -41,7 +41,7 @@ def start_others(processes: int) -> list[subprocess.Popen]:
 
 
 class Relay:
-    """The lines of stdin, each passed on to the other processes before it is heeded here; only this one writes files."""
+    """The lines of stdin, each passed on to the others before it is heeded here; only this one writes files."""
 
     def __init__(self, others: list[subprocess.Popen]) -> None:
         self._others = others

@@ -67,7 +67,7 @@ def percent(error: float, standard_error: float = math.nan) -> str:
 
 
 def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """What each search chose, a line a tuner and seed: the values of what `space` searches, of FedEx's pool the best."""
+    """What each search chose, a line a tuner and seed: the values of what `space` searches, of a pool the best ones."""
     for row in results.to_dict("records"):
         if row["tuner"] == "manual":
             continue
