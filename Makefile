@@ -22,7 +22,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# A plain `pip install torch` takes a CUDA build of several gigabytes: the CPU build goes first.
+# torch goes first, so that the build is the one that pip is set to find and not what another package asks for.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "fedtune needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)

@@ -75,6 +75,14 @@ def _measure_regression(outputs: Shaped[Tensor, "example ..."], y: Shaped[Tensor
     return Measures(errors, errors)
 
 
+def check_outputs(objective: str, outputs: Tensor, y: Tensor, num_outputs: int) -> None:
+    """Raises InputError unless a model's outputs on examples with these labels have the shape that it needs."""
+    if objective == "regression":
+        _squared_errors(outputs, y)
+    elif outputs.shape != (*y.shape, num_outputs):
+        raise InputError(f"it must return logits of shape {(*y.shape, num_outputs)}, got {(*outputs.shape,)}")
+
+
 OBJECTIVES = {
     "classification": Objective(cross_entropy, _measure_classification),
     "next_token": Objective(_next_token_loss, _measure_next_token),

@@ -115,6 +115,8 @@ def _is_own(name: str) -> bool:
 def _own_loader(name: str) -> Callable[..., Any]:
     if _is_file(name):
         return _load_from_file(name)
+    if not Path(name).exists():
+        raise InputError(f"the {'table' if name.endswith(SUFFIXES) else 'folder'} {name} does not exist")
     load = load_table if name.endswith(SUFFIXES) else load_leaf if is_leaf_folder(name) else load_folder
     return functools.partial(load, name)
 

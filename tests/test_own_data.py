@@ -120,7 +120,7 @@ def test_a_broken_file_is_one_line(tmp_path):
     path.write_text("no")
     with pytest.raises(InputError, match=r"the table .*bad\.parquet can't be read: "):
         fedtune.load(str(path), client="a", label="b")
-    with pytest.raises(InputError, match="can't be read"):
+    with pytest.raises(InputError, match="none.csv does not exist"):
         fedtune.load(str(tmp_path / "none.csv"), client="a", label="b")
     with pytest.raises(InputError, match=r"the setting data\.client is missing"):
         fedtune.load(str(path), label="b")
@@ -360,3 +360,19 @@ def test_a_folder_without_its_slash_is_hinted_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="data set 'pics' must be an installed one; for the folder write 'pics/'"):
         fedtune.load("pics")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("nn.Linear(64, 2)", r"does not fit data set 'digits': it must return logits of shape \(2, 10\), got \(2, 2\)"),
+        ("nn.Linear(64, 11)", r"it must return logits of shape \(2, 10\), got \(2, 11\)"),
+        ("nn.Linear(3, 10)", r"can't take an example of data set 'digits': RuntimeError: mat1 and mat2 shapes"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_found_before_the_run(tmp_path, body, message):
+    model = tmp_path / "model.py"
+    model.write_text(f"from torch import nn\ndef make(spec):\n    return nn.Sequential(nn.Flatten(), {body})\n")
+    with pytest.raises(InputError, match=message):
+        fedtune.train("digits", rounds=1, model={"name": f"{model}:make"}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ x.npy, y.npy, sizes.npy                  all clients' examples one after another
 """
 
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,13 @@ def load_folder(
             name=folder.name,
             seed=seed,
         )
+    # The rarest kind first, since it is what does not belong.
+    kind_of = {entry.name: "/" if entry.is_dir() else entry.suffix for entry in entries}
+    count = Counter(kind_of.values())
+    odd_first = sorted(names, key=lambda name: (count[kind_of[name]], name))
     raise InputError(
         f"a folder of clients must hold only .npz files, only tables ({' or '.join(SUFFIXES)}), only folders of "
-        f"images, or {', '.join(ARRAYS)}, got {', '.join(sorted(names)[:5]) or 'nothing'} in {folder}"
+        f"images, or {', '.join(ARRAYS)}, got {', '.join(odd_first[:5]) or 'nothing'} in {folder}"
     )
 
 

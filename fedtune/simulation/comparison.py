@@ -21,6 +21,8 @@ from fedtune import plugins
 from fedtune.data.checks import errors_of, find_problems, first_of
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.flat_model import FlatModel, make_examples
+from fedtune.objectives import check_outputs
 from fedtune.server.trials import (
     Hyperparameters,
     client_program,
@@ -176,8 +178,27 @@ def prepare(settings: Settings) -> Comparison:
         raise InputError(
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
         )
-    initial_weights(settings, dataset.spec, settings.seed)  # a model that can't be made is found before the run
+    check_model(settings, dataset)
     return Comparison(settings, dataset, hyperparameters, first_of(problems) if problems else None)
+
+
+def check_model(settings: Settings, dataset: FederatedDataset) -> None:
+    """Raises InputError unless the model can be made, takes the data set's examples and returns what they need."""
+    spec, name = dataset.spec, settings.model["name"]
+    stored_x, stored_y = dataset.examples(0, "train")
+    x, y = make_examples(stored_x[:2], stored_y[:2], spec, "cpu")
+    weights = initial_weights(settings, spec, settings.seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = FlatModel(plugins.make_model(settings.model, spec), "cpu", spec.objective)
+        model.module.eval()
+        try:
+            outputs = model.outputs(weights, x)
+            check_outputs(spec.objective, outputs, y, spec.num_outputs)
+        except InputError as error:
+            raise InputError(f"model {name!r} does not fit data set {dataset.name!r}: {error}") from None
+        except Exception as error:  # a model is anybody's code
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"model {name!r} can't take an example of data set {dataset.name!r}: {reason}") from None
 
 
 def check_tuners(settings: Settings, space: SearchSpace) -> None:
