@@ -9,8 +9,10 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
+from typer.testing import CliRunner
 
 import fedtune
+from fedtune import cli
 from fedtune.errors import InputError
 from fedtune.report.optuna_mirror import OptunaMirror, distribution
 from fedtune.tuning.space import Choice, Integer, LogUniform, PowerOfTwo, SearchSpace, Uniform
@@ -171,6 +173,22 @@ def test_what_is_no_storage_is_one_line_and_leaves_nothing(tmp_path, bad):
         fedtune.compare("digits", out=tmp_path / "run", optuna=bad, **SETTINGS)
     assert "\n" not in str(e.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_password_is_printed():
+    with pytest.raises(InputError, match="got 'nodb://me:\\*\\*\\*@host/x'"):
+        OptunaMirror("nodb://me:secret@host/x", "run", "", SearchSpace({}, {}), print)
+
+
+def test_on_the_command_line(tmp_path):
+    folder = str(tmp_path / "run")
+    train = ["train", "digits", "--rounds", "2", "--executor", "serial", "--out", folder, "--optuna", url(tmp_path)]
+    for command in (train, ["resume", folder, "--executor", "serial", "--optuna", url(tmp_path)]):
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+        assert "warning" not in done.output
+        ((state, _, scores, *_),) = story(tmp_path)["run/manual-seed0"].values()
+        assert (state, list(scores)) == (TrialState.COMPLETE, [2])
 
 
 def test_without_the_package_it_is_one_line_and_a_plain_run_needs_none(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run's trials in an Optuna storage, for `optuna-dashboard` to show them live. It listens, and decides nothing."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -55,12 +56,13 @@ class OptunaMirror:
         self._failed = False
         self._studies: dict[tuple[str, int], int] = {}
         self._trials: dict[tuple[str, int], dict[int, MirroredTrial]] = {}
+        shown = re.sub(r":[^:/@]*@", ":***@", url)  # without a password
         try:
             self._storage = RDBStorage(url)
             studies = self._storage.get_all_studies()
         except Exception as error:  # which ones, the database's driver says
             raise InputError(
-                f"--optuna must be the URL of a database that opens, such as sqlite:///trials.db, got {url!r}: "
+                f"--optuna must be the URL of a database that opens, such as sqlite:///trials.db, got {shown!r}: "
                 f"{_reason(error)}"
             ) from None
         for study in studies:
@@ -68,7 +70,7 @@ class OptunaMirror:
             if ours and study.user_attrs.get("fedtune_settings", decided_by) != decided_by:
                 self._close()
                 raise InputError(
-                    f"--optuna must hold no study of another run of this name, got {study.study_name} in {url!r}: "
+                    f"--optuna must hold no study of another run of this name, got {study.study_name} in {shown!r}: "
                     "give another storage, or another --out"
                 )
 
@@ -171,7 +173,6 @@ class OptunaMirror:
         return self._trials[event["tuner"], event["seed"]][event["trial"]]
 
     def _close(self) -> None:
-        self._storage.remove_session()
         self._storage.engine.dispose()
 
 
