@@ -120,7 +120,7 @@ def test_a_broken_file_is_one_line(tmp_path):
     path.write_text("no")
     with pytest.raises(InputError, match=r"the table .*bad\.parquet can't be read: "):
         fedtune.load(str(path), client="a", label="b")
-    with pytest.raises(InputError, match="none.csv does not exist"):
+    with pytest.raises(InputError, match=r"none\.csv does not exist"):
         fedtune.load(str(tmp_path / "none.csv"), client="a", label="b")
     with pytest.raises(InputError, match=r"the setting data\.client is missing"):
         fedtune.load(str(path), label="b")
