@@ -157,7 +157,7 @@ def test_a_client_that_explodes_leaves_the_others_as_they_are():
 
 
 def test_the_same_bits_whatever_ran_before_and_the_arguments_stay_as_they_are():
-    model, examples = make_model(MODELS["mlp"]), make_examples()
+    model, examples = make_model(MODELS["logistic"]), make_examples()
     weights = model.flat.clone()
     sent, kept = weights.clone(), Examples(*(tensor.clone() for tensor in examples))
     first = batched(model, sent, examples)
@@ -229,7 +229,9 @@ def run(settings, tasks, dataset=DATASET):
     said = []
     machine = BatchedMachine(settings, dataset, said.append)
     plain = Machine(settings, dataset)
-    weights = plain.model.flat.clone()
+    # For some other weights a unit lies within a rounding of its kink, and training goes on from there another way.
+    torch.manual_seed(0)
+    weights = FlatModel(plugins.make_model(settings.model, dataset.spec)).flat.clone()
     results = [machine.run_all(weights, tasks) for _ in range(2)]
     assert list(map(kept, results[0])) == list(map(kept, results[1]))
     return results[0], plain.run_all(weights, tasks), said
@@ -303,7 +305,13 @@ def test_a_chunk_holds_as_many_clients_as_the_bytes_allow(monkeypatch):
 
 
 MODEL_FILE = """
+import torch
 from torch import nn
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
 
 
 class Centre(nn.Module):
@@ -316,7 +324,8 @@ def centred(spec):
 
 
 def batch_norm(spec):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9, track_running_stats=False), nn.Linear(9, spec.num_classes))
+    norm = nn.BatchNorm1d(9, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), norm, nn.Linear(9, spec.num_classes))
 
 
 def running(spec):
@@ -324,7 +333,7 @@ def running(spec):
 
 
 def random(spec):
-    return nn.Sequential(nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, spec.num_classes))
+    return nn.Sequential(Noise(), nn.Flatten(), nn.Linear(64, spec.num_classes))
 
 
 def data_dependent(spec):
@@ -393,6 +402,7 @@ def test_a_clients_fault_is_its_own():
 
 def compare(folder, executor):
     arguments = ["--tuners", "manual,fedex", "--max-rounds", "3", "--total-rounds", "6", "--set", "cohort_size=5"]
+    arguments += ["--model", "mlp"]  # on a CPU logistic regression has the serial bits
     arguments += ["--set", "client.dropout=0.2", "--executor", executor, "--out", str(folder)]
     done = CliRunner().invoke(cli.app, ["compare", "digits", *arguments])
     assert done.exit_code == 0
