@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import fedtune
 import fedtune.simulation.executors.batched as batched_module
-from fedtune import cli, plugins
+from fedtune import cli, client_work, plugins
 from fedtune.data.federated_dataset import IGNORED, DatasetSpec, FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import Examples, FlatModel
@@ -257,6 +258,19 @@ def test_the_machine_answers_as_the_plain_one(name):
     assert said == []
 
 
+def test_parts_larger_than_a_batch_are_measured_in_several(monkeypatch):
+    model = make_model(MODELS["mlp"], DATASET.spec)
+    weights = torch.stack([model.flat * (1 + client) for client in ALL])
+    parts = [[(client, "train"), (client, "test")] for client in ALL]
+    expected = []
+    for row, each in zip(weights, parts, strict=True):
+        model.load(row)
+        expected.append(client_work.measure(model, DATASET, each, "cpu"))
+    monkeypatch.setattr(client_work, "EVALUATION_BATCH", 7)
+    measured = client_work.measure_clients(model, weights, DATASET, parts, "cpu")
+    np.testing.assert_allclose(measured, expected, atol=1e-5)
+
+
 # Local SGD whose train_batched does what the test says; it notes how many clients it was given.
 PROGRAM = """
 import torch
@@ -367,7 +381,9 @@ def test_a_model_that_can_not_be_batched_trains_one_client_at_a_time_and_that_is
 
 def test_the_lstm_trains_one_client_at_a_time():
     dataset = make_dataset("token")
-    results, expected, said = run(machine_settings("lstm", hidden=4), make_tasks(range(3)), dataset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of tests, so that torch's own warning is no error
+        results, expected, said = run(machine_settings("lstm", hidden=4), make_tasks(range(3)), dataset)
     assert list(map(kept, results)) == list(map(kept, expected))
     (message,) = said
     assert re.match("clients train one at a time: .*batching rule for aten::.*(rnn|lstm)", message)
