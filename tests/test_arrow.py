@@ -161,7 +161,7 @@ def test_a_file_that_is_no_arrow_file_is_one_line(tmp_path):
     for name, message in (
         ("empty.arrow", "can't be read"),
         ("wrong.arrow", "can't be read"),
-        ("missing.arrow", "can't be read"),
+        ("missing.arrow", "does not exist"),
         ("none.arrow", "must have one record batch, got 0"),
         ("users.parquet", r"a mapped table must be a file that ends in \.arrow or \.feather, got .*users.parquet"),
     ):

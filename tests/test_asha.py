@@ -84,14 +84,14 @@ def test_the_jobs_of_one_worker_by_hand():
     reduction_factor=st.integers(2, 4),
     halvings=st.integers(0, 4),
     early_stopping_rate=st.integers(0, 4),
-    num_configs=st.none() | st.integers(1, 60),
+    more_configs=st.none() | st.integers(0, 60),
     infinite_horizon=st.booleans(),
     workers=st.integers(1, 30),
     dropped=st.sampled_from([0, 0.2]),
     seed=st.integers(0, 2**32),
 )
 def test_asha_is_algorithm_3(
-    reduction_factor, halvings, early_stopping_rate, num_configs, infinite_horizon, workers, dropped, seed
+    reduction_factor, halvings, early_stopping_rate, more_configs, infinite_horizon, workers, dropped, seed
 ):
     """For any losses (a configuration's differ from rung to rung), any number of workers, and any order of completion.
 
@@ -99,6 +99,8 @@ def test_asha_is_algorithm_3(
     a job may never come back.
     """
     s = min(early_stopping_rate, halvings)
+    fewest = 1 if infinite_horizon else reduction_factor ** (halvings - s)
+    num_configs = None if more_configs is None else fewest + more_configs
     asha = ASHA(draw, 2 * reduction_factor**halvings, 2, reduction_factor, s, num_configs, infinite_horizon)
     literal = LiteralASHA(20 if infinite_horizon else halvings - s, reduction_factor, num_configs)
     rng, running = random.Random(seed), []
