@@ -157,6 +157,7 @@ def test_what_can_not_be_mapped_is_one_line(tmp_path, change, options, message):
 def test_a_file_that_is_no_arrow_file_is_one_line(tmp_path):
     (tmp_path / "empty.arrow").write_bytes(b"")
     (tmp_path / "wrong.arrow").write_bytes(b"no" * 99)
+    (tmp_path / "users.parquet").write_bytes(b"")
     write(tmp_path / "none.arrow", {"user": pa.array([], pa.string()), "x": np.zeros(0), "y": np.zeros(0, int)})
     for name, message in (
         ("empty.arrow", "can't be read"),
