@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -37,8 +39,10 @@ def load_table(
     )
 
 
-def read_frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path) -> "pd.DataFrame":
     """The table in a file. Raises InputError where it can't be read."""
+    import pandas as pd  # not above: worker processes never need it
+
     if path.suffix not in SUFFIXES:
         raise InputError(f"a table must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
     try:
@@ -48,7 +52,7 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def from_frame(
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     *,
     client: str,
     label: str,
@@ -65,6 +69,8 @@ def from_frame(
     others, such as strings, are numbered in their order. The further options are those of
     `FederatedDataset.from_clients`.
     """
+    import pandas as pd
+
     for column in (client, label, *(features or ())):
         if column not in frame.columns:
             raise UnknownNameError("column", column, frame.columns)
@@ -99,6 +105,8 @@ def from_frame(
 
 def _labels(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
     """The labels as numbers, and how many classes there are; None leaves that to the largest."""
+    import pandas as pd
+
     if objective == "regression":
         if not pd.api.types.is_numeric_dtype(column):
             raise InputError(f"the labels of a regression must be numbers, got column of type {column.dtype}")
