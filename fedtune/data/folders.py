@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.tables import SUFFIXES, from_frame, read_frame
@@ -68,6 +67,8 @@ def load_folder(
             arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
         )
     if len(kinds) == 1 and kinds <= set(SUFFIXES):
+        import pandas as pd  # not above: worker processes never need it
+
         frames = {entry.stem: read_frame(entry) for entry in entries}
         if taken := [entry.name for entry in entries if "client" in frames[entry.stem].columns]:
             raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")

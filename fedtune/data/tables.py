@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fedtune.data.checks import BadDataError, Problem
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ARROW_SUFFIXES = (".arrow", ".feather")
 SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
@@ -52,8 +54,10 @@ def load_table(
     )
 
 
-def read_frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path) -> "pd.DataFrame":
     """The table in a file. Raises InputError where it can't be read."""
+    import pandas as pd  # not above: worker processes never need it
+
     if path.suffix not in SUFFIXES:
         raise InputError(f"a table must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
     try:
@@ -65,7 +69,7 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def from_frame(
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     *,
     client: str,
     label: str,
@@ -94,6 +98,8 @@ def from_frame(
             if len(finite):
                 feature[...] = (feature - finite.mean()) / (finite.std() or 1.0)
     y, num_classes = labels_of(frame[label], objective)
+    import pandas as pd
+
     codes, names = pd.factorize(frame[client], sort=True)
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
@@ -103,8 +109,10 @@ def from_frame(
     )
 
 
-def _column_problems(frame: pd.DataFrame, client: str, label: str, features: Iterable[str]) -> list[Problem]:
+def _column_problems(frame: "pd.DataFrame", client: str, label: str, features: Iterable[str]) -> list[Problem]:
     """Every column that does not hold what it must."""
+    import pandas as pd
+
     problems = []
     for column in features:
         if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
@@ -141,6 +149,8 @@ def feature_columns(columns: Iterable[str], client: str, label: str, features: S
 
 def labels_of(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
     """The labels as numbers, and how many classes there are; None leaves that to the largest."""
+    import pandas as pd
+
     if objective == "regression":
         if not pd.api.types.is_numeric_dtype(column):
             raise InputError(f"the labels of a regression must be numbers, got column of type {column.dtype}")
