@@ -86,6 +86,8 @@ def from_frame(
     others, such as strings, are numbered in their order. The further options are those of
     `FederatedDataset.from_clients`.
     """
+    import pandas as pd
+
     chosen = feature_columns(frame.columns, client, label, features)
     if frame.empty:
         raise InputError("a table must have at least one row, got none")
@@ -98,8 +100,6 @@ def from_frame(
             if len(finite):
                 feature[...] = (feature - finite.mean()) / (finite.std() or 1.0)
     y, num_classes = labels_of(frame[label], objective)
-    import pandas as pd
-
     codes, names = pd.factorize(frame[client], sort=True)
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
