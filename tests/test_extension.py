@@ -117,7 +117,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         ([], "--extend needs --num-configs, --total-rounds or both, got neither"),
-        (["--num-configs", "2"], "num_configs must be a whole number >= 9, got 2"),
+        (["--num-configs", "2"], "num_configs must be a whole number >= 11, got 2"),
         (["--total-rounds", "27"], "total_rounds must be more than the 27 that there were, got 27"),
         (
             ["--num-configs", "90", "--total-rounds", "3"],
@@ -128,7 +128,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 )
 def test_impossible_extensions_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     folder = tmp_path / "run"
-    tuner = {"asha": {"num_configs": 8}}
+    tuner = {"asha": {"num_configs": 10}}
     fedtune.compare("digits", out=folder, tuners=["asha"], tuner=tuner, **SETTINGS)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr("sys.argv", ["fedtune", "tune", "--extend", str(folder), *arguments])
