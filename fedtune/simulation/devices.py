@@ -12,7 +12,6 @@ rounds longer; where its pool has several, their mean counts.
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +22,6 @@ from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
 from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
 from fedtune.tuning.trial import Trial
-
-CACHED_CLIENTS = 100_000  # whose devices are remembered
 
 
 class LogNormal(NamedTuple):
@@ -81,12 +78,14 @@ class Devices:
         self._quantities = quantities(self._settings)
         self._always_there = self._quantities["availability"] == 1.0
         self._instant = all(self._quantities[name] == free for name, free in FREE.items())
-        self._asked = lru_cache(maxsize=None)(self._ask)
-        self._device = lru_cache(maxsize=CACHED_CLIENTS)(self._draw_device)
+        self._asked: dict[int, Asked] = {}  # by round
+        self._devices: dict[int, Device] = {}  # of the clients that were asked so far
 
     def plan(self, trial: Trial, server_round: int) -> RoundPlan:
         """Who takes part in the trial's round, and how long it takes."""
-        clients, left, unavailable = self._asked(server_round)
+        if server_round not in self._asked:
+            self._asked[server_round] = self._ask(server_round)
+        clients, left, unavailable = self._asked[server_round]
         finishes = self._finishes(clients, mean_epochs(trial))
         in_time = np.flatnonzero(~left & (finishes <= self._settings.deadline))
         counted = in_time[np.argsort(finishes[in_time], kind="stable")][: self._cohort_size]
@@ -146,6 +145,11 @@ class Devices:
         devices = [self._device(client) for client in clients.tolist()]
         seconds, down, up, _ = np.array(devices, float).reshape(-1, 4).T
         return np.asarray(self._weight_bytes * (1 / down + 1 / up) + seconds * self._num_train[clients] * epochs)
+
+    def _device(self, client: int) -> Device:
+        if client not in self._devices:
+            self._devices[client] = self._draw_device(client)
+        return self._devices[client]
 
     def _draw_device(self, client: int) -> Device:
         return Device(
