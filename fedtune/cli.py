@@ -21,12 +21,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-What = Annotated[
-    str,
-    typer.Argument(
-        help="A data set (see `fedtune list`), file.py:function, a table, a folder, or a settings .toml file."
-    ),
-]
+WHAT = typer.Argument(
+    help="A data set (see `fedtune list`), file.py:function, a table, a folder, or a settings .toml file."
+)
+What = Annotated[str, WHAT]
 Model = Annotated[str | None, typer.Option(help="The model (see `fedtune list`), or file.py:function.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. client.learning_rate=0.05.")
@@ -67,14 +65,14 @@ def train(
     """Train one federation under fixed hyperparameters."""
     budget = {"max_rounds": rounds, "total_rounds": rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["precision"] = precision
+    flags |= {"precision": precision}
     _run(what, {"tuners": ["manual"], **budget, **flags}, model, assignments, out, force, optuna)
 
 
 @app.command()
 def tune(
-    what: Annotated[str | None, What.__metadata__[0]] = None,
-    tuner: Annotated[str, typer.Option(help="The tuner (see `fedtune list`).")] = "asha",
+    what: Annotated[str | None, WHAT] = None,
+    tuner: Annotated[str | None, typer.Option(help="The tuner (see `fedtune list`), asha if left out.")] = None,
     max_rounds: MaxRounds = None,
     total_rounds: TotalRounds = None,
     extend: Annotated[
@@ -97,15 +95,17 @@ def tune(
     if extend is not None:
         given = {"a data set": what, "--max-rounds": max_rounds, "--model": model, "--set": assignments, "--out": out}
         given |= {"--seed": seed, "--seeds": seeds, "--device": device, "--force": force or None}
+        given |= {"--tuner": tuner, "--precision": precision}
         if too_much := [name for name, value in given.items() if value is not None]:
             raise InputError(f"--extend keeps the settings of its run, got {too_much[0]}")
         _extend(extend, num_configs, total_rounds, workers=workers, executor=executor, optuna=optuna)
         return
     if what is None:
         raise InputError("tune needs a data set or a settings file, or --extend and a run folder, got neither")
+    tuner = tuner or "asha"
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["precision"] = precision
+    flags |= {"precision": precision}
     options = {} if num_configs is None else {"tuner": {tuner: {"num_configs": num_configs}}}
     _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force, optuna)
 
@@ -135,8 +135,7 @@ def compare(
     names = None if tuners is None else [name.strip() for name in tuners.split(",")]
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
-    flags["precision"] = precision
-    flags["parallel_studies"] = parallel_studies
+    flags |= {"precision": precision, "parallel_studies": parallel_studies}
     _run(what, {"tuners": names, **budget, **flags}, model, assignments, out, force, optuna)
 
 

@@ -124,6 +124,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             "total_rounds must be more than the 27 that there were, got 3",
         ),
         (["--num-configs", "90", "--seeds", "2"], "--extend keeps the settings of its run, got --seeds"),
+        (["--num-configs", "90", "--tuner", "sha"], "--extend keeps the settings of its run, got --tuner"),
+        (["--num-configs", "90", "--precision", "bf16"], "--extend keeps the settings of its run, got --precision"),
     ],
 )
 def test_impossible_extensions_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -23,6 +23,9 @@ from fedtune.settings import DevicesSettings, Settings
 from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
 from fedtune.tuning.trial import Trial
 
+FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time
+LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does
+
 
 class LogNormal(NamedTuple):
     """Positive numbers around a median, whose logarithms are normal with standard deviation sigma."""
@@ -162,9 +165,6 @@ class Devices:
         )
 
 
-FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time
-
-
 def quantities(settings: DevicesSettings) -> dict[str, Quantity]:
     """What each device is drawn from, checked: a number or a distribution for each field of Device."""
     return {name: _quantity(f"devices.{name}", getattr(settings, name)) for name in Device._fields}
@@ -205,9 +205,6 @@ def check_jobs_can_end(settings: DevicesSettings, longest_job: int) -> None:
             f"devices.drop_probability must leave a job of {longest_job} rounds a chance of {LEAST_CHANCE} to end, "
             f"got {settings.drop_probability}, which leaves it {chance:.1g}"
         )
-
-
-LEAST_CHANCE = 0.001
 
 
 def mean_epochs(trial: Trial) -> float:

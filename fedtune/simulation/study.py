@@ -177,15 +177,11 @@ class Study:
         best = incumbent(self._scores)
         assert best is not None
         self._incumbents.append((self._loop.time, best.trial))
-        self._listener(
-            {
-                **{"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial},
-                **{
-                    "validation_error": best.error,
-                    "test_error": self._trials[best.trial].tail("test_error", best.rounds),
-                },
-            }
-        )
+        errors = {
+            "validation_error": best.error,
+            "test_error": self._trials[best.trial].tail("test_error", best.rounds),
+        }
+        self._listener({"event": "incumbent", "tuner": self.name, "seed": self.seed, "trial": best.trial, **errors})
         return score
 
     def drop(self, attempt: RunningJob, then: OnDrop) -> None:
