@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.flat_model import Examples, FlatModel
-from fedtune_clients import local_sgd
 from fedtune_clients.local_sgd import HYPERPARAMETERS, train
 from fedtune_clients.models import cnn, logistic, mlp
 
@@ -37,7 +36,7 @@ def run(model, weights, examples, config, seed=0):
     return train(model, weights, examples, config, generator(seed)).clone()
 
 
-def plain_loop(model, weights, examples, config, seed=0, *, fused=False):
+def plain_loop(model, weights, examples, config, seed=0):
     """The same training as anyone would write it: a copy of the model, torch.optim, FedProx's term in the loss."""
     config = {name: hyperparameter.default for name, hyperparameter in HYPERPARAMETERS.items()} | config
     module = copy.deepcopy(model.module)
@@ -45,7 +44,7 @@ def plain_loop(model, weights, examples, config, seed=0, *, fused=False):
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sent = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.SGD(
-        parameters, config["learning_rate"], config["momentum"], weight_decay=config["weight_decay"], fused=fused
+        parameters, config["learning_rate"], config["momentum"], weight_decay=config["weight_decay"]
     )
     rng = generator(seed)
     rng.integers(2**63)  # the seed for dropout
@@ -82,35 +81,6 @@ def test_equals_torch_optim(config):
     assert not torch.equal(trained, weights)
 
 
-@pytest.mark.parametrize("config", [config for config in SETTINGS if config["proximal_mu"] == 0], ids=str)
-def test_equals_fused_torch_optim_bit_for_bit(config):
-    model, examples = make_model(), make_data()
-    weights = model.flat.clone()
-    trained = run(model, weights, examples, config)
-    assert torch.equal(trained, plain_loop(model, weights, examples, config, fused=True))
-
-
-@pytest.mark.parametrize("config", SETTINGS, ids=str)
-def test_the_public_functions_equal_the_private_ones(config, monkeypatch):
-    model, examples = make_model(), make_data()
-    weights = model.flat.clone()
-    trained = run(model, weights, examples, config)
-    assert local_sgd.sgd_step is local_sgd.fused_step
-    assert local_sgd.loss_gradients is local_sgd.engine_gradients
-    monkeypatch.setattr(local_sgd, "sgd_step", local_sgd.foreach_step)
-    monkeypatch.setattr(local_sgd, "loss_gradients", local_sgd.autograd_gradients)
-    torch.testing.assert_close(run(model, weights, examples, config), trained, rtol=1e-5, atol=1e-6)
-
-
-def test_a_private_function_that_is_gone_or_has_changed_is_not_used():
-    def gone():
-        return torch.no_such_function(1.0)
-
-    assert local_sgd.works(lambda: torch.tensor(2.0), 2.0)
-    assert not local_sgd.works(lambda: torch.tensor(3.0), 2.0)
-    assert not local_sgd.works(gone, 2.0)
-
-
 def test_one_step_of_logistic_regression_by_hand():
     model, examples = make_model("logistic"), make_data()
     weight, bias = (part.double().numpy().copy() for part in model.slices(model.flat))
@@ -143,9 +113,7 @@ class Awkward(nn.Module):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
-@pytest.mark.parametrize("gradients", [local_sgd.engine_gradients, local_sgd.autograd_gradients])
-def test_odd_gradients(momentum, mu, gradients, monkeypatch):
-    monkeypatch.setattr(local_sgd, "loss_gradients", gradients)
+def test_odd_gradients(momentum, mu):
     model, examples = FlatModel(Awkward()), make_data()
     loss = cross_entropy(model.module(examples.x), examples.y)
     plain = torch.autograd.grad(loss, model.parameters, allow_unused=True)

@@ -154,7 +154,7 @@ def _rates_of(clients: list[Client], device: torch.device) -> Rates:
 def _sgd_step(
     parameters: list[Tensor], gradients: Sequence[Tensor], velocities: list[Tensor], sent: list[Tensor], rates: Rates
 ) -> None:
-    """One step of SGD in place, each client with its own rates; see `local_sgd.fused_step`."""
+    """One step of SGD in place, each client with its own rates; see `fedtune_clients.descent`."""
     learning_rate, momentum, decay, mu = rates
     for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         # Not in place: two parameters may share one gradient.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
@@ -39,12 +38,12 @@ def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
     channels, height, width = _image_shape(spec.input_shape)
     # ReLU after the pool: the same function, as both are monotone, for a quarter of the work.
     return nn.Sequential(
-        *([nn.Unflatten(1, (1, height))] if len(spec.input_shape) == 2 else []),
+        _ChannelsLast((channels, height, width)),
         nn.Conv2d(channels, 32, 5, padding=2),
-        _MaxPool(),
+        nn.MaxPool2d(2),
         nn.ReLU(inplace=True),
         nn.Conv2d(32, 64, 5, padding=2),
-        _MaxPool(),
+        nn.MaxPool2d(2),
         nn.ReLU(inplace=True),
         nn.Flatten(),
         nn.Linear(64 * (height // 4) * (width // 4), dense),
@@ -87,13 +86,20 @@ class _LSTM(nn.Module):
         return logits
 
 
-class _MaxPool(nn.Module):
-    """`nn.MaxPool2d(2)` bit for bit; the detour makes the evaluation of the CNN 1.5 times as fast on a CPU."""
+class _ChannelsLast(nn.Module):
+    """Images in the memory format in which a CPU's convolutions and pools are fastest, torch.channels_last.
+
+    Written without `memory_format`, which torch.func.vmap does not know.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        # As contiguous(memory_format=torch.channels_last), which torch.func.vmap does not know.
-        channels_last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        return max_pool2d(channels_last, 2).contiguous()
+        images = x.reshape(-1, *self.shape).movedim(1, -1)
+        # By way of a flat form: of one channel, torch takes the strides that images have for another format's.
+        return images.flatten(1).view(images.shape).movedim(-1, 1)
 
 
 def _image_shape(input_shape: tuple[int, ...]) -> tuple[int, int, int]:
