@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout, linear, one_hot
+from torch.nn.functional import cross_entropy, dropout, linear
 
 from fedtune.flat_model import FlatModel
 from fedtune_clients.descent import Descent
@@ -22,6 +22,8 @@ class Backprop:
         """Unless `written_out`, all is left to autograd."""
         numbers = {parameter: number for number, parameter in enumerate(model.parameters)}
         self._loss = model.loss
+        self._is_cross_entropy = written_out and model.loss is cross_entropy
+        self._minus_one = torch.tensor(-1.0, device=model.flat.device)
         parts = list(_parts(model.module, numbers)) if written_out else [Part([model.module], numbers)]
         if len({number for part in parts for number in part.numbers}) < sum(len(part.numbers) for part in parts):
             parts = [Part([model.module], numbers)]  # a weight of two parts would be stepped between its two uses
@@ -41,8 +43,9 @@ class Backprop:
             gradient = part.backward(gradient, descent)
 
     def _loss_gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if self._loss is cross_entropy and outputs.ndim == 2:
-            return (outputs.softmax(1) - one_hot(y, outputs.shape[1])).div_(len(y))
+        if self._is_cross_entropy and outputs.ndim == 2:
+            # The softmax less the one-hot labels, over the number of examples.
+            return outputs.softmax(1).scatter_add_(1, y[:, None], self._minus_one.expand(len(y), 1)).div_(len(y))
         outputs = outputs.detach().requires_grad_()
         return torch.autograd.grad(self._loss(outputs, y), outputs)[0]
 

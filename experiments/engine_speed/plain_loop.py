@@ -1,6 +1,6 @@
 """The plain loop: a copy of the model, a DataLoader and an optimiser for each client, a mean of state_dicts.
 
-python plain_loop.py MODEL PLANS
+python plain_loop.py MODEL PLANS textbook|ours      whose form of the model
 """
 
 import copy
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 
-def main(model: str, plans: str) -> None:
+def main(model: str, plans: str, form: str) -> None:
     answers = work.take_stdout()
-    initial, parts = work.load(model)
+    initial, parts = work.load(model, ours=form == "ours")
 
     def train(cohort_size: int, rounds: int) -> Tensor:
         module = initial

@@ -57,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
     """Does what the lines on stdin say; returning ends the simulation."""
-    initial = ArrayRecord(work.make_module(MODEL).state_dict())
+    initial = ArrayRecord(work.make_module(MODEL, ours=False).state_dict())
 
     def run_rounds(cohort_size: int, rounds: int) -> Tensor:
         strategy, arrays = PlannedFedAvg(MODEL, PLANS, cohort_size), initial

@@ -55,12 +55,28 @@ def make_spec(model: str) -> DatasetSpec:
     return DatasetSpec((28, 28), "real", IMAGE_CLASSES, scale=1 / 255)
 
 
-def make_module(model: str) -> nn.Module:
-    """The model with the weights from which every engine starts."""
+def make_module(model: str, *, ours: bool = True) -> nn.Module:
+    """The model with the weights from which every engine starts: fedtune's own module, or the textbook's form of it."""
     options = {name: value for name, value in MODELS[model].items() if name != "name"}
     torch.manual_seed(SEED)
     module: nn.Module = getattr(models, model)(make_spec(model), **options)
-    return module
+    if ours or model != "cnn":  # the others are written as anybody would
+        return module
+    textbook = nn.Sequential(
+        nn.Unflatten(1, (1, 28)),
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 512),
+        nn.ReLU(),
+        nn.Linear(512, IMAGE_CLASSES),
+    )
+    textbook.load_state_dict(dict(zip(textbook.state_dict(), module.state_dict().values(), strict=True)))
+    return textbook
 
 
 def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +91,8 @@ def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def load(model: str) -> tuple[nn.Module, list[Part]]:
-    """The first model, and each client's examples as tensors in memory: the first to train on, the next to validate on.
+def load(model: str, *, ours: bool = False) -> tuple[nn.Module, list[Part]]:
+    """The first model, and each client's examples as tensors in memory, some to train on and some to validate on.
 
     Once a process, whatever engine works there.
     """
@@ -87,7 +103,7 @@ def load(model: str) -> tuple[nn.Module, list[Part]]:
     for start in range(0, len(y), EXAMPLES):
         ends = start, start + TRAIN, start + TRAIN + VALIDATION
         parts.append(Part(*(TensorDataset(inputs[a:b], y[a:b]) for a, b in itertools.pairwise(ends))))
-    return make_module(model), parts
+    return make_module(model, ours=ours), parts
 
 
 def plan_path(folder: str | Path, cohort_size: int) -> Path:
