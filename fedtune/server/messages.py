@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedtune.errors import InputError
-from fedtune.server.flower_compat import pack
+from fedtune.server.flower_compat import fill, pack
 from fedtune.settings import Settings, resolve
 from fedtune.tuning.space import Config, Number
 
@@ -38,7 +38,7 @@ def run_settings(text: object) -> Settings:
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
     """`config` and what one client is to train with."""
     text = json.dumps(dict(hyperparameters))
-    return ConfigRecord({**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
+    return fill(ConfigRecord(), {**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
 
 
 def config_of(message: Message) -> ConfigRecord:
@@ -85,7 +85,5 @@ def answer(
     message: Message, metrics: Mapping[str, Number], weights: Float[np.ndarray, "weight"] | None = None
 ) -> Message:
     """The reply to a message; the weights are not copied."""
-    content = RecordDict({"metrics": MetricRecord({**metrics})})
-    if weights is not None:
-        content["arrays"] = pack(weights)
-    return Message(content, reply_to=message)
+    records = {"metrics": fill(MetricRecord(), metrics)} | ({} if weights is None else {"arrays": pack(weights)})
+    return Message(fill(RecordDict(), records), reply_to=message)
