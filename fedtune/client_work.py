@@ -3,6 +3,7 @@
 `train_clients` and `measure_clients` do so for many clients in one tensor program.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -182,6 +183,6 @@ def measure(model: FlatModel, dataset: FederatedDataset, parts: Sequence[Part], 
 
 def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[ErrorAndLoss]:
     """The mean error and the mean loss of the first so many examples, of the next so many, and so on."""
-    stops = np.cumsum(sizes)[:-1]
-    parts = (np.split(values.cpu().numpy().astype(np.float64), stops) for values in (errors, losses))
-    return [(float(error.mean()), float(loss.mean())) for error, loss in zip(*parts, strict=True)]
+    error, loss = (values.cpu().numpy().astype(np.float64) for values in (errors, losses))
+    parts = [slice(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    return [(float(error[part].mean()), float(loss[part].mean())) for part in parts]

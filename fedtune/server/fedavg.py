@@ -33,8 +33,8 @@ def average(
 
     `weights` are those that the clients started from. A `clip_factor` of 0 turns clipping off.
     """
-    difference = torch.empty_like(weights)
-    norms = np.array([_norm(torch.sub(update, weights, out=difference)) for update in updates])
+    mean = torch.empty_like(weights)  # holds each difference in turn first: a second new tensor costs as much as the sum
+    norms = np.array([_norm(torch.sub(update, weights, out=mean)) for update in updates])
     usable = np.isfinite(norms) & (num_train > 0)
     scale = np.ones(len(updates))
     moved = usable & (norms > 0)
@@ -45,10 +45,10 @@ def average(
     if not usable.any():
         return Average(None, ~usable, scale < 1)
     share = np.where(usable, num_train, 0) / num_train[usable].sum()
-    mean = torch.zeros_like(weights)
-    for update, client_share, client_scale in zip(updates, share, scale, strict=True):
+    mean.zero_()
+    for update, client_share in zip(updates, (share * scale).tolist(), strict=True):
         if client_share > 0:
-            mean.add_(update, alpha=client_share * client_scale)
+            mean.add_(update, alpha=client_share)
     if (scale < 1).any():
         mean.add_(weights, alpha=float((share * (1 - scale)).sum()))  # w + scale (update - w), for each clipped one
     return Average(mean, ~usable, scale < 1)
@@ -56,7 +56,7 @@ def average(
 
 def _norm(vector: Float[Tensor, "weight"]) -> float:
     norm = math.sqrt(float(torch.dot(vector, vector)))
-    if np.isfinite(norm):
+    if math.isfinite(norm):
         return norm
     # A finite update of 1e30 must be clipped, not dropped for a square that overflows; double precision costs 20 times
     # more.

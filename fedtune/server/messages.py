@@ -1,9 +1,8 @@
 """What the server and its clients tell each other: both ends, and every grid, write and read it here.
 
 A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", the JSON
-object "hyperparameters" (one value, since Flower checks each: that is a third of what a message costs), for training
-"error_before", for evaluation "personalise". A reply holds the record
-"metrics", and after training "arrays". A query is answered with the metric "client", the client's number.
+object "hyperparameters" (one value: where messages travel, Flower checks each), for training "error_before", for
+evaluation "personalise". A reply holds the record "metrics", and after training "arrays". A query is answered with the metric "client", the client's number.
 
 The run's configuration holds "settings", the TOML text of a run's settings.
 """
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedtune.errors import InputError
-from fedtune.server.flower_compat import pack
+from fedtune.server.flower_compat import fill, pack
 from fedtune.settings import Settings, resolve
 from fedtune.tuning.space import Config, Number
 
@@ -38,7 +37,7 @@ def run_settings(text: object) -> Settings:
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
     """`config` and what one client is to train with."""
     text = json.dumps(dict(hyperparameters))
-    return ConfigRecord({**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
+    return fill(ConfigRecord(), {**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
 
 
 def config_of(message: Message) -> ConfigRecord:
@@ -85,7 +84,5 @@ def answer(
     message: Message, metrics: Mapping[str, Number], weights: Float[np.ndarray, "weight"] | None = None
 ) -> Message:
     """The reply to a message; the weights are not copied."""
-    content = RecordDict({"metrics": MetricRecord({**metrics})})
-    if weights is not None:
-        content["arrays"] = pack(weights)
-    return Message(content, reply_to=message)
+    records = {"metrics": fill(MetricRecord(), metrics)} | ({} if weights is None else {"arrays": pack(weights)})
+    return Message(fill(RecordDict(), records), reply_to=message)

@@ -18,7 +18,7 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.server import fedavg, optimizers
 from fedtune.server import messages as protocol
-from fedtune.server.flower_compat import pack
+from fedtune.server.flower_compat import fill, pack
 from fedtune.settings import ServerSettings
 from fedtune.tuning import fedex
 from fedtune.tuning.policy import Policy
@@ -80,7 +80,7 @@ class FedTuneStrategy(Strategy):
         self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
         return [
             Message(
-                RecordDict({"arrays": arrays, "config": self._client_config(config, server_round, client, row)}),
+                fill(RecordDict(), {"arrays": arrays, "config": self._client_config(config, server_round, client, row)}),
                 dst_node_id=node,
                 message_type=MessageType.TRAIN,
             )  # 3

@@ -41,6 +41,7 @@ class Batch:
 
     tasks: Sequence[Task]
     block: int
+    rows: Sequence[Tensor]  # of the block
     results: list[Result | None]
     num_missing: int
 
@@ -115,8 +116,9 @@ class PoolExecutor:
         ticket = next(self._sequence)
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
         block = self._take_block(1 + num_updates, weights.numel())
-        self._rows(block)[0].copy_(weights)
-        self._batches[ticket] = Batch(tasks, block, [None] * len(tasks), len(tasks))
+        rows = torch.from_numpy(self._blocks[block].array).unbind()
+        rows[0].copy_(weights)
+        self._batches[ticket] = Batch(tasks, block, rows, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
             self._enqueue(order, Piece(study, ticket, index, self._cost(task)))
         self._dispatch()
@@ -152,16 +154,13 @@ class PoolExecutor:
             _end(worker_)
         self._workers = []
 
-    def _rows(self, block: int) -> Tensor:
-        return torch.from_numpy(self._blocks[block].array)
-
     def _take_block(self, num_rows: int, num_weights: int) -> int:
         """The smallest free block that is large enough, or a new one."""
-        fitting = [block for block in self._free_blocks if len(self._rows(block)) >= num_rows]
+        fitting = [block for block in self._free_blocks if len(self._blocks[block].array) >= num_rows]
         if not fitting:
             self._blocks.append(SharedArray((num_rows, num_weights), "<f4"))
             return len(self._blocks) - 1
-        block = min(fitting, key=lambda block: len(self._rows(block)))
+        block = min(fitting, key=lambda block: len(self._blocks[block].array))
         self._free_blocks.remove(block)
         return block
 
@@ -256,10 +255,8 @@ class PoolExecutor:
         self._seconds_per_cost = answer.seconds / sum(piece.cost for piece in chunk)
         for piece, result in zip(chunk, answer.results, strict=True):
             if isinstance(result, dict):
-                rows = self._rows(self._batches[piece.ticket].block)
-                self._record(piece, Update(rows[piece.index + 1], result))
-            else:
-                self._record(piece, result)
+                result = Update(self._batches[piece.ticket].rows[piece.index + 1], result)
+            self._record(piece, result)
 
     def _record(self, piece: Piece, result: Result) -> None:
         batch = self._batches[piece.ticket]

@@ -36,7 +36,7 @@ def main(
     arrays: Mapping[str, np.ndarray],
 ) -> None:
     """Serves until the parent is gone, working in `folder`. Its first answer is None, or why it can't start."""
-    blocks: dict[int, np.ndarray] = {}
+    blocks: dict[int, torch.Tensor] = {}
     chunks: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
     try:
@@ -53,13 +53,13 @@ def main(
         connection.send(Answer(time.perf_counter() - started, results))
 
 
-def _read(connection: Connection, blocks: dict[int, np.ndarray], chunks: "SimpleQueue[Chunk]") -> None:
+def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "SimpleQueue[Chunk]") -> None:
     """Takes in what the parent sends, so that it never waits for a task's end; ends the process when it is gone."""
     try:
         while True:
             message = connection.recv()
             if isinstance(message, NewBlock):
-                blocks[message] = receive(connection)
+                blocks[message] = torch.from_numpy(receive(connection))
             else:
                 chunks.put(message)
     finally:
@@ -67,8 +67,7 @@ def _read(connection: Connection, blocks: dict[int, np.ndarray], chunks: "Simple
         os._exit(1)
 
 
-def _run(machine: Machine, block: np.ndarray, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
-    rows = torch.from_numpy(block)
+def _run(machine: Machine, rows: torch.Tensor, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
     result: Result = machine.run(rows[0], task)
     if isinstance(result, Update):
         rows[row].copy_(result.weights)
