@@ -120,6 +120,7 @@ def test_a_journal_of_another_format_is_refused(path):
             {"event": "checkpoint", "trial": 0, "round": 9, "time": 1.0},
             "unknown field 'time'; known: event, round, trial",
         ),
+        ({"event": "checkpoint", "trial": -1, "round": 9}, "trial must be greater than or equal to 0, got -1"),
         ({"event": "end", "incumbent": 0, "time": None}, "time must be a valid number, got None"),
         ({"event": "lost", "trial": 0, "round": 1, "reasons": ["", 3]}, "reasons.1 must be a valid string, got 3"),
         ({"event": "round", "trial": 0, "record": {}}, "the field record.round is missing"),

@@ -11,9 +11,9 @@ import zlib
 from collections import defaultdict, deque
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.settings import input_error
@@ -23,9 +23,12 @@ from fedtune.simulation.federation import RoundRecord
 FORMAT = 3  # of the lines; a journal of another format is refused
 
 
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 def _fields(**kinds: Any) -> type[BaseModel]:
     """A model of what must be there, of these types, and nothing else."""
-    definitions: Any = {name: (kind, ...) for name, kind in kinds.items()}
+    definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
     model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
     return model
 
@@ -40,7 +43,7 @@ LINES = {  # by event
     ),
     "tell": _fields(**_JOB, time=float, score=float),
     "drop": _fields(**_JOB, time=float, then=str),
-    "extend": _fields(event=str, num_configs=int | None, total_rounds=int),
+    "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
     "end": _fields(event=str, incumbent=int, time=float),
     "round": _fields(event=str, trial=int, record=_fields(**{each.name: each.type for each in fields(RoundRecord)})),
     "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.simulation.evaluation import Evaluation
 from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.trial_store import Reading, TrialHistory
-from fedtune.tuning.trial import Trial, rank_key
+from fedtune.tuning.trial import Pool, Trial, rank_key
 
 TOTALS = (
     "client_updates",
@@ -122,4 +122,9 @@ def runner_up(trials: Mapping[int, TrialHistory], best: int) -> dict[str, Any]:
 
 def plan(trial: Trial) -> dict[str, Any]:
     """The trial's configurations as JSON holds them."""
-    return {"server": dict(trial.server), "pool": [[dict(config) for config in factor] for factor in trial.pool]}
+    return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
+
+
+def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
+    """The configurations of each factor as JSON holds them."""
+    return [[dict(config) for config in factor] for factor in pool]

@@ -26,7 +26,7 @@ from fedtune.simulation.evaluation import Evaluation, evaluation_clients
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
 from fedtune.simulation.journal import FORMAT, Journal
-from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
+from fedtune.simulation.results import StudyResult, plan, pool_as_json, result_row, round_rows, trial_rows
 from fedtune.simulation.stragglers import attempt_duration, dropped_after
 from fedtune.simulation.trial_store import TrialHistory, TrialStore, past_personalised
 from fedtune.tasks import Executor
@@ -335,6 +335,7 @@ class Study:
                 **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
+                "pool": json.dumps(pool_as_json(federation.pool())),
             },
         )
 
