@@ -244,7 +244,9 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
     if first["type"] == "missing":
         return InputError(f"the {kind} {name} is missing")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.replace("valid dictionary", "table").replace("valid list", "list")
+    message = (
+        message.partition(" or instance of ")[0].replace("valid dictionary", "table").replace("valid list", "list")
+    )
     if not location:
         return InputError(message)
     return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")

@@ -56,6 +56,7 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--executor", "ray"], "executor must be 'auto', 'serial', 'pool' or 'batched', got 'ray'"),
         (["train", "digits", "--rounds", "2", "--out", "/proc/run"], "--out must be a folder that can be made"),
         (["train", "digits", "--set", "data=3"], "data must be a table, got 3"),
+        (["train", "digits", "--set", "devices=3"], "devices must be a table, got 3"),
         (["train", "missing.toml"], "settings file missing.toml cannot be read"),
         (["data", "prepare", "mnists"], "unknown data set 'mnists'; known: "),
         (["data", "stats", "digits", "--set", "data.partition=pathological"], "unknown partition 'pathological'"),
