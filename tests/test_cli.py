@@ -113,7 +113,7 @@ def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_
     given = [text for name, value in options.items() for text in ("--set", f"tuner.{tuner}.{name}={value}")]
     budget = ["--max-rounds", 27, "--total-rounds", 135]
     told = answer("tune", "digits", "--tuner", tuner, *budget, *given, "--out", tmp_path / "run")
-    assert told == (2, "", f"fedtune: {message}\n")
+    assert told == (2, "", f"fedtune: tuner {tuner}: {message}\n")
     assert list(tmp_path.iterdir()) == []
 
 
