@@ -177,7 +177,7 @@ def resolve(layers: Iterable[Mapping[str, Any]]) -> Settings:
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        raise _input_error(error, Settings) from None
+        raise input_error(error, Settings, "setting") from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def _is_domain(value: Mapping[str, Any]) -> bool:
     return len(value) == 1 and isinstance(next(iter(value.values())), list)
 
 
-def _input_error(error: ValidationError, model: type[BaseModel]) -> InputError:
+def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> InputError:
+    """The first of the errors in one line; `kind` is what the model's fields are to who reads it."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
@@ -239,11 +240,13 @@ def _input_error(error: ValidationError, model: type[BaseModel]) -> InputError:
         for part in location[:-1]:
             table = table.model_fields[part].annotation
         prefix = "".join(part + "." for part in location[:-1])
-        return UnknownNameError("setting", name, [prefix + field for field in table.model_fields])
+        return UnknownNameError(kind, name, [prefix + field for field in table.model_fields])
     if first["type"] == "missing":
-        return InputError(f"the setting {name} is missing")
+        return InputError(f"the {kind} {name} is missing")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.replace("valid dictionary", "table").replace("valid list", "list")
+    message = (
+        message.partition(" or instance of ")[0].replace("valid dictionary", "table").replace("valid list", "list")
+    )
     if not location:
         return InputError(message)
     return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fedtune.errors import InputError
 from fedtune.simulation import checkpoint
 
 
@@ -26,3 +27,18 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception, match=r"complex|dtype"):
         checkpoint.save(path, {"round": np.array(1j)})
     assert checkpoint.load(path)["round"] == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    path = tmp_path / "trial-0.safetensors"
+    checkpoint.save(path, {"round": np.array(1)})
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match=rf"^checkpoint {path} is damaged: [^\n]+$"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_os_error(tmp_path):
+    """As on a full disk; the command line shows it as one line."""
+    (tmp_path / "trial-0.tmp").mkdir()  # in the way of the temporary file
+    with pytest.raises(OSError, match=r"^checkpoint .*trial-0.safetensors cannot be written: [^\n]+$"):
+        checkpoint.save(tmp_path / "trial-0.safetensors", {"round": np.array(1)})

@@ -56,6 +56,7 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--executor", "ray"], "executor must be 'auto', 'serial', 'pool' or 'batched', got 'ray'"),
         (["train", "digits", "--rounds", "2", "--out", "/proc/run"], "--out must be a folder that can be made"),
         (["train", "digits", "--set", "data=3"], "data must be a table, got 3"),
+        (["train", "digits", "--set", "devices=3"], "devices must be a table, got 3"),
         (["train", "missing.toml"], "settings file missing.toml cannot be read"),
         (["data", "prepare", "mnists"], "unknown data set 'mnists'; known: "),
         (["data", "stats", "digits", "--set", "data.partition=pathological"], "unknown partition 'pathological'"),
@@ -112,7 +113,7 @@ def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_
     given = [text for name, value in options.items() for text in ("--set", f"tuner.{tuner}.{name}={value}")]
     budget = ["--max-rounds", 27, "--total-rounds", 135]
     told = answer("tune", "digits", "--tuner", tuner, *budget, *given, "--out", tmp_path / "run")
-    assert told == (2, "", f"fedtune: {message}\n")
+    assert told == (2, "", f"fedtune: tuner {tuner}: {message}\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -159,7 +159,11 @@ def settings_with(**changes):
         ({"space": {"client": {"lr": {"uniform": [0, 1]}}}}, UnknownNameError, "unknown client hyperparameter 'lr'"),
         ({"space": {"client": {"dropout": {"normal": [0, 1]}}}}, UnknownNameError, "unknown domain of .*dropout"),
         ({"cohort_size": 31}, InputError, "cohort_size must be at most the number of clients, 30, got 31"),
-        ({"max_rounds": 10}, InputError, r"max_rounds must be a multiple of reduction_factor \(3\), got 10"),
+        (
+            {"max_rounds": 10},
+            InputError,
+            r"^tuner asha: max_rounds must be a multiple of reduction_factor \(3\), got 10",
+        ),
         ({"device": "abacus"}, InputError, "device must be one that torch can use here, got 'abacus'"),
     ],
 )

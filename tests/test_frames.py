@@ -39,6 +39,7 @@ def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: li
     ]
     zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", *FAULTS)}
     zeros |= {name: [NAN] * len(rows) for name in ("lead", "lead_se")}
+    zeros["rounds_of_trial"] = [max_rounds] * len(rows)
     return pd.DataFrame(rows).assign(**(zeros | counts))
 
 
@@ -266,3 +267,8 @@ def test_summary_counts_the_seeds_whose_best_two_trials_are_close() -> None:
         lead_se=[0.02, 0.02, 0.02, NAN, NAN, NAN],
     )
     assert summary(results, timings_of(results, [1.0] * 6))["close"].tolist() == [2, 0]
+
+
+def test_summary_counts_the_seeds_whose_best_trial_had_too_few_rounds() -> None:
+    results = results_of({"sha": [0.1, 0.1, 0.1], "manual": [0.1, 0.1, 0.1]}, rounds_of_trial=[1, 9, 3, 9, 9, 27])
+    assert summary(results, timings_of(results, [1.0] * 6))["short"].tolist() == [2, 0]

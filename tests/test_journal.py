@@ -1,5 +1,6 @@
 import json
 import math
+import zlib
 
 import pytest
 
@@ -15,15 +16,15 @@ def path(tmp_path):
 def write(path, count=3):
     journal = Journal(path)
     for number in range(count):
-        journal.decide("ask", trial=number, error=0.1 * number)
-        journal.note("round", trial=number, loss=math.nan)
+        journal.decide("end", incumbent=number, time=0.1 * number)
+        journal.note("checkpoint", trial=number, round=9)
     journal.close()
 
 
 def test_every_line_is_json_and_on_disk_at_once(path):
     journal = Journal(path)
-    journal.decide("ask", trial=0)
-    assert json.loads(path.read_text())["event"] == "ask"
+    journal.decide("end", incumbent=0, time=0.0)
+    assert json.loads(path.read_text())["event"] == "end"
     journal.close()
 
 
@@ -33,17 +34,17 @@ def test_decisions_that_are_taken_again_are_not_written_again(path):
     journal = Journal(path)
     for number in range(3):
         assert journal.replaying
-        journal.decide("ask", trial=number, error=0.1 * number)
+        journal.decide("end", incumbent=number, time=0.1 * number)
     assert not journal.replaying
     assert path.read_bytes() == before
-    assert [line["trial"] for line in journal.notes("round")] == [0, 1, 2]
-    journal.decide("ask", trial=3, error=math.nan)
+    assert [line["trial"] for line in journal.notes("checkpoint")] == [0, 1, 2]
+    journal.decide("end", incumbent=3, time=math.nan)
     journal.close()
     assert path.read_bytes().startswith(before)
     journal = Journal(path)
     for number in range(3):
-        journal.decide("ask", trial=number, error=0.1 * number)
-    journal.decide("ask", trial=3, error=math.nan)
+        journal.decide("end", incumbent=number, time=0.1 * number)
+    journal.decide("end", incumbent=3, time=math.nan)
     journal.close()
 
 
@@ -51,9 +52,9 @@ def test_another_decision_than_before_is_an_error_that_shows_both(path):
     write(path)
     journal = Journal(path)
     with pytest.raises(
-        InputError, match=r'line 1, does not fit this run: it says .*"trial": 0, .* where .*"trial": 7'
+        InputError, match=r'line 1, does not fit this run: it says .*"incumbent": 0, .* where .*"incumbent": 7'
     ) as caught:
-        journal.decide("ask", trial=7, error=0.0)
+        journal.decide("end", incumbent=7, time=0.0)
     journal.close()
     assert "\n" not in str(caught.value)
 
@@ -65,8 +66,8 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_torn(path):
     for end in range(start, len(data)):
         path.write_bytes(data[:end])
         journal = Journal(path)
-        assert len(journal.notes("round")) == 2
-        journal.note("round", trial=2, loss=math.nan)
+        assert len(journal.notes("checkpoint")) == 2
+        journal.note("checkpoint", trial=2, round=9)
         journal.close()
         assert path.read_bytes() == data
 
@@ -108,6 +109,44 @@ def test_a_journal_of_another_format_is_refused(path):
         Journal(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"event": "tell", "trial": 0}, "the field rung is missing"),
+        ({"trial": 0}, "unknown event 'None'; known: ask, "),
+        ({"event": ["tell"]}, "unknown event "),
+        ({"event": "checkpoint", "trial": "0", "round": 9}, "trial must be a valid integer, got '0'"),
+        (
+            {"event": "checkpoint", "trial": 0, "round": 9, "time": 1.0},
+            "unknown field 'time'; known: event, round, trial",
+        ),
+        ({"event": "checkpoint", "trial": -1, "round": 9}, "trial must be greater than or equal to 0, got -1"),
+        ({"event": "end", "incumbent": 0, "time": None}, "time must be a valid number, got None"),
+        ({"event": "lost", "trial": 0, "round": 1, "reasons": ["", 3]}, "reasons.1 must be a valid string, got 3"),
+        ({"event": "round", "trial": 0, "record": {}}, "the field record.round is missing"),
+        ({"event": "study"}, f"must have format {FORMAT}, got None"),
+    ],
+)
+def test_a_line_of_other_fields_is_a_clear_error_though_its_checksum_fits(path, line, said):
+    """As somebody leaves it who edits a journal and computes its checksums anew."""
+    journal = Journal(path)
+    journal.note("checkpoint", trial=0, round=9)
+    journal._write(line)
+    journal.close()
+    with pytest.raises(InputError) as caught:
+        Journal(path)
+    assert str(caught.value).startswith(f"{path}")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_that_is_no_json_is_a_clear_error_though_its_checksum_fits(path):
+    check = zlib.crc32(b'{"event": }')
+    path.write_text(f'{{"event": , "check": "{check:08x}"}}\n')
+    with pytest.raises(InputError, match=r"line 1, is damaged or was edited: it is not JSON: Expecting value"):
+        Journal(path)
+
+
 def test_a_journal_that_is_only_read_stays_as_it_is_and_ends(path):
     write(path)
     with path.open("a") as file:
@@ -115,9 +154,9 @@ def test_a_journal_that_is_only_read_stays_as_it_is_and_ends(path):
     before = path.read_bytes()
     journal = Journal(path, read_only=True)
     for number in range(3):
-        assert journal.coming() == (2 * number + 1, {"event": "ask", "trial": number, "error": 0.1 * number})
-        journal.decide("ask", trial=number, error=0.1 * number)
-    for after_the_end in (journal.coming, lambda: journal.decide("ask", trial=3)):
+        assert journal.coming() == (2 * number + 1, {"event": "end", "incumbent": number, "time": 0.1 * number})
+        journal.decide("end", incumbent=number, time=0.1 * number)
+    for after_the_end in (journal.coming, lambda: journal.decide("end", incumbent=3)):
         with pytest.raises(JournalEnds):
             after_the_end()
     journal.close()

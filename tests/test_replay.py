@@ -384,3 +384,39 @@ def test_trials_that_were_edited(copy):
     path.write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"^[^\n]*trials\.parquet cannot be read: [^\n]+$"):
         fedtune.replay(copy)
+
+
+def test_rounds_that_were_edited(copy):
+    only(copy, "pbt")
+    path = copy / "rounds.parquet"
+    frame = pd.read_parquet(path)
+    row = frame.index[(frame["tuner"] == "pbt") & (frame["trial"] == 3)][-1]
+    right = frame.loc[row, "test_loss"]
+    frame.loc[row, "test_loss"] = 0.5
+    frame.to_parquet(path)
+    refused(copy, f"{path} must have test_loss {right} for pbt-seed0, trial 3, as its journal has it, got 0.5")
+    frame.drop(columns="round").to_parquet(path)
+    refused(copy, f"{path} cannot be read: 'round'")
+
+
+@pytest.mark.parametrize("column", ["bytes", "test_error", "test_error_personalised_at_max_rounds", "runner_up"])
+def test_every_result_that_the_journal_holds_is_checked(copy, column):
+    path = copy / "results.csv"
+    frame = pd.read_csv(path, engine="python")
+    row = frame.index[frame["tuner"] == "asha"][0]
+    trial, right = frame.loc[row, "trial"], frame.loc[row, column]
+    frame.loc[row, column] += 1
+    frame.to_csv(path, index=False)
+    only(copy, "asha")
+    refused(
+        copy,
+        f"{path} must have {column} {right} for asha-seed0, trial {trial}, as its journal has it, got {right + 1}",
+    )
+
+
+def test_a_run_without_its_personalised_errors(copy):
+    path = journal(only(copy, "asha"), "asha")
+    lines = [line for line in lines_of(path) if line["event"] != "personalised"]
+    seal(path, lines)
+    trial = lines[-1]["incumbent"]
+    refused(copy, f"{path} must have a line of the personalised errors of trial {trial}, got none")

@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed ends with the bytes of a run that was never stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -88,6 +89,22 @@ def test_a_trial_of_pbt_goes_on_from_its_parent(whole_family):
     children = merged[merged["min"] > 1]
     assert len(children) > 0
     assert (children["rounds"] == children["min"] - 1 + children["size"]).all()
+
+
+def test_theta_is_over_the_pool_beside_it(whole_family):
+    """That of FedEx around the survivor, which is not the one that elimination began with."""
+    trials = whole_family.trials.set_index("tuner")
+    for row in whole_family.results.itertuples():
+        (theta,), (pool,) = json.loads(row.theta), json.loads(row.pool)
+        assert len(theta) == len(pool)
+        assert json.loads(row.config)["client"] in pool
+    rows = whole_family.results.set_index("tuner")
+    (theta,), (pool,) = (json.loads(rows.loc["elimination+fedex", name]) for name in ("theta", "pool"))
+    (first,) = json.loads(trials.loc["elimination+fedex", "config"])["pool"]
+    assert (len(first), len(pool)) == (4, 9)
+    assert pool[0] in first  # the survivor
+    assert json.loads(rows.loc["elimination+fedex", "config"])["client"] == pool[np.argmax(theta)]
+    assert json.loads(rows.loc["uniform", "pool"]) == json.loads(trials.loc["uniform", "config"])["pool"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
     errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
     counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, **dict.fromkeys(FAULTS, 0)}
-    counts["close"] = 0
+    counts |= {"close": 0, "short": 0}
     return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
 
 
@@ -119,6 +119,12 @@ def test_choices_within_the_noise_are_said_in_one_line() -> None:
     flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame(rows))))
     assert "might as well have been chosen: sha in 2 of 3, asha in 1 of 3." in flat
     assert "as well" not in rendered(summary_table(pd.DataFrame([row("sha"), row("asha", 0.9)])))
+
+
+def test_that_the_chosen_federation_had_fewer_rounds_is_said() -> None:
+    flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame([row("sha", short=2), row("asha", 0.9)]))))
+    assert "Seeds whose chosen federation had fewer than 81 rounds: sha in 2 of 3." in flat
+    assert "fewer" not in rendered(summary_table(pd.DataFrame([row("sha"), row("asha", 0.9)])))
 
 
 def test_the_histogram_counts_every_client_once() -> None:

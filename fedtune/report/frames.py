@@ -70,10 +70,12 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
 
     `seeds`, `max_rounds`; each of ERRORS as the mean over seeds, with its standard error as `<name>_se` (NaN with one
     seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS as the sum over seeds;
-    `close`, in how many seeds the best trial leads the second by no more than noise. Where an error is NaN for one seed
-    its mean is NaN: leaving that seed out would flatter the tuner.
+    `close`, in how many seeds the best trial leads the second by no more than noise; `short`, in how many it had fewer
+    than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would flatter the tuner.
     """
-    results = results.assign(close=is_noise(results["lead"], results["lead_se"]))
+    results = results.assign(
+        close=is_noise(results["lead"], results["lead_se"]), short=results["rounds_of_trial"] < results["max_rounds"]
+    )
     studies = results.merge(timings, on=["tuner", "seed"], how="left").groupby("tuner", sort=False)
     errors = studies[list(ERRORS)]
     complete = errors.count().eq(studies.size(), axis=0)
@@ -85,7 +87,7 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
             studies["max_rounds"].first(),
             pd.concat([means, standard_errors], axis=1)[paired],
             studies[["rounds", "client_updates", "wall_seconds"]].mean(),
-            studies[[*FAULTS, "close"]].sum(),
+            studies[[*FAULTS, "close", "short"]].sum(),
         ],
         axis=1,
     ).reset_index()

@@ -99,9 +99,12 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
     if faults:
         meanings = "dropped (not finite), clipped (too large), lost (no reply), late or left (devices)"
         notes.insert(0, f"Updates {meanings}: {'; '.join(faults)}.")
-    close = [
-        f"{row['tuner']} in {row['close']} of {row['seeds']}" for row in summary.to_dict("records") if row["close"]
-    ]
+    close, short = (
+        [f"{row['tuner']} in {row[name]} of {row['seeds']}" for row in summary.to_dict("records") if row[name]]
+        for name in ("close", "short")
+    )
+    if short:
+        notes.append(f"Seeds whose chosen federation had fewer than {max_rounds} rounds: {', '.join(short)}.")
     if close:
         notes.append(
             f"Seeds whose best two trials lie within the combined standard error of their validation scores over "

@@ -209,15 +209,20 @@ def check_tuners(settings: Settings, space: SearchSpace) -> None:
         if name not in settings.tuners:
             raise UnknownNameError("tuner in shares", name, settings.tuners)
     for name in settings.tuners:
-        make_tuner(
-            name,
-            lambda number: Trial(number, {}, (({},),)),
-            max_rounds=settings.max_rounds,
-            total_rounds=settings.total_rounds,
-            options=settings.tuner.get(name, {}),
-            compose=lambda number, server, client: Trial(number, {}, (({},),)),
-            space=space,
-        )
+        try:
+            make_tuner(
+                name,
+                lambda number: Trial(number, {}, (({},),)),
+                max_rounds=settings.max_rounds,
+                total_rounds=settings.total_rounds,
+                options=settings.tuner.get(name, {}),
+                compose=lambda number, server, client: Trial(number, {}, (({},),)),
+                space=space,
+            )
+        except UnknownNameError:
+            raise
+        except InputError as error:
+            raise InputError(f"tuner {name}: {error}") from None
     searching = [name for name in settings.tuners if name != "manual"]
     if searching and not space.client and not space.server:
         raise InputError(f"[space.client] or [space.server] must name what {searching[0]} may search, got neither")

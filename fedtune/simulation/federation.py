@@ -24,6 +24,7 @@ from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks,
 from fedtune.tasks import Executor, Failure, Metrics, PersonaliseTask
 from fedtune.tuning import fedex
 from fedtune.tuning.space import Config
+from fedtune.tuning.trial import Pool
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ class Federation:
     def best_config(self) -> Config:
         """The configuration with the largest probability."""
         return fedex.expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
+
+    def pool(self) -> Pool:
+        """What theta weighs now."""
+        return self.strategy.policy.pool
 
     def theta(self) -> tuple[Float[np.ndarray, "_"], ...]:
         """The distribution over the pool, one array a factor."""

@@ -9,12 +9,48 @@ import json
 import os
 import zlib
 from collections import defaultdict, deque
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fedtune.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from fedtune.errors import InputError, UnknownNameError
+from fedtune.settings import input_error
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.federation import RoundRecord
 
 FORMAT = 3  # of the lines; a journal of another format is refused
+
+
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _fields(**kinds: Any) -> type[BaseModel]:
+    """A model of what must be there, of these types, and nothing else."""
+    definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
+    model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
+    return model
+
+
+_JOB = {"event": str, "trial": int, "rung": int, "rounds": int}
+LINES = {  # by event
+    "study": _fields(event=str, format=int, tuner=str, seed=int, settings=str),
+    "ask": _fields(
+        **_JOB,
+        **{"attempt": int, "started": float, "finishes": float, "dropped": bool},
+        **{"server": dict[str, Any], "pool": list[list[dict[str, Any]]]},
+    ),
+    "tell": _fields(**_JOB, time=float, score=float),
+    "drop": _fields(**_JOB, time=float, then=str),
+    "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
+    "end": _fields(event=str, incumbent=int, time=float),
+    "round": _fields(event=str, trial=int, record=_fields(**{each.name: each.type for each in fields(RoundRecord)})),
+    "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
+    "checkpoint": _fields(event=str, trial=int, round=int),
+    "personalised": _fields(event=str, reading=str, trial=int, round=int, evaluation=Evaluation),
+}
+NOTES = ("round", "lost", "checkpoint", "personalised")
 
 
 class JournalEnds(Exception):
@@ -105,13 +141,23 @@ class Journal:
         body += "}"
         self._checksum = zlib.crc32(body.encode(), self._checksum)
         if not separator or check != f'"{self._checksum:08x}"}}':
-            raise InputError(f"{self.path}, line {number}, is damaged or was edited: its checksum does not fit")
-        line: dict[str, Any] = json.loads(body)
-        if line["event"] == "study" and line["format"] != FORMAT:
+            raise self._damaged(number, "its checksum does not fit")
+        try:
+            line: dict[str, Any] = json.loads(body)
+        except ValueError as error:
+            raise self._damaged(number, f"it is not JSON: {error}") from None
+        event = line.get("event")
+        if event == "study" and line.get("format") != FORMAT:
             raise InputError(
-                f"{self.path} must have format {FORMAT}, got {line['format']}: another version of fedtune wrote it"
+                f"{self.path} must have format {FORMAT}, got {line.get('format')}: another version of fedtune wrote it"
             )
+        if event not in list(LINES):
+            raise self._damaged(number, str(UnknownNameError("event", str(event), LINES)))
+        try:
+            LINES[event].model_validate_json(body)
+        except ValidationError as error:
+            raise self._damaged(number, str(input_error(error, LINES[event], "field"))) from None
         return line
 
-
-NOTES = ("round", "lost", "checkpoint", "personalised")
+    def _damaged(self, number: int, why: str) -> InputError:
+        return InputError(f"{self.path}, line {number}, is damaged or was edited: {why}")

@@ -2,7 +2,7 @@
 
 The event loop of a study runs the same tuner again, over jobs that a journal holds. Every ask of the tuner must be the
 journal's next decision; when its job ends, the journal says; what the tuner is told, the rounds that it holds say. What
-has been rebuilt by the end must be what results.csv and trials.parquet hold, where those exist.
+has been rebuilt by the end must be what results.csv, rounds.parquet and trials.parquet hold, where those exist.
 """
 
 import json
@@ -18,10 +18,11 @@ from fedtune.server.trials import Hyperparameters, resolve_hyperparameters
 from fedtune.settings import Settings, read_settings, resolve
 from fedtune.simulation.comparison import check_tuners, study_tuner
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
+from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
-from fedtune.simulation.results import plan, trial_rows
+from fedtune.simulation.results import plan, result_row, trial_rows
 from fedtune.simulation.study import digest, extend
-from fedtune.simulation.trial_store import TrialHistory, past_records
+from fedtune.simulation.trial_store import TrialHistory, past_personalised, past_records
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
 from fedtune.tuning.tuners import within_one_federation
 
@@ -56,12 +57,15 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     check_tuners(settings, hyperparameters.space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
     trials = _rows(folder / "trials.parquet", pd.read_parquet)
+    by_round = ["trial", "round"]
+    rounds = _rows(folder / "rounds.parquet", lambda path: pd.read_parquet(path).sort_values(by_round))
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for name in settings.tuners:
             study = Replay(name, seed, settings, hyperparameters, folder)
             replayed = study.run()
             if replayed.finished:
                 _compare(folder / "results.csv", study, [study.result_row()], results)
+                _compare(folder / "rounds.parquet", study, study.round_rows(), rounds)
                 _compare(folder / "trials.parquet", study, trial_rows(name, seed, study.trials), trials)
             yield replayed
 
@@ -164,11 +168,24 @@ class Replay:
         """What results.csv must say of the tuner."""
         best = incumbent(self._scores)
         assert best is not None
+        personalised = past_personalised(self._journal)
+        if ("sampled", best.trial, best.rounds) not in personalised:
+            raise InputError(
+                f"{self._journal.path} must have a line of the personalised errors of trial {best.trial}, got none"
+            )
         return {
-            **{"trials": len(self.trials), "trial": best.trial, "virtual_time": self._loop.time},
-            **{"dropped_jobs": self._dropped, "rounds": sum(len(history.records) for history in self.trials.values())},
-            **{"rounds_of_trial": best.rounds, "validation_error": best.error},
+            **{"trials": len(self.trials), "trial": best.trial, "max_rounds": self._settings.max_rounds},
+            **{"virtual_time": self._loop.time, "dropped_jobs": self._dropped},
+            **result_row(self.trials, best.trial, self._settings.max_rounds, personalised),
         }
+
+    def round_rows(self) -> list[dict[str, Any]]:
+        """What rounds.parquet must say of every trial's rounds, by trial and round."""
+        return [
+            {"trial": number, **record_as_row(record)}
+            for number, history in sorted(self.trials.items())
+            for record in history.records
+        ]
 
     def _new_history(self, trial: Trial) -> TrialHistory:
         return TrialHistory(trial, start=0 if trial.parent is None else self.trials[trial.parent].told)
@@ -231,7 +248,7 @@ def _rows(path: Path, read: Callable[[Path], pd.DataFrame]) -> list[dict[Any, An
         return None
     try:
         return read(path).to_dict("records")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedtune.simulation.evaluation import Evaluation
 from fedtune.simulation.federation import record_as_row
-from fedtune.simulation.trial_store import TrialHistory
-from fedtune.tuning.trial import Trial, rank_key
+from fedtune.simulation.trial_store import Reading, TrialHistory
+from fedtune.tuning.trial import Pool, Trial, rank_key
 
 TOTALS = (
     "client_updates",
@@ -79,13 +79,14 @@ def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> lis
 
 
 def result_row(
-    trials: Mapping[int, TrialHistory], best: int, max_rounds: int, personalised: Mapping[str, Evaluation]
+    trials: Mapping[int, TrialHistory], best: int, max_rounds: int, personalised: Mapping[Reading, Evaluation]
 ) -> dict[str, Any]:
     """What was spent over all trials, and the errors of the best one at both readings of an equal budget."""
     history = trials[best]
     records = [record for each in trials.values() for record in each.records]
-    sampled = personalised["sampled"]
-    argmax, at_max_rounds = (personalised.get(reading, sampled) for reading in ("argmax", "at_max_rounds"))
+    sampled = personalised["sampled", best, history.told]
+    argmax = personalised.get(("argmax", best, history.told), sampled)
+    at_max_rounds = personalised.get(("at_max_rounds", best, max_rounds), sampled)
     return {
         **{"rounds": len(records), "rounds_of_trial": history.told},
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
@@ -121,4 +122,9 @@ def runner_up(trials: Mapping[int, TrialHistory], best: int) -> dict[str, Any]:
 
 def plan(trial: Trial) -> dict[str, Any]:
     """The trial's configurations as JSON holds them."""
-    return {"server": dict(trial.server), "pool": [[dict(config) for config in factor] for factor in trial.pool]}
+    return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
+
+
+def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
+    """The configurations of each factor as JSON holds them."""
+    return [[dict(config) for config in factor] for factor in pool]

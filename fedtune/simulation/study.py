@@ -26,9 +26,9 @@ from fedtune.simulation.evaluation import Evaluation, evaluation_clients
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_row
 from fedtune.simulation.journal import FORMAT, Journal
-from fedtune.simulation.results import StudyResult, plan, result_row, round_rows, trial_rows
+from fedtune.simulation.results import StudyResult, plan, pool_as_json, result_row, round_rows, trial_rows
 from fedtune.simulation.stragglers import attempt_duration, dropped_after
-from fedtune.simulation.trial_store import TrialHistory, TrialStore
+from fedtune.simulation.trial_store import TrialHistory, TrialStore, past_personalised
 from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
@@ -90,10 +90,7 @@ class Study:
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
         self._incumbents: list[tuple[float, int]] = []  # (virtual time, trial), from each tell on
-        self._personalised = {
-            (line["reading"], line["trial"], line["round"]): Evaluation(*line["evaluation"])
-            for line in self._journal.notes("personalised")
-        }  # by reading (at_max_rounds, sampled, argmax), trial and its round
+        self._personalised = past_personalised(self._journal)
         self._total_rounds = settings.total_rounds
         self._spent = 0  # rounds of all jobs that were started
         self._dropped_jobs = 0
@@ -328,11 +325,6 @@ class Study:
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
         history = self._trials[best.trial]
         federation = self._federation(history.trial)
-        personalised = {
-            reading: evaluation
-            for (reading, trial, rounds), evaluation in self._personalised.items()
-            if trial == best.trial and (rounds == best.rounds or reading == "at_max_rounds")
-        }
         return StudyResult(
             round_rows(self.name, self.seed, self._trials, self._incumbents, one_federation=self._one_federation),
             trial_rows(self.name, self.seed, self._trials),
@@ -340,9 +332,10 @@ class Study:
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
                 **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
                 **{"dropped_jobs": self._dropped_jobs, "wasted_rounds": self._wasted_rounds},
-                **result_row(self._trials, best.trial, self._settings.max_rounds, personalised),
+                **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
+                "pool": json.dumps(pool_as_json(federation.pool())),
             },
         )
 

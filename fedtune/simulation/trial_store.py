@@ -9,11 +9,15 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedtune.errors import InputError
 from fedtune.simulation import checkpoint
-from fedtune.simulation.evaluation import tail_mean
+from fedtune.simulation.evaluation import Evaluation, tail_mean
 from fedtune.simulation.federation import Federation, RoundRecord, record_as_json, record_from_json
 from fedtune.simulation.journal import Journal
 from fedtune.tuning.trial import Trial
+
+# Which of a trial's personalised evaluations (at_max_rounds, sampled or argmax), its number, and its round then.
+Reading = tuple[str, int, int]
 
 
 @dataclass
@@ -50,6 +54,14 @@ def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
     return records
 
 
+def past_personalised(journal: Journal) -> dict[Reading, Evaluation]:
+    """The personalised evaluations that a journal noted."""
+    return {
+        (line["reading"], line["trial"], line["round"]): Evaluation(*line["evaluation"])
+        for line in journal.notes("personalised")
+    }
+
+
 class TrialStore:
     """Writes rounds and checkpoints as they come, and finds again what a study that was stopped had written."""
 
@@ -68,6 +80,8 @@ class TrialStore:
     def past_records(self, trial: int, after: int, up_to: int) -> list[RoundRecord]:
         """The trial's records of rounds after + 1 to up_to, written before this study was stopped."""
         known = self._past_records.get(trial, {})
+        if missing := [number for number in range(after + 1, up_to + 1) if number not in known]:
+            raise InputError(f"{self._journal.path} must have a line of round {missing[0]} of trial {trial}, got none")
         return [known[number] for number in range(after + 1, up_to + 1)]
 
     def write(self, federation: Federation, record: RoundRecord) -> None:
