@@ -196,6 +196,28 @@ def test_studies_share_the_workers_by_water_filling(dataset, weights, studies, e
     assert counts == expected
 
 
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_a_chunk_of_several_tasks_is_at_most_half_of_what_its_worker_is_short_of_a_fair_share(
+    dataset, weights, num_workers
+):
+    with closing(PoolExecutor(SETTINGS, dataset, 0)) as pool:
+        pipes = [multiprocessing.Pipe() for _ in range(num_workers)]  # nobody reads them
+        workers = [Worker(multiprocessing.Process(), ours, ready=True, blocks={0}) for ours, _ in pipes]
+        pool._workers = list(workers)
+        pool._seconds_per_cost = 1e-9  # tasks are so short that nothing else limits a chunk
+        tasks = [EvaluateTask((client,)) for client in range(len(SIZES))] * 20
+        pool.submit(weights, tasks)
+        costs = [[[piece.cost for piece in chunk] for chunk in worker_.chunks] for worker_ in workers]
+        pool._workers.clear()  # there are no processes to end
+    assert [len(chunks) for chunks in costs] == [2] * num_workers
+    share = sum(map(pool._cost, tasks)) / num_workers
+    for first, second in costs:
+        assert len(first) > 1
+        assert sum(first) <= share / 2
+        assert len(second) == 1 or sum(second) <= (share - sum(first)) / 2
+    assert costs[0][0] == sorted(map(pool._cost, tasks), reverse=True)[: len(costs[0][0])]
+
+
 def test_results_are_those_of_the_tasks_in_their_order(pool, dataset, weights):
     train, before, evaluate, personalise = run(pool, batches(weights))
     num_train, num_validation = dataset.num_examples("train").tolist(), dataset.num_examples("validation").tolist()

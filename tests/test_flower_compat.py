@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.server import flower_compat
-from fedtune.server.flower_compat import ViewArray, ensure_task_identity, pack, stamp
+from fedtune.server.flower_compat import ViewArray, ensure_task_identity, fill, pack, stamp
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,24 @@ def test_a_reply_says_what_it_answers():
 
 def test_the_run_is_flowers():
     assert isinstance(flower_compat.empty_run(), Run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries"),
+    [
+        (ConfigRecord, {"seed": 3, "error_before": True, "hyperparameters": "{}"}),
+        (MetricRecord, {"error": 0.5, "num_train": 7}),
+        (ArrayRecord, {"weights": Array(np.arange(5, dtype=np.float32))}),
+        (RecordDict, {"config": ConfigRecord({"a": 1}), "metrics": MetricRecord({"b": 2.0})}),
+    ],
+)
+def test_a_filled_record_is_what_flower_makes(kind, entries):
+    filled, checked = fill(kind(), entries), kind({**entries})
+    assert filled == checked
+    assert list(filled.items()) == list(entries.items())
+    assert filled.deflate() == checked.deflate()
+    filled["more"] = next(iter(entries.values()))
+    assert len(filled) == len(entries) + 1
 
 
 def test_a_packed_array_is_a_view_that_flower_can_serialise():

@@ -33,7 +33,7 @@ def average(
 
     `weights` are those that the clients started from. A `clip_factor` of 0 turns clipping off.
     """
-    mean = torch.empty_like(weights)  # holds each difference in turn first: a second new tensor costs as much as the sum
+    mean = torch.empty_like(weights)  # it holds the differences first: fresh memory is dear
     norms = np.array([_norm(torch.sub(update, weights, out=mean)) for update in updates])
     usable = np.isfinite(norms) & (num_train > 0)
     scale = np.ones(len(updates))

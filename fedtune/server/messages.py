@@ -2,7 +2,8 @@
 
 A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", the JSON
 object "hyperparameters" (one value: where messages travel, Flower checks each), for training "error_before", for
-evaluation "personalise". A reply holds the record "metrics", and after training "arrays". A query is answered with the metric "client", the client's number.
+evaluation "personalise". A reply holds the record "metrics", and after training "arrays". A query is answered with the
+metric "client", the client's number.
 
 The run's configuration holds "settings", the TOML text of a run's settings.
 """

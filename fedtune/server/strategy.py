@@ -80,7 +80,9 @@ class FedTuneStrategy(Strategy):
         self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
         return [
             Message(
-                fill(RecordDict(), {"arrays": arrays, "config": self._client_config(config, server_round, client, row)}),
+                fill(
+                    RecordDict(), {"arrays": arrays, "config": self._client_config(config, server_round, client, row)}
+                ),
                 dst_node_id=node,
                 message_type=MessageType.TRAIN,
             )  # 3

@@ -69,7 +69,7 @@ class Worker:
 
     def cost(self) -> float:
         """The cost of what it has not answered."""
-        return sum(piece.cost for chunk in self.chunks for piece in chunk)
+        return sum((piece.cost for chunk in self.chunks for piece in chunk), 0.0)
 
 
 class StudyExecutor:
@@ -101,6 +101,7 @@ class PoolExecutor:
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
         self._free_blocks: list[int] = []
+        self._cost_missing = 0.0  # of all tasks that have no result yet
         self._seconds_per_cost = 0.0  # unknown before the first answer
         self._deaths_before_ready = 0
         self._workers = [self._start_worker() for _ in range(num_workers)]
@@ -120,7 +121,9 @@ class PoolExecutor:
         rows[0].copy_(weights)
         self._batches[ticket] = Batch(tasks, block, rows, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
-            self._enqueue(order, Piece(study, ticket, index, self._cost(task)))
+            piece = Piece(study, ticket, index, self._cost(task))
+            self._cost_missing += piece.cost
+            self._enqueue(order, piece)
         self._dispatch()
         return ticket
 
@@ -185,15 +188,20 @@ class PoolExecutor:
             # The last tasks are for whoever is done first.
             if (
                 sum(map(len, self._queues)) > len(self._workers)
+                and self._room(worker_) > 0
                 and 0 < self._seconds(worker_.cost()) < 2 * CHUNK_SECONDS
             ):
                 self._send_chunk(worker_)
+
+    def _room(self, worker_: Worker) -> float:
+        """The cost that the worker is short of its share of all that has no result yet."""
+        return self._cost_missing / len(self._workers) - worker_.cost()
 
     def _seconds(self, cost: float) -> float:
         return cost * self._seconds_per_cost
 
     def _send_chunk(self, worker_: Worker) -> None:
-        chunk = self._next_chunk()
+        chunk = self._next_chunk(self._room(worker_) / 2)  # half: it may be slower than we think
         message: worker.Chunk = []
         try:
             for piece in chunk:
@@ -210,17 +218,16 @@ class PoolExecutor:
         else:
             worker_.chunks.append(chunk)
 
-    def _next_chunk(self) -> list[Piece]:
+    def _next_chunk(self, room: float) -> list[Piece]:
+        """The next task and those after it that a chunk of cost `room` has room for."""
         queue = self._queues[self._next_study()]
         chunk = [heapq.heappop(queue)[-1]]
-        seconds = self._seconds(chunk[0].cost)
-        # Never more than a fair share of what waits, so that no worker idles at the end; nothing beside a suspect.
-        share = -(-(len(queue) + 1) // len(self._workers))
-        while queue and len(chunk) < share and 0 < seconds < CHUNK_SECONDS and chunk[0].num_deaths == 0:
-            if queue[0][-1].num_deaths > 0:
+        cost = chunk[0].cost
+        while queue and 0 < self._seconds(cost) < CHUNK_SECONDS and cost + queue[0][-1].cost <= room:
+            if chunk[0].num_deaths > 0 or queue[0][-1].num_deaths > 0:  # nothing beside a suspect
                 break
             chunk.append(heapq.heappop(queue)[-1])
-            seconds += self._seconds(chunk[-1].cost)
+            cost += chunk[-1].cost
         return chunk
 
     def _next_study(self) -> int:
@@ -255,13 +262,15 @@ class PoolExecutor:
         self._seconds_per_cost = answer.seconds / sum(piece.cost for piece in chunk)
         for piece, result in zip(chunk, answer.results, strict=True):
             if isinstance(result, dict):
-                result = Update(self._batches[piece.ticket].rows[piece.index + 1], result)
-            self._record(piece, result)
+                self._record(piece, Update(self._batches[piece.ticket].rows[piece.index + 1], result))
+            else:
+                self._record(piece, result)
 
     def _record(self, piece: Piece, result: Result) -> None:
         batch = self._batches[piece.ticket]
         batch.results[piece.index] = result
         batch.num_missing -= 1
+        self._cost_missing -= piece.cost
 
     def _replace(self, worker_: Worker) -> None:
         _end(worker_)
