@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": {"name": "mlp"}},
     "cnn": {"model": {"name": "cnn"}, "evaluation": {"clients": 200}},
 }
+KEY = ["model", "partition", "rounds", "seed", "tuner"]
 NAMES = {"bad": ", bad rate", "good": ", good rate"}
 
 
@@ -54,8 +55,10 @@ def main() -> None:
                 if group in ("bad", "good"):
                     settings["total_rounds"] = arguments.total_rounds
                 run(folder, {**settings, "workers": arguments.workers})
-    frame = collect(arguments.runs)
-    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.6g")
+    results = FOLDER / "results.csv"
+    # What is not among these runs stays as it was.
+    frame = pd.concat([pd.read_csv(results), collect(arguments.runs)]).drop_duplicates(KEY, keep="last")
+    frame.to_csv(results, index=False, float_format="%.6g")
     print(table(frame).to_string())
     draw(frame, FOLDER / "figures" / "elimination.png")
 
