@@ -23,8 +23,9 @@ CASES = [f"{model}:{cohort_size}" for model in MODELS for cohort_size in COHORT_
 MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 40  # a measurement takes as many rounds as fill the first
 MEMORY_ROUNDS = 3
 IN_FLIGHT = 4  # trials at once, as a search has them
-# Engines add in different orders: how far their weights may differ, as a share of how far training moved them.
-TOLERANCE = 1e-3
+# Engines add in different orders, which now and then decides on which side of its kink a ReLU or a pool lies: how far
+# their weights may differ, as a share of how far training moved them.
+TOLERANCE = 2e-2
 OURS, SEARCH = "fedtune, pool", f"fedtune, pool, {IN_FLIGHT} trials"
 FLOWER, PFL = str(python_of("flower")), str(python_of("pfl"))
 ENGINES = {
