@@ -64,7 +64,10 @@ class Part:
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs in training."""
-        self._inputs = x = x.detach().requires_grad_() if self.needs_input_gradient else x
+        self._inputs = x
+        if self.needs_input_gradient:
+            self._inputs = x.detach().requires_grad_()
+            x = self._inputs.clone()  # a layer may work in place, which torch forbids on the tensor itself
         for module in self.modules:
             x = module(x)
         self._outputs = x
