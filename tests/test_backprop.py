@@ -86,13 +86,7 @@ MODELS = {
     "cut": lambda: nn.Sequential(nn.Flatten(), linear_16(), Product(), Cut(), nn.Linear(16, 3)),
     "ends in dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Dropout(0.0)),
     "others in place": lambda: nn.Sequential(
-        nn.Flatten(),
-        linear_16(),
-        nn.LeakyReLU(inplace=True),
-        linear_16(),
-        nn.ReLU(),
-        nn.Hardtanh(inplace=True),
-        nn.Linear(16, 3),
+        nn.Flatten(), linear_16(), nn.LeakyReLU(inplace=True), linear_16(), nn.Hardtanh(inplace=True), nn.Linear(16, 3)
     ),
     "tied": tied,
     "frozen": frozen,
