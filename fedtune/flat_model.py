@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.objectives import OBJECTIVES, Measures
+from fedtune.objectives import OBJECTIVES
 
 EVALUATION_BATCH = 128  # small models gain little beyond it, and large ones lose as their activations outgrow the cache
 
@@ -100,24 +100,19 @@ def make_examples(
     device: str | torch.device,
 ) -> Examples:
     """Stored examples in the form that the model gets: float32 times `spec.scale`, or int64 for tokens."""
-    # Not from_numpy, which warns of read-only arrays: a copy of the stored bytes is cheap beside the cast.
-    inputs = torch.tensor(x, device=device)
-    inputs = inputs.long() if spec.input_kind == "token" else inputs.float().mul_(spec.scale)
-    return Examples(inputs, torch.tensor(y, device=device))
+    # from_numpy warns of read-only arrays; a copy of the stored bytes is cheap beside the cast.
+    inputs, labels = (torch.from_numpy(each) if each.flags.writeable else torch.tensor(each) for each in (x, y))
+    if spec.input_kind == "token":
+        inputs = inputs.to(device, torch.int64, copy=True)
+    else:
+        inputs = inputs.to(device).to(torch.float32, copy=True).mul_(spec.scale)
+    return Examples(inputs, labels.to(device, copy=True))
 
 
 def batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
     """The examples in their order, `batch_size` at a time; the last batch may be smaller."""
     parts = (torch.split(tensor, batch_size) for tensor in examples)
     return map(Examples, *parts)
-
-
-def evaluate(model: FlatModel, examples: Examples, batch_size: int = EVALUATION_BATCH) -> Measures:
-    """The loss and the error of the model's weights on each example."""
-    model.module.eval()
-    with torch.inference_mode():
-        measures = [model.measure(model.module(x), y) for x, y in batches(examples, batch_size)]
-        return Measures(*map(torch.cat, zip(*measures, strict=True)))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

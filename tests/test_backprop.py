@@ -5,7 +5,7 @@ from torch import nn
 
 from fedtune.flat_model import Examples, FlatModel, batches
 from fedtune_clients import local_sgd
-from fedtune_clients.backprop import Backprop, Dropout, Linear, Part, ReLU
+from fedtune_clients.backprop import Backprop, Client, Dropout, Flatten, Linear, Part, ReLU
 from fedtune_clients.descent import Descent
 
 EVERYTHING = {"momentum": 0.9, "weight_decay": 0.1, "proximal_mu": 0.3, "dropout": 0.4}
@@ -108,9 +108,10 @@ def train(model, config, *, written_out, objective="classification"):
         if isinstance(layer, nn.Dropout):
             layer.p = config["dropout"]
     torch.manual_seed(3)
-    backprop, descent = Backprop(model, written_out=written_out), Descent(model, config)
+    backprop = Backprop(model, written_out=written_out)
+    client = Client(Descent(model.slices(model.flat), config), config["dropout"])
     for batch in [*batches(make_examples(objective), 4)] * 2:
-        backprop.step(*batch, descent)
+        backprop.step([batch], [client])
     return model.flat.clone()
 
 
@@ -130,14 +131,14 @@ def test_what_is_written_out_is_what_autograd_does(name, objective, config):
 
 def kinds(model):
     backprop = Backprop(FlatModel(model))
-    return [type(part) for part in [*backprop._untrained, *backprop._trained]]
+    return [type(part) for part in backprop._parts]
 
 
 def test_what_is_written_out():
-    assert kinds(MODELS["in place"]()) == [Part, Linear, ReLU, Dropout, Linear]
-    assert kinds(MODELS["own layers"]()) == [Part, Linear, Part, ReLU, Part, Linear, Part]
-    assert kinds(MODELS["convolutions"]()) == [Part, ReLU, Part, ReLU, Part, Dropout, Linear]
-    assert kinds(MODELS["frozen"]()) == [Part, ReLU, Linear]
+    assert kinds(MODELS["in place"]()) == [Flatten, Linear, ReLU, Dropout, Linear]
+    assert kinds(MODELS["own layers"]()) == [Flatten, Part, Linear, Part, ReLU, Part, Linear, Part]
+    assert kinds(MODELS["convolutions"]()) == [Part, ReLU, Part, ReLU, Flatten, Dropout, Linear]
+    assert kinds(MODELS["frozen"]()) == [Flatten, Part, ReLU, Linear]
     assert kinds(nn.Linear(16, 3)) == [Linear]
 
 
@@ -149,7 +150,8 @@ def test_what_is_left_to_autograd_as_a_whole(name):
 def test_the_examples_stay_as_they_are():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=False), nn.Linear(16, 3)))
     examples, untouched = make_examples(), make_examples()
-    Backprop(model).step(*examples, Descent(model, local_sgd.complete({})))
+    client = Client(Descent(model.slices(model.flat), local_sgd.complete({})))
+    Backprop(model).step([examples], [client])
     assert torch.equal(examples.x, untouched.x)
 
 

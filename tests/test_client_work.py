@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedtune.client_work import evaluate_clients, personalise_client, train_client
+from fedtune.client_work import evaluate_clients, measure, measure_each, personalise_client, train_client
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.flat_model import EVALUATION_BATCH, FlatModel
 from fedtune_clients import local_sgd
@@ -103,6 +104,24 @@ def test_the_clients_beside_it_do_not_matter_to_a_client(model, dataset):
     alone = [evaluate_clients(model, weights, dataset, [client], "cpu")[0] for client in range(3)]
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, EVALUATION_BATCH])
+def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model, dataset, batch_size, monkeypatch):
+    monkeypatch.setattr("fedtune.client_work.EVALUATION_BATCH", batch_size)
+    weights = torch.randn(3, model.num_weights)
+    parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
+    alone = [measure(model, row, dataset, each, "cpu") for row, each in zip(weights, parts, strict=True)]
+    assert measure_each(model, list(weights), dataset, parts, "cpu") == alone
+
+
+def test_measuring_neither_drops_units_nor_moves_the_weights(dataset):
+    model = FlatModel(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)))
+    model.module.train()
+    weights = model.flat.clone()
+    first, second = (measure(model, weights, dataset, [(1, "train")], "cpu") for _ in range(2))
+    assert first == second
+    assert torch.equal(model.flat, weights)
 
 
 def test_personalise_client_trains_and_then_evaluates(model, dataset):

@@ -5,7 +5,7 @@ from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, batches, evaluate, make_examples
+from fedtune.flat_model import Examples, FlatModel, batches, make_examples
 
 
 class Tied(nn.Module):
@@ -133,36 +133,17 @@ def test_loss_and_error_of_each_example():
     weight = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
     x, y = np.array([[2.0, 1.0], [0.5, 3.0], [1.0, 0.0]]), np.array([0, 0, 2])
     logits = x @ weight.T
-    loss, error = evaluate(linear_model(weight.tolist()), Examples(torch.tensor(x).float(), torch.tensor(y)))
+    model = linear_model(weight.tolist())
+    loss, error = (values.detach() for values in model.measure(model.module(torch.tensor(x).float()), torch.tensor(y)))
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(3), y]
     assert loss.numpy() == pytest.approx(expected, rel=1e-6)
     assert error.tolist() == (logits.argmax(1) != y).tolist() == [0, 1, 1]
-
-
-def test_the_result_is_one_and_the_same_whatever_the_batches():
-    model = FlatModel(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)))
-    examples = Examples(torch.randn(EVALUATION_BATCH + 3, 6), torch.randint(0, 3, (EVALUATION_BATCH + 3,)))
-    loss, error = evaluate(model, examples)
-    for batch_size in (1, 7, 1000):
-        other_loss, other_error = evaluate(model, examples, batch_size)
-        assert torch.equal(error, other_error)
-        torch.testing.assert_close(loss, other_loss)
 
 
 def test_a_nan_logit_is_an_error_though_argmax_names_the_right_class():
     model = linear_model([[1.0, 0.0], [float("nan"), 0.0], [0.0, 0.0]])
     examples = Examples(torch.ones(3, 2), torch.tensor([0, 1, 2]))
     assert model.module(examples.x).argmax(1).tolist() == [1, 1, 1]
-    loss, error = evaluate(model, examples)
+    loss, error = model.measure(model.module(examples.x), examples.y)
     assert error.tolist() == [1, 1, 1]
     assert loss.isnan().all()
-
-
-def test_evaluation_neither_drops_units_nor_moves_the_weights():
-    model = FlatModel(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)))
-    model.module.train()
-    before = model.flat.clone()
-    examples = Examples(torch.randn(20, 3), torch.randint(0, 3, (20,)))
-    first, second = evaluate(model, examples), evaluate(model, examples)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(model.flat, before)

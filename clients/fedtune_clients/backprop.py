@@ -2,21 +2,48 @@
 
 What is written out spares autograd's overhead, most of a small layer's time, and adds the gradient of a linear layer's
 weight, a product of two matrices, to the weight as it is computed, where autograd would write it to memory first.
+
+Where all of a model is written out, several clients can take a step together, each with weights of its own: what goes
+row by row is done to the rows of all of them at once, and each matrix product for each client as if it were alone. So
+every client gets the bits that it would get by itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout, linear
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
-from fedtune.flat_model import FlatModel
+from fedtune.flat_model import Examples, FlatModel
 from fedtune_clients.descent import Descent
+
+ALIGNMENT = 16  # floats in 64 bytes; where memory begins can decide how a matrix product is computed
+
+
+class Client(NamedTuple):
+    """Who takes a step: the weights that it trains, and its dropout."""
+
+    descent: Descent
+    dropout: float = 0.0
+    generator: torch.Generator | None = None  # None is torch's own
+
+
+class Rows(NamedTuple):
+    """A batch between two layers: each client's rows and, where there are several clients, all that they lie in."""
+
+    each: list[Shaped[Tensor, "example ..."]]
+    whole: Shaped[Tensor, "client example ..."] | None = None  # filled up to one number of examples
 
 
 class Backprop:
-    """A model as parts that follow each other. Each part's weights are stepped as soon as their gradients are known."""
+    """A model as parts that follow each other. Each part's weights are stepped as soon as their gradients are known.
+
+    `takes_several` is True where `step` can be given more than one client.
+    """
 
     def __init__(self, model: FlatModel, *, written_out: bool = True) -> None:
         """Unless `written_out`, all is left to autograd."""
@@ -28,30 +55,45 @@ class Backprop:
         if len({number for part in parts for number in part.numbers}) < sum(len(part.numbers) for part in parts):
             parts = [Part([model.module], numbers)]  # a weight of two parts would be stepped between its two uses
         first = next(place for place, part in enumerate(parts) if part.numbers)
-        parts[first].needs_input_gradient = False
-        self._untrained, self._trained = parts[:first], parts[first:]
+        for part in parts[: first + 1]:
+            part.needs_input_gradient = False
+        self.takes_several = self._is_cross_entropy and all(type(part) is not Part for part in parts)
+        self._parts, self._trained = parts, parts[first:]
 
-    def step(self, x: Shaped[Tensor, "example ..."], y: Shaped[Tensor, "example ..."], descent: Descent) -> None:
-        """One step on a batch."""
-        for part in self._untrained:
-            for module in part.modules:
-                x = module(x)
-        for part in self._trained:
-            x = part.forward(x)
-        gradient = self._loss_gradient(x, y)
+    def step(self, batches: Sequence[Examples], clients: Sequence[Client]) -> None:
+        """One step of each client on its batch."""
+        rows = Rows([batch.x for batch in batches])
+        for part in self._parts:
+            rows = part.forward(rows, clients)
+        gradient = self._loss_gradient(rows, [batch.y for batch in batches])
         for part in reversed(self._trained):
-            gradient = part.backward(gradient, descent)
+            gradient = part.backward(gradient, clients)
 
-    def _loss_gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if self._is_cross_entropy and outputs.ndim == 2:
-            # The softmax less the one-hot labels, over the number of examples.
-            return outputs.softmax(1).scatter_add_(1, y[:, None], self._minus_one.expand(len(y), 1)).div_(len(y))
-        outputs = outputs.detach().requires_grad_()
-        return torch.autograd.grad(self._loss(outputs, y), outputs)[0]
+    def _loss_gradient(self, outputs: Rows, labels: list[Tensor]) -> Rows:
+        logits = outputs.each[0] if outputs.whole is None else outputs.whole
+        if not self._is_cross_entropy or logits.ndim > 2 + (outputs.whole is not None):
+            (each,) = outputs.each
+            each = each.detach().requires_grad_()
+            return Rows([torch.autograd.grad(self._loss(each, labels[0]), each)[0]])
+        sizes = [y.size(0) for y in labels]
+        size: int | Tensor = sizes[0]
+        if outputs.whole is None:
+            (y,) = labels
+        elif min(sizes) == size == max(sizes):
+            y = torch.stack(labels)
+        else:
+            y, size = pad_sequence(labels, batch_first=True), torch.tensor(sizes, dtype=torch.float32)[:, None, None]
+        # The softmax less the one-hot labels, over the number of examples.
+        index = y.unsqueeze(-1)
+        gradient = logits.softmax(-1).scatter_add_(-1, index, self._minus_one.expand(index.shape)).div_(size)
+        return Rows([gradient]) if outputs.whole is None else _apart(gradient, sizes)
 
 
 class Part:
-    """Layers left to autograd, and the base of those written out. It keeps of `forward` what `backward` needs."""
+    """Layers left to autograd, for one client; and the base of those written out.
+
+    It keeps of `forward` what `backward` needs.
+    """
 
     needs_input_gradient = True
 
@@ -62,83 +104,146 @@ class Part:
         self.parameters = [parameter for parameter in parameters if parameter in numbers]
         self.numbers = [numbers[parameter] for parameter in self.parameters]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
         """The outputs in training."""
-        self._inputs = x
+        (x,) = inputs.each
+        self._source = x
         if self.needs_input_gradient:
-            self._inputs = x.detach().requires_grad_()
-            x = self._inputs.clone()  # a layer may work in place, which torch forbids on the tensor itself
+            self._source = x.detach().requires_grad_()
+            x = self._source.clone()  # a layer may work in place, which torch forbids on the tensor itself
         for module in self.modules:
             x = module(x)
-        self._outputs = x
-        return x.detach()
+        self._result = x
+        return Rows([x.detach()])
 
-    def backward(self, gradient: Tensor, descent: Descent) -> Tensor:
+    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
         """Steps the weights, given the loss's gradient by the outputs; that by the inputs, if it is needed."""
-        sources = [*self.parameters, self._inputs] if self.needs_input_gradient else self.parameters
-        if self._outputs.requires_grad or not self.needs_input_gradient:
-            gradients = torch.autograd.grad(self._outputs, sources, gradient, materialize_grads=True)
+        sources = [*self.parameters, self._source] if self.needs_input_gradient else self.parameters
+        if self._result.requires_grad or not self.needs_input_gradient:
+            gradients = torch.autograd.grad(self._result, sources, gradient.each[0], materialize_grads=True)
         else:  # a layer lets none through
             gradients = tuple(map(torch.zeros_like, sources))
         for number, slope in zip(self.numbers, gradients, strict=False):
-            descent.step(number, slope)
-        return gradients[-1]
+            clients[0].descent.step(number, slope)
+        return Rows([gradients[-1]])
 
 
 class Linear(Part):
     """nn.Linear."""
 
-    def __init__(self, modules: Sequence[nn.Module], numbers: Mapping[nn.Parameter, int]) -> None:
-        super().__init__(modules, numbers)
-        self._tensors = [parameter.detach() for parameter in self.parameters]  # the weight, and the bias if any
+    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+        self._inputs = inputs
+        weights = [[client.descent.weights[number] for number in self.numbers] for client in clients]
+        return _products([(x, weight.t(), *bias) for x, (weight, *bias) in zip(inputs.each, weights, strict=True)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._inputs = x
-        return linear(x, *self._tensors)
-
-    def backward(self, gradient: Tensor, descent: Descent) -> Tensor:
-        by_inputs = gradient.matmul(self._tensors[0]) if self.needs_input_gradient else gradient
-        rows = gradient.flatten(0, -2)
-        descent.step_along_product(self.numbers[0], rows.t(), self._inputs.flatten(0, -2))
-        for number in self.numbers[1:]:
-            descent.step(number, rows.sum(0))
+    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+        by_inputs = gradient
+        if self.needs_input_gradient:
+            weights = [client.descent.weights[self.numbers[0]] for client in clients]
+            by_inputs = _products(list(zip(gradient.each, weights, strict=True)))
+        for rows, x, client in zip(gradient.each, self._inputs.each, clients, strict=True):
+            columns = _matrix(rows).t()
+            client.descent.step_along_product(self.numbers[0], columns, _matrix(x))
+            for number in self.numbers[1:]:
+                client.descent.step_along_product(number, columns, columns.new_ones(columns.size(1)))
         return by_inputs
 
 
 class ReLU(Part):
     """nn.ReLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        (module,) = self.modules
-        outputs: Tensor = module(x)
-        self._outputs = outputs
-        return outputs
+    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+        self._outputs = _map(torch.relu, inputs)
+        return self._outputs
 
-    def backward(self, gradient: Tensor, descent: Descent) -> Tensor:
-        return gradient * (self._outputs > 0)
+    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+        return _map(lambda slope, outputs: slope * (outputs > 0), gradient, self._outputs)
 
 
 class Dropout(Part):
     """nn.Dropout, with the numbers that it would draw."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        (module,) = self.modules
-        p = float(module.p)  # type: ignore[arg-type]
-        self._factors = dropout(torch.ones_like(x), p) if p > 0 else None
-        return x if self._factors is None else x * self._factors
+    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+        self._factors = None
+        if any(client.dropout > 0 for client in clients):
+            self._factors = _map(torch.ones_like, inputs)
+            for factors, client in zip(self._factors.each, clients, strict=True):
+                if client.dropout > 0:
+                    keep = 1 - client.dropout
+                    factors.bernoulli_(keep, generator=client.generator).div_(keep)
+        return self._times_factors(inputs)
 
-    def backward(self, gradient: Tensor, descent: Descent) -> Tensor:
-        return gradient if self._factors is None else gradient * self._factors
+    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+        return self._times_factors(gradient)
+
+    def _times_factors(self, rows: Rows) -> Rows:
+        return rows if self._factors is None else _map(torch.mul, rows, self._factors)
 
 
-WRITTEN_OUT = {nn.Linear: Linear, nn.ReLU: ReLU, nn.Dropout: Dropout}
+class Flatten(Part):
+    """nn.Flatten of all but the first axis."""
+
+    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+        self._shape = inputs.each[0].shape[1:]
+        return _map(lambda x: x.flatten(-len(self._shape)), inputs)
+
+    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+        return _map(lambda slope: slope.unflatten(-1, self._shape), gradient)
+
+
+WRITTEN_OUT: dict[type[nn.Module], type[Part]] = {
+    nn.Linear: Linear,
+    nn.ReLU: ReLU,
+    nn.Dropout: Dropout,
+    nn.Flatten: Flatten,
+}
+
+
+def _products(factors: Sequence[tuple[Tensor, ...]]) -> Rows:
+    """Each client's rows times its matrix, plus its bias if it has one."""
+    if len(factors) == 1:
+        ((x, *others),) = factors
+        return Rows([_product(_matrix(x), *others).view(*x.shape[:-1], -1)])
+    x, matrix = factors[0][:2]
+    products = _zeros([x.size(0) for x, *_ in factors], (*x.shape[1:-1], matrix.size(1)), x)
+    for (x, *others), product in zip(factors, products.each, strict=True):
+        _product(_matrix(x), *others, into=_matrix(product))
+    return products
+
+
+def _product(x: Tensor, matrix: Tensor, *bias: Tensor, into: Tensor | None = None) -> Tensor:
+    return torch.addmm(bias[0], x, matrix, out=into) if bias else torch.mm(x, matrix, out=into)
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows if rows.ndim == 2 else rows.flatten(0, -2)
+
+
+def _zeros(sizes: list[int], shape: tuple[int, ...], like: Tensor) -> Rows:
+    """Rows to be filled, each client's from the start of an aligned piece of memory."""
+    multiple = ALIGNMENT // math.gcd(ALIGNMENT, math.prod(shape))
+    return _apart(like.new_zeros(len(sizes), -(-max(sizes) // multiple) * multiple, *shape), sizes)
+
+
+def _apart(whole: Shaped[Tensor, "client example ..."], sizes: list[int]) -> Rows:
+    most = max(sizes)
+    each = whole[:, :most].unbind()
+    return Rows([rows if size == most else rows[:size] for rows, size in zip(each, sizes, strict=True)], whole)
+
+
+def _map(function: Callable[..., Tensor], *rows: Rows) -> Rows:
+    """What the function, which goes row by row, makes of them."""
+    wholes = [each.whole for each in rows]
+    if any(whole is None for whole in wholes):
+        return Rows([function(*tensors) for tensors in zip(*(each.each for each in rows), strict=True)])
+    return _apart(function(*wholes), [each.size(0) for each in rows[0].each])
 
 
 def _parts(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[Part]:
     """The written-out layers of nested nn.Sequentials, each a part, and the layers between two of them, a part too."""
     between: list[nn.Module] = []
     for layer in _layers(module):
-        if type(layer) in WRITTEN_OUT and all(parameter in numbers for parameter in layer.parameters()):
+        if _is_written_out(layer) and all(parameter in numbers for parameter in layer.parameters()):
             if between:
                 yield Part(between, numbers)
                 between = []
@@ -147,6 +252,12 @@ def _parts(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[P
             between.append(layer)
     if between:
         yield Part(between, numbers)
+
+
+def _is_written_out(layer: nn.Module) -> bool:
+    return type(layer) in WRITTEN_OUT and (
+        not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
+    )
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

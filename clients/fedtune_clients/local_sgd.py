@@ -15,7 +15,8 @@ Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedtune.errors import UnknownNameError
-from fedtune.flat_model import Examples, FlatModel, batches
+from fedtune.flat_model import Examples, FlatModel
 from fedtune.tuning.space import Config, Hyperparameter, Number
-from fedtune_clients.backprop import Backprop
+from fedtune_clients.backprop import ALIGNMENT, Backprop, Client
 from fedtune_clients.descent import Descent
 
 HYPERPARAMETERS = {
@@ -37,6 +38,8 @@ HYPERPARAMETERS = {
     "dropout": Hyperparameter(0.0, low=0.0, high=1.0, high_open=True),
     "proximal_mu": Hyperparameter(0.0, low=0.0),
 }
+
+TOGETHER = 2**17  # weights of all clients that train together: 512 KiB, which stay in a core's cache
 
 # What is searched on data for which nobody chose: the ranges of Khodak et al. (2021), as in mnist.toml.
 SPACE = {
@@ -57,15 +60,42 @@ def train(
 
     They depend on the arguments alone, not on what the model did before. What `config` leaves out keeps its default.
     """
-    config = complete(config)
-    model.load(weights)
-    _prepare(model.module, config["dropout"], rng)
+    (trained,) = train_together(model, weights, [examples], [config], [rng])
+    return trained
+
+
+def num_together(model: FlatModel) -> int:
+    """How many clients `train_together` had best be given at a time: 1 where it can't take more, or gains nothing."""
+    if not (model.flat.is_cpu and _backprop(model, False).takes_several):
+        return 1
+    return max(1, TOGETHER // model.num_weights)
+
+
+def train_together(
+    model: FlatModel,
+    weights: Float[Tensor, "weight"],
+    examples: Sequence[Examples],
+    configs: Sequence[Config],
+    rngs: Sequence[np.random.Generator],
+) -> list[Float[Tensor, "weight"]]:
+    """What `train` gives for each of several clients, to the bit. See `num_together`."""
+    completed = [complete(config) for config in configs]
     backprop = _backprop(model, torch.is_autocast_enabled(model.flat.device.type))
-    descent = Descent(model, config)
-    for _ in range(int(config["epochs"])):  # 1
-        for x, y in batches(_shuffled(examples, rng), int(config["batch_size"])):  # 2, 3
-            backprop.step(x, y, descent)  # 4
-    return model.flat  # 5
+    clients = []
+    rows = _rows(model, weights, len(completed))
+    for row, config, rng in zip(rows, completed, rngs, strict=True):
+        generator = None
+        seed = int(rng.integers(2**63))
+        if not backprop.takes_several:
+            _prepare(model.module, config["dropout"], seed)
+        elif config["dropout"] > 0:
+            generator = torch.Generator(row.device).manual_seed(seed)
+        clients.append(Client(Descent(model.slices(row), config), config["dropout"], generator))
+    streams = map(_batches, examples, completed, rngs)
+    for step in itertools.zip_longest(*streams):  # some have fewer
+        training = [(batch, client) for batch, client in zip(step, clients, strict=True) if batch is not None]
+        backprop.step(*zip(*training, strict=True))  # 4
+    return rows  # 5
 
 
 def train_batched(
@@ -90,22 +120,33 @@ def complete(config: Config) -> dict[str, Number]:
     return {name: hp.check(name, config.get(name, hp.default)) for name, hp in HYPERPARAMETERS.items()}
 
 
-def _prepare(module: nn.Module, dropout: float, rng: np.random.Generator) -> None:
+def _rows(model: FlatModel, weights: Float[Tensor, "weight"], count: int) -> list[Float[Tensor, "weight"]]:
+    """So many copies of the weights: the model's own where it is one, and else each at an aligned place in memory."""
+    if count == 1:
+        model.load(weights)
+        return [model.flat]
+    length = -(-model.num_weights // ALIGNMENT) * ALIGNMENT
+    rows = weights.new_empty(count, length)[:, : model.num_weights]
+    return list(rows.copy_(weights).unbind())
+
+
+def _prepare(module: nn.Module, dropout: float, seed: int) -> None:
     """Puts the module into training mode with this dropout, and seeds the random numbers that its layers draw."""
     module.train()
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = dropout
-    seed = int(rng.integers(2**63))
     if next(module.parameters()).is_cpu:
         torch.default_generator.manual_seed(seed)  # 200 times as fast as torch.manual_seed, which seeds every device
     else:
         torch.manual_seed(seed)
 
 
-def _shuffled(examples: Examples, rng: np.random.Generator) -> Examples:
-    order = torch.from_numpy(rng.permutation(len(examples.y))).to(examples.y.device)
-    return Examples(examples.x.index_select(0, order), examples.y.index_select(0, order))
+def _batches(examples: Examples, config: dict[str, Number], rng: np.random.Generator) -> Iterator[Examples]:
+    for _ in range(int(config["epochs"])):  # 1
+        order = torch.from_numpy(rng.permutation(len(examples.y))).to(examples.y.device)
+        for batch in torch.split(order, int(config["batch_size"])):  # 2, 3
+            yield Examples(examples.x.index_select(0, batch), examples.y.index_select(0, batch))
 
 
 @functools.lru_cache(maxsize=1)

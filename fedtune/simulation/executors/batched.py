@@ -1,33 +1,28 @@
 """The batched executor's machine: many clients train in one tensor program, for devices that one client leaves idle."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fedtune.client_work import (
-    ErrorAndLoss,
     TrainBatched,
-    evaluation_metrics,
     generator,
     measure,
     measure_clients,
     train_clients,
-    update_metrics,
 )
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import Examples, make_examples
-from fedtune.simulation.executors.machine import Machine, MachineSettings, in_precision
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
+from fedtune.simulation.executors.machine import ClientTask, Machine, MachineSettings, in_precision, parts_of
+from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, describe
 
 LARGEST_CHUNK = 128  # clients
 CHUNK_BYTES = 2**32  # for their weights and what goes with them; what the rest takes is found out
 COPIES = 4  # of a client's weights: itself, the gradient, the velocity, and one in passing
 TOLERANCE = 1e-2  # of the distance that training goes; a GPU's convolutions round to a thousandth
-
-ClientTask = TrainTask | PersonaliseTask
 
 
 class BatchedMachine:
@@ -87,24 +82,17 @@ class BatchedMachine:
 
     def _compute(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
         model, dataset, device = self._machine.model, self._machine.dataset, self._machine.device
-        asking = [task.client for task in tasks if isinstance(task, TrainTask) and task.error_before]
-        before: Iterator[ErrorAndLoss] = iter(())
-        if asking:
-            model.load(weights)
-            before = iter(measure(model, dataset, [(client, "validation") for client in asking], device))
+        asking = [task for task in tasks if isinstance(task, TrainTask) and task.error_before]
+        parts = [part for task in asking for part in parts_of(task)]
+        measured = measure(model, weights, dataset, parts, device) if asking else []
+        before = dict(zip(map(id, asking), measured, strict=True))
         clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
         trained = train_clients(train, model, weights, dataset, clients, configs, seeds, device)
-        names = [("validation",) if isinstance(task, TrainTask) else ("validation", "test") for task in tasks]
-        parts = [[(client, name) for name in each] for client, each in zip(clients, names, strict=True)]
-        after = measure_clients(model, trained, dataset, parts, device)
-        results: list[Result] = []
-        for task, row, measured in zip(tasks, trained.cpu(), after, strict=True):
-            if isinstance(task, PersonaliseTask):
-                results.append([evaluation_metrics(dataset, task.client, *measured)])
-            else:
-                earlier = next(before) if task.error_before else None
-                results.append(Update(row, update_metrics(dataset, task.client, measured[0], earlier)))
-        return results
+        after = measure_clients(model, trained, dataset, list(map(parts_of, tasks)), device)
+        return [
+            self._machine.result(task, row, measured, before.get(id(task)))
+            for task, row, measured in zip(tasks, trained.cpu(), after, strict=True)
+        ]
 
     def _obstacle(self, train: TrainBatched) -> str | None:
         """Why clients can't be batched, found out by training two of a few examples both ways; None where they can."""

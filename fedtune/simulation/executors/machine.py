@@ -1,17 +1,32 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
+import itertools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fedtune import plugins
-from fedtune.client_work import evaluate_clients, personalise_client, train_client
+from fedtune.client_work import (
+    ErrorAndLoss,
+    Part,
+    TrainTogether,
+    evaluate_clients,
+    evaluation_metrics,
+    measure,
+    measure_each,
+    personalise_client,
+    train_client,
+    train_each,
+    update_metrics,
+)
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.flat_model import FlatModel
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, Update, describe
+from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
+
+ClientTask = TrainTask | PersonaliseTask
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,11 @@ class Machine:
         )
         self.program = plugins.client_program(settings.client)
         self._train = in_precision(settings, self.program.train)
+        self._num_together = 1
+        program: Any = self.program
+        if hasattr(program, "train_together") and settings.precision == "fp32":
+            self._train_together: TrainTogether = program.train_together
+            self._num_together = program.num_together(self.model)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -47,9 +67,22 @@ class Machine:
             reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
             return Failure(f"{describe(task)}: {reason}")
 
+    def run_each(self, weights: torch.Tensor, tasks: Sequence[Task]) -> Iterator[Result]:
+        """The results of several tasks in their order, each one's weights valid until the next is asked for.
+
+        Small models train several clients together, where the client program can.
+        """
+        for trains, several in itertools.groupby(tasks, lambda task: not isinstance(task, EvaluateTask)):
+            each = list(several)
+            if not trains or self._num_together == 1:
+                yield from (self.run(weights, task) for task in each)
+                continue
+            for start in range(0, len(each), self._num_together):
+                yield from self._run_together(weights, cast(list[ClientTask], each[start : start + self._num_together]))
+
     def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of several tasks, their weights in memory of their own."""
-        return [_keep(self.run(weights, task)) for task in tasks]
+        """`run_each`, their weights in memory of their own."""
+        return [_keep(result) for result in self.run_each(weights, tasks)]
 
     def _compute(self, weights: torch.Tensor, task: Task) -> Result:
         if isinstance(task, EvaluateTask):
@@ -58,6 +91,37 @@ class Machine:
         if isinstance(task, PersonaliseTask):
             return [personalise_client(*arguments, self.device)]
         return Update(*train_client(*arguments, task.error_before, self.device))
+
+    def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> Iterable[Result]:
+        try:
+            clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
+            before = [
+                measure(self.model, weights, self.dataset, parts_of(task), self.device)[0]
+                if isinstance(task, TrainTask) and task.error_before
+                else None
+                for task in tasks
+            ]
+            trained = train_each(
+                self._train_together, self.model, weights, self.dataset, clients, configs, seeds, self.device
+            )
+            after = measure_each(self.model, trained, self.dataset, list(map(parts_of, tasks)), self.device)
+        except (Exception, SystemExit):  # one by one, so that a client's fault is its own
+            return (self.run(weights, task) for task in tasks)
+        return map(self.result, tasks, trained, after, before)
+
+    def result(
+        self, task: ClientTask, weights: torch.Tensor, measured: Sequence[ErrorAndLoss], before: ErrorAndLoss | None
+    ) -> Result:
+        """The task's result, of the trained weights and what was measured on `parts_of(task)`."""
+        if isinstance(task, PersonaliseTask):
+            return [evaluation_metrics(self.dataset, task.client, *measured)]
+        return Update(weights, update_metrics(self.dataset, task.client, measured[0], before))
+
+
+def parts_of(task: ClientTask) -> list[Part]:
+    """On what the task's trained weights are measured."""
+    names = ("validation",) if isinstance(task, TrainTask) else ("validation", "test")
+    return [(task.client, name) for name in names]
 
 
 def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,9 +1,10 @@
 """A worker process of the pool: reads tasks, writes updates into shared memory, answers with metrics."""
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -14,7 +15,7 @@ import torch
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.simulation.executors.machine import Machine, MachineSettings
 from fedtune.simulation.executors.shared_memory import receive
-from fedtune.tasks import Failure, Metrics, Result, Task, Update
+from fedtune.tasks import Failure, Metrics, Task, Update
 
 NewBlock = int  # a block's number; its memory follows
 Chunk = list[tuple[int, int, Task]]  # block, row for the update, task
@@ -49,7 +50,11 @@ def main(
     while True:
         chunk = chunks.get()
         started = time.perf_counter()
-        results = [_run(machine, blocks[block], row, task) for block, row, task in chunk]
+        results = [
+            result
+            for block, pieces in itertools.groupby(chunk, lambda piece: piece[0])
+            for result in _run(machine, blocks[block], [piece[1:] for piece in pieces])
+        ]
         connection.send(Answer(time.perf_counter() - started, results))
 
 
@@ -67,9 +72,13 @@ def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "Simp
         os._exit(1)
 
 
-def _run(machine: Machine, rows: torch.Tensor, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
-    result: Result = machine.run(rows[0], task)
-    if isinstance(result, Update):
-        rows[row].copy_(result.weights)
-        return result.metrics
-    return result
+def _run(
+    machine: Machine, rows: torch.Tensor, pieces: Sequence[tuple[int, Task]]
+) -> Iterator[Metrics | Failure | list[Metrics]]:
+    results = machine.run_each(rows[0], [task for _, task in pieces])
+    for (row, _), result in zip(pieces, results, strict=True):
+        if isinstance(result, Update):
+            rows[row].copy_(result.weights)
+            yield result.metrics
+        else:
+            yield result
