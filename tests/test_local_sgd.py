@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.flat_model import Examples, FlatModel
-from fedtune_clients.local_sgd import HYPERPARAMETERS, train
+from fedtune_clients import local_sgd
+from fedtune_clients.local_sgd import HYPERPARAMETERS, num_together, train, train_together
 from fedtune_clients.models import cnn, logistic, mlp
 
 SPEC = DatasetSpec((8, 8), "real", 4)
@@ -274,3 +275,57 @@ def test_a_value_outside_its_range_is_an_input_error(name, value):
     model = make_model()
     with pytest.raises(InputError, match=rf"{name} must be .*, got {value}"):
         run(model, model.flat, make_data(), {name: value})
+
+
+# Clients of unequal sizes, whose batches end at different steps; the last has all defaults.
+GROUP = (
+    (23, {"learning_rate": 0.1, "batch_size": 5, "epochs": 2, "momentum": 0.9, "dropout": 0.3}),
+    (1, {"learning_rate": 0.3, "batch_size": 5, "epochs": 3, "weight_decay": 0.1}),
+    (7, {"learning_rate": 0.2, "batch_size": 7, "proximal_mu": 0.5, "dropout": 0.1}),
+    (40, {"learning_rate": 0.05, "batch_size": 5, "momentum": 0.5, "weight_decay": 0.01, "proximal_mu": 0.2}),
+    (23, {"learning_rate": 0.15, "batch_size": 20, "epochs": 4, "dropout": 0.6, "momentum": 0.3}),
+    (40, {"learning_rate": 0.15, "batch_size": 20, "epochs": 4}),
+    (12, {}),
+)
+TOGETHER = {
+    "logistic": logistic,
+    "mlp": lambda spec: mlp(spec, hidden=[9, 8]),
+    "wide": lambda spec: mlp(spec, hidden=[128]),
+    "no bias": lambda spec: nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False), nn.ReLU(), nn.Linear(5, 4)),
+    "rows": lambda spec: nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(24, 4)),
+    "dropout first and last": lambda spec: nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(64, 4), nn.Dropout()),
+}
+
+
+@pytest.mark.parametrize("clients", [GROUP, GROUP[::-1], GROUP[2:5] * 3, [(40, {"batch_size": 20})] * 5], ids=len)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_clients_that_train_together_get_the_bits_of_each_alone(name, clients):
+    torch.manual_seed(0)
+    model = FlatModel(TOGETHER[name](SPEC))
+    assert num_together(model) >= len(clients)
+    weights = model.flat.clone()
+    data = [make_data(size, seed) for seed, (size, _) in enumerate(clients)]
+    configs = [config for _, config in clients]
+    together = train_together(model, weights, data, configs, list(map(generator, range(len(clients)))))
+    for row, examples, (seed, config) in zip(together, data, enumerate(configs), strict=True):
+        alone = run(model, weights, examples, config, seed)
+        assert torch.equal(row, alone)
+        assert not torch.equal(row, weights)
+
+
+def test_a_client_of_nan_weights_leaves_those_beside_it_alone():
+    model = make_model()
+    weights = model.flat.clone()
+    wild, tame = {"learning_rate": 1e30}, {"learning_rate": 0.1}
+    data, configs = [make_data(seed=seed) for seed in range(3)], [wild, tame, wild]
+    lost, kept, _ = train_together(model, weights, data, configs, list(map(generator, range(3))))
+    assert not lost.isfinite().all()
+    assert torch.equal(kept, run(model, weights, data[1], tame, 1))
+
+
+def test_how_many_train_together(monkeypatch):
+    monkeypatch.setattr(local_sgd, "TOGETHER", 1000)
+    assert num_together(make_model("logistic")) == 1000 // (64 * 4 + 4)
+    assert num_together(FlatModel(mlp(SPEC))) == 1  # large
+    assert num_together(make_model("cnn")) == 1  # partly autograd's
+    assert num_together(FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), objective="regression")) == 1

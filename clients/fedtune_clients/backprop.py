@@ -8,6 +8,7 @@ row by row is done to the rows of all of them at once, and each matrix product f
 every client gets the bits that it would get by itself.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -145,7 +146,7 @@ class Linear(Part):
             columns = _matrix(rows).t()
             client.descent.step_along_product(self.numbers[0], columns, _matrix(x))
             for number in self.numbers[1:]:
-                client.descent.step_along_product(number, columns, columns.new_ones(columns.size(1)))
+                client.descent.step_along_product(number, columns, _ones(columns.size(1), columns.device))
         return by_inputs
 
 
@@ -217,6 +218,11 @@ def _product(x: Tensor, matrix: Tensor, *bias: Tensor, into: Tensor | None = Non
 
 def _matrix(rows: Tensor) -> Tensor:
     return rows if rows.ndim == 2 else rows.flatten(0, -2)
+
+
+@functools.lru_cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)
 
 
 def _zeros(sizes: list[int], shape: tuple[int, ...], like: Tensor) -> Rows:

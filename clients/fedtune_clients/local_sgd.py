@@ -145,8 +145,10 @@ def _prepare(module: nn.Module, dropout: float, seed: int) -> None:
 def _batches(examples: Examples, config: dict[str, Number], rng: np.random.Generator) -> Iterator[Examples]:
     for _ in range(int(config["epochs"])):  # 1
         order = torch.from_numpy(rng.permutation(len(examples.y))).to(examples.y.device)
-        for batch in torch.split(order, int(config["batch_size"])):  # 2, 3
-            yield Examples(examples.x.index_select(0, batch), examples.y.index_select(0, batch))
+        labels = examples.y.index_select(0, order)
+        # One batch of inputs at a time, which a core's cache holds.
+        for rows, y in zip(*(torch.split(each, int(config["batch_size"])) for each in (order, labels)), strict=True):
+            yield Examples(examples.x.index_select(0, rows), y)  # 2, 3
 
 
 @functools.lru_cache(maxsize=1)

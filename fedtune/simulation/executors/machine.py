@@ -1,6 +1,6 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
-import itertools
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from fedtune.flat_model import FlatModel
 from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
 
 ClientTask = TrainTask | PersonaliseTask
+
+LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,11 @@ class Machine:
 
         Small models train several clients together, where the client program can.
         """
-        for trains, several in itertools.groupby(tasks, lambda task: not isinstance(task, EvaluateTask)):
-            each = list(several)
-            if not trains or self._num_together == 1:
-                yield from (self.run(weights, task) for task in each)
-                continue
-            for start in range(0, len(each), self._num_together):
-                yield from self._run_together(weights, cast(list[ClientTask], each[start : start + self._num_together]))
+        for several in self._groups(tasks):
+            if len(several) > 1:
+                yield from self._run_together(weights, cast(list[ClientTask], several))
+            else:
+                yield self.run(weights, several[0])
 
     def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
         """`run_each`, their weights in memory of their own."""
@@ -91,6 +91,23 @@ class Machine:
         if isinstance(task, PersonaliseTask):
             return [personalise_client(*arguments, self.device)]
         return Update(*train_client(*arguments, task.error_before, self.device))
+
+    def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
+        """The tasks, those to be done together side by side."""
+        group: list[Task] = []
+        size = 0
+        for task in tasks:
+            added = LARGEST_GROUP + 1  # alone
+            if not isinstance(task, EvaluateTask):
+                start, stop = self.dataset.ranges[task.client, 0]
+                added = int(stop - start) * math.prod(self.dataset.spec.input_shape)
+            if group and (len(group) == self._num_together or size + added > LARGEST_GROUP):
+                yield group
+                group, size = [], 0
+            group.append(task)
+            size += added
+        if group:
+            yield group
 
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> Iterable[Result]:
         try:
