@@ -73,6 +73,12 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
         yield "train must change the weights at the default values"
     if not torch.isfinite(trained(defaults, one)).all():
         yield "train must give finite weights for a client with one example"
+    train_together = getattr(program, "train_together", None)
+    if train_together:
+        rngs = [np.random.Generator(np.random.PCG64(1)) for _ in range(2)]
+        together = train_together(model, weights.clone(), [one, examples], [defaults] * 2, rngs)
+        if not (torch.equal(together[0], trained(defaults, one)) and torch.equal(together[1], result)):
+            yield "train_together must give each client the bits that train gives it"
     for name, each in program.HYPERPARAMETERS.items():
         for end, is_open in ((each.low, each.low_open), (each.high, each.high_open)):
             if end is not None and np.isfinite(end) and not is_open:

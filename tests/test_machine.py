@@ -8,6 +8,7 @@ import torch
 
 import fedtune.simulation.executors.machine as machine_module
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.simulation.executors.machine import Machine, MachineSettings
 from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 
@@ -113,3 +114,19 @@ def test_who_raises_is_lost_and_nobody_beside_it(program, dataset):
     assert second.message.startswith("client 1 with {")
     assert "ValueError: odd" in second.message
     assert kept([first, third]) == kept(Machine(SETTINGS, dataset).run_all(weights, [tasks[0], tasks[2]]))
+
+
+def test_a_program_that_trains_together_must_say_how_many(tmp_path, dataset):
+    path = tmp_path / "program.py"
+    settings = dataclasses.replace(SETTINGS, client=str(path))
+    path.write_text(PROGRAM.replace("def num_together", "def other"))
+    with pytest.raises(InputError, match=f"the client program '{path}' has train_together and must have num_together"):
+        Machine(settings, dataset)
+
+
+@pytest.mark.parametrize("count", [0, 2.0, None])
+def test_the_number_must_be_one(tmp_path, dataset, count):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.replace("return 3", f"return {count}"))
+    with pytest.raises(InputError, match=f"num_together of '{path}' must be a whole number >= 1, got {count}"):
+        Machine(dataclasses.replace(SETTINGS, client=str(path)), dataset)

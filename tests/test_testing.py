@@ -69,3 +69,17 @@ def test_an_end_of_a_range_that_is_not_taken():
         AssertionError, match=r"^train must take learning_rate = 0\.0, which is in its range; it raised"
     ):
         check_client(broken)
+
+
+def test_clients_that_train_together_must_get_the_bits_of_each_alone():
+    def train_together(model, weights, examples, configs, rngs):
+        return [
+            row + (1e-7 if number else 0)
+            for number, row in enumerate(local_sgd.train_together(model, weights, examples, configs, rngs))
+        ]
+
+    broken = SimpleNamespace(
+        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, train=local_sgd.train, train_together=train_together
+    )
+    with pytest.raises(AssertionError, match="^train_together must give each client the bits that train gives it$"):
+        check_client(broken)

@@ -15,7 +15,7 @@ from fedtune.errors import UnknownNameError
 from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
 
-EVENTS = ("plan", "ask", "round", "lost", "tell", "drop", "incumbent", "study_end", "warning")
+EVENTS = ("plan", "executor", "ask", "round", "lost", "tell", "drop", "incumbent", "study_end", "warning")
 REFRESHES_PER_SECOND = 5
 
 
@@ -93,6 +93,8 @@ class LiveProgress:
                 self._study(event).incumbent = event
             case "warning":
                 self._print(f"warning: {event['message']}")
+            case "executor":
+                self._print(event["message"])
             case "lost":
                 self._lost(event)
             case "plan":

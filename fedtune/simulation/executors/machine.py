@@ -23,7 +23,9 @@ from fedtune.client_work import (
     update_metrics,
 )
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
+from fedtune.plugins import ClientProgram
 from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
 
 ClientTask = TrainTask | PersonaliseTask
@@ -54,11 +56,8 @@ class Machine:
         )
         self.program = plugins.client_program(settings.client)
         self._train = in_precision(settings, self.program.train)
-        self._num_together = 1
-        program: Any = self.program
-        if hasattr(program, "train_together") and settings.precision == "fp32":
-            self._train_together: TrainTogether = program.train_together
-            self._num_together = program.num_together(self.model)
+        self._train_together: TrainTogether | None = getattr(self.program, "train_together", None)
+        self.num_together = num_together(settings, self.program, self.model)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -101,7 +100,7 @@ class Machine:
             if not isinstance(task, EvaluateTask):
                 start, stop = self.dataset.ranges[task.client, 0]
                 added = int(stop - start) * math.prod(self.dataset.spec.input_shape)
-            if group and (len(group) == self._num_together or size + added > LARGEST_GROUP):
+            if group and (len(group) == self.num_together or size + added > LARGEST_GROUP):
                 yield group
                 group, size = [], 0
             group.append(task)
@@ -110,6 +109,7 @@ class Machine:
             yield group
 
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> Iterable[Result]:
+        assert self._train_together is not None
         try:
             clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
             before = [
@@ -133,6 +133,19 @@ class Machine:
         if isinstance(task, PersonaliseTask):
             return [evaluation_metrics(self.dataset, task.client, *measured)]
         return Update(weights, update_metrics(self.dataset, task.client, measured[0], before))
+
+
+def num_together(settings: MachineSettings, program: ClientProgram, model: FlatModel) -> int:
+    """How many clients a machine trains together: 1 unless the client program can and says so."""
+    if settings.precision != "fp32" or not hasattr(program, "train_together"):
+        return 1
+    says = getattr(program, "num_together", None)
+    if says is None:
+        raise InputError(f"the client program {settings.client!r} has train_together and must have num_together too")
+    count = says(model)
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"num_together of {settings.client!r} must be a whole number >= 1, got {count!r}")
+    return count
 
 
 def parts_of(task: ClientTask) -> list[Part]:
