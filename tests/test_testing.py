@@ -81,5 +81,5 @@ def test_clients_that_train_together_must_get_the_bits_of_each_alone():
     broken = SimpleNamespace(
         HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, train=local_sgd.train, train_together=train_together
     )
-    with pytest.raises(AssertionError, match="^train_together must give each client the bits that train gives it$"):
+    with pytest.raises(AssertionError, match=r"^train_together must give each client the bits that train gives it$"):
         check_client(broken)
