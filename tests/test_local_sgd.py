@@ -11,7 +11,7 @@ from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.flat_model import Examples, FlatModel
 from fedtune_clients import local_sgd
-from fedtune_clients.local_sgd import HYPERPARAMETERS, num_together, train, train_together
+from fedtune_clients.local_sgd import HYPERPARAMETERS, MOST_TOGETHER, num_together, train, train_together
 from fedtune_clients.models import cnn, logistic, mlp
 
 SPEC = DatasetSpec((8, 8), "real", 4)
@@ -324,7 +324,8 @@ def test_a_client_of_nan_weights_leaves_those_beside_it_alone():
 
 
 def test_how_many_train_together(monkeypatch):
-    monkeypatch.setattr(local_sgd, "TOGETHER", 1000)
+    assert num_together(make_model("logistic")) == MOST_TOGETHER
+    monkeypatch.setattr(local_sgd, "TOGETHER_WEIGHTS", 1000)
     assert num_together(make_model("logistic")) == 1000 // (64 * 4 + 4)
     assert num_together(FlatModel(mlp(SPEC))) == 1  # large
     assert num_together(make_model("cnn")) == 1  # partly autograd's

@@ -39,7 +39,8 @@ HYPERPARAMETERS = {
     "proximal_mu": Hyperparameter(0.0, low=0.0),
 }
 
-TOGETHER = 2**17  # weights of all clients that train together: 512 KiB, which stay in a core's cache
+MOST_TOGETHER = 16  # clients; more gain nothing
+TOGETHER_WEIGHTS = 2**17  # of all of them: 512 KiB, which stay in a core's cache
 
 # What is searched on data for which nobody chose: the ranges of Khodak et al. (2021), as in mnist.toml.
 SPACE = {
@@ -68,7 +69,7 @@ def num_together(model: FlatModel) -> int:
     """How many clients `train_together` had best be given at a time: 1 where it can't take more, or gains nothing."""
     if not (model.flat.is_cpu and _backprop(model, False).takes_several):
         return 1
-    return max(1, TOGETHER // model.num_weights)
+    return max(1, min(MOST_TOGETHER, TOGETHER_WEIGHTS // model.num_weights))
 
 
 def train_together(
