@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, make_examples
+from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, StoredExamples, make_examples, stored_examples
 from fedtune.objectives import Measures
 from fedtune.tasks import Metrics
 from fedtune.tuning.space import Config
@@ -22,7 +22,7 @@ from fedtune.tuning.space import Config
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]  # a client program's `train`
 # Its `train_together`: the examples of each of several clients, and their configurations and streams.
 TrainTogether = Callable[
-    [FlatModel, Tensor, Sequence[Examples], Sequence[Config], Sequence[np.random.Generator]], list[Tensor]
+    [FlatModel, Tensor, Sequence[StoredExamples], Sequence[Config], Sequence[np.random.Generator]], list[Tensor]
 ]
 # Its `train_batched`: examples of several clients in turn, how many each has, and their configurations and streams.
 TrainBatched = Callable[
@@ -102,7 +102,7 @@ def train_each(
     device: Device,
 ) -> list[Float[Tensor, "weight"]]:
     """The weights of each client after training from `weights`: to the bit those of `train_client`."""
-    examples = [make_examples(*dataset.examples(client, "train"), dataset.spec, device) for client in clients]
+    examples = [stored_examples(*dataset.examples(client, "train"), dataset.spec, device) for client in clients]
     return train_together(model, weights, examples, configs, [generator(seed) for seed in seeds])
 
 

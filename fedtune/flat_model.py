@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,6 +21,22 @@ class Examples(NamedTuple):
 
     x: Shaped[Tensor, "example ..."]  # float32 or int64
     y: Shaped[Tensor, "example ..."]  # int64; float32 for regression
+
+    def take(self, rows: Int64[Tensor, "row"]) -> "Examples":
+        """Those of these numbers, in this order: a copy."""
+        return Examples(self.x.index_select(0, rows), self.y.index_select(0, rows))
+
+
+class StoredExamples(NamedTuple):
+    """Examples in the form in which they are stored. What is taken of them has the form that the model gets."""
+
+    x: Shaped[Tensor, "example ..."]
+    y: Shaped[Tensor, "example ..."]
+    spec: DatasetSpec
+
+    def take(self, rows: Int64[Tensor, "row"]) -> Examples:
+        """Those of these numbers, in this order: a copy."""
+        return Examples(_inputs(self.x.index_select(0, rows), self.spec), self.y.index_select(0, rows))
 
 
 class FlatModel:
@@ -100,19 +116,27 @@ def make_examples(
     device: str | torch.device,
 ) -> Examples:
     """Stored examples in the form that the model gets: float32 times `spec.scale`, or int64 for tokens."""
+    stored = stored_examples(x, y, spec, device)
+    return Examples(_inputs(stored.x, spec), stored.y.clone())
+
+
+def stored_examples(
+    x: Shaped[np.ndarray, "example ..."],
+    y: Shaped[np.ndarray, "example ..."],
+    spec: DatasetSpec,
+    device: str | torch.device,
+) -> StoredExamples:
+    """Stored examples as tensors, which may share memory with the arrays."""
     # from_numpy warns of read-only arrays; a copy of the stored bytes is cheap beside the cast.
     inputs, labels = (torch.from_numpy(each) if each.flags.writeable else torch.tensor(each) for each in (x, y))
+    return StoredExamples(inputs.to(device), labels.to(device), spec)
+
+
+def _inputs(stored: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> Shaped[Tensor, "example ..."]:
+    """A copy as the model gets them."""
     if spec.input_kind == "token":
-        inputs = inputs.to(device, torch.int64, copy=True)
-    else:
-        inputs = inputs.to(device).to(torch.float32, copy=True).mul_(spec.scale)
-    return Examples(inputs, labels.to(device, copy=True))
-
-
-def batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
-    """The examples in their order, `batch_size` at a time; the last batch may be smaller."""
-    parts = (torch.split(tensor, batch_size) for tensor in examples)
-    return map(Examples, *parts)
+        return stored.to(torch.int64, copy=True)
+    return stored.to(torch.float32, copy=True).mul_(spec.scale)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

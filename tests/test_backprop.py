@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.flat_model import Examples, FlatModel, batches
+from fedtune.flat_model import Examples, FlatModel
 from fedtune_clients import local_sgd
 from fedtune_clients.backprop import Backprop, Client, Dropout, Flatten, Linear, Part, ReLU
 from fedtune_clients.descent import Descent
@@ -110,8 +110,9 @@ def train(model, config, *, written_out, objective="classification"):
     torch.manual_seed(3)
     backprop = Backprop(model, written_out=written_out)
     client = Client(Descent(model.slices(model.flat), config), config["dropout"])
-    for batch in [*batches(make_examples(objective), 4)] * 2:
-        backprop.step([batch], [client])
+    examples = make_examples(objective)
+    for rows in [*torch.arange(len(examples.y)).split(4)] * 2:
+        backprop.step([examples.take(rows)], [client])
     return model.flat.clone()
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, FlatModel, batches, make_examples
+from fedtune.flat_model import Examples, FlatModel, make_examples, stored_examples
 
 
 class Tied(nn.Module):
@@ -117,10 +117,20 @@ def test_windows_over_a_text_become_tokens():
     assert bytes(examples.x[2].tolist()) == b"cdef"
 
 
-def test_batches_keep_the_order_and_the_last_is_smaller():
-    examples = Examples(torch.arange(5.0), torch.arange(5))
-    assert [batch.x.tolist() for batch in batches(examples, 2)] == [[0, 1], [2, 3], [4]]
-    assert [batch.y.tolist() for batch in batches(examples, 7)] == [[0, 1, 2, 3, 4]]
+@pytest.mark.parametrize("input_kind", ["real", "token"])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_taken_of_what_is_stored_is_taken_of_what_the_model_gets(input_kind, writeable):
+    x, y = np.arange(12).reshape(4, 3).astype(np.float32 if input_kind == "real" else np.uint8), np.arange(4)
+    x.setflags(write=writeable)
+    spec, rows = DatasetSpec((3,), input_kind, 12, 0.5), torch.tensor([2, 0, 3])
+    examples = make_examples(x, y, spec, "cpu")
+    taken = stored_examples(x, y, spec, "cpu").take(rows)
+    for tensor, expected, all_of_them in zip(taken, examples.take(rows), examples, strict=True):
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected)
+        assert torch.equal(tensor, all_of_them[rows])
+        tensor.zero_()
+    assert (x.sum(), y.sum()) == (66, 6)
 
 
 def linear_model(weight):

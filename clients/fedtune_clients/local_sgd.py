@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedtune.errors import UnknownNameError
-from fedtune.flat_model import Examples, FlatModel
+from fedtune.flat_model import Examples, FlatModel, StoredExamples
 from fedtune.tuning.space import Config, Hyperparameter, Number
 from fedtune_clients.backprop import ALIGNMENT, Backprop, Client
 from fedtune_clients.descent import Descent
@@ -75,7 +75,7 @@ def num_together(model: FlatModel) -> int:
 def train_together(
     model: FlatModel,
     weights: Float[Tensor, "weight"],
-    examples: Sequence[Examples],
+    examples: Sequence[Examples | StoredExamples],
     configs: Sequence[Config],
     rngs: Sequence[np.random.Generator],
 ) -> list[Float[Tensor, "weight"]]:
@@ -143,13 +143,13 @@ def _prepare(module: nn.Module, dropout: float, seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def _batches(examples: Examples, config: dict[str, Number], rng: np.random.Generator) -> Iterator[Examples]:
+def _batches(
+    examples: Examples | StoredExamples, config: dict[str, Number], rng: np.random.Generator
+) -> Iterator[Examples]:
     for _ in range(int(config["epochs"])):  # 1
         order = torch.from_numpy(rng.permutation(len(examples.y))).to(examples.y.device)
-        labels = examples.y.index_select(0, order)
-        # One batch of inputs at a time, which a core's cache holds.
-        for rows, y in zip(*(torch.split(each, int(config["batch_size"])) for each in (order, labels)), strict=True):
-            yield Examples(examples.x.index_select(0, rows), y)  # 2, 3
+        for rows in torch.split(order, int(config["batch_size"])):  # 2, 3
+            yield examples.take(rows)  # one batch at a time, which a core's cache holds
 
 
 @functools.lru_cache(maxsize=1)
