@@ -1,5 +1,6 @@
 """Every private name of Flower that fedtune relies on (read in flwr 1.38 to 1.41); its test fails loudly."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ class ViewArray(Array):
     """An Array over a numpy array that is not copied, and serialised only when Flower asks for the bytes."""
 
     def __init__(self, array: Float[np.ndarray, "weight"]) -> None:
-        self.__dict__.update(_view=array, dtype=str(array.dtype), shape=array.shape, stype=SType.NUMPY)
+        self.__dict__.update(_view=array, dtype=_name(array.dtype), shape=array.shape, stype=SType.NUMPY)
 
     def numpy(self) -> Float[np.ndarray, "weight"]:
         """The array itself."""
@@ -63,3 +64,8 @@ class ViewArray(Array):
 def pack(weights: Float[np.ndarray, "weight"]) -> ArrayRecord:
     """A record of one flat array, "weights", without a copy."""
     return fill(ArrayRecord(), {"weights": ViewArray(weights)})
+
+
+@functools.cache
+def _name(dtype: np.dtype) -> str:
+    return str(dtype)  # slow

@@ -8,6 +8,7 @@ metric "client", the client's number.
 The run's configuration holds "settings", the TOML text of a run's settings.
 """
 
+import functools
 import json
 import tomllib
 from collections.abc import Mapping
@@ -50,8 +51,7 @@ def config_of(message: Message) -> ConfigRecord:
 
 def hyperparameters(message: Message) -> dict[str, Number]:
     """The client configuration to train with."""
-    config: dict[str, Number] = json.loads(str(config_of(message)["hyperparameters"]))
-    return config
+    return dict(_from_text(str(config_of(message)["hyperparameters"])))
 
 
 def seed(message: Message) -> int:
@@ -87,3 +87,10 @@ def answer(
     """The reply to a message; the weights are not copied."""
     records = {"metrics": fill(MetricRecord(), metrics)} | ({} if weights is None else {"arrays": pack(weights)})
     return Message(fill(RecordDict(), records), reply_to=message)
+
+
+# A round's messages hold few configurations, and often one.
+@functools.lru_cache(maxsize=1024)
+def _from_text(text: str) -> dict[str, Number]:
+    config: dict[str, Number] = json.loads(text)
+    return config
