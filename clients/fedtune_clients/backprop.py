@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 
 from fedtune.flat_model import Examples, FlatModel
@@ -135,13 +135,18 @@ class Linear(Part):
     def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
         self._inputs = inputs
         weights = [[client.descent.weights[number] for number in self.numbers] for client in clients]
+        if len(clients) == 1:
+            return Rows([linear(inputs.each[0], *weights[0])])
         return _products([(x, weight.t(), *bias) for x, (weight, *bias) in zip(inputs.each, weights, strict=True)])
 
     def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
         by_inputs = gradient
         if self.needs_input_gradient:
             weights = [client.descent.weights[self.numbers[0]] for client in clients]
-            by_inputs = _products(list(zip(gradient.each, weights, strict=True)))
+            if len(clients) == 1:
+                by_inputs = Rows([gradient.each[0].matmul(weights[0])])
+            else:
+                by_inputs = _products(list(zip(gradient.each, weights, strict=True)))
         for rows, x, client in zip(gradient.each, self._inputs.each, clients, strict=True):
             columns = _matrix(rows).t()
             client.descent.step_along_product(self.numbers[0], columns, _matrix(x))
@@ -154,11 +159,17 @@ class ReLU(Part):
     """nn.ReLU."""
 
     def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
-        self._outputs = _map(torch.relu, inputs)
+        (module,) = self.modules
+        self._outputs = _map(torch.relu_ if module.inplace else torch.relu, inputs)
         return self._outputs
 
     def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
-        return _map(lambda slope, outputs: slope * (outputs > 0), gradient, self._outputs)
+        return _map(_relu_backward, gradient, self._outputs)
+
+
+def _relu_backward(gradient: Tensor, outputs: Tensor) -> Tensor:
+    by_inputs: Tensor = torch.ops.aten.threshold_backward(gradient, outputs, 0)
+    return by_inputs
 
 
 class Dropout(Part):
@@ -202,18 +213,14 @@ WRITTEN_OUT: dict[type[nn.Module], type[Part]] = {
 
 def _products(factors: Sequence[tuple[Tensor, ...]]) -> Rows:
     """Each client's rows times its matrix, plus its bias if it has one."""
-    if len(factors) == 1:
-        ((x, *others),) = factors
-        return Rows([_product(_matrix(x), *others).view(*x.shape[:-1], -1)])
     x, matrix = factors[0][:2]
     products = _zeros([x.size(0) for x, *_ in factors], (*x.shape[1:-1], matrix.size(1)), x)
-    for (x, *others), product in zip(factors, products.each, strict=True):
-        _product(_matrix(x), *others, into=_matrix(product))
+    for (x, matrix, *bias), product in zip(factors, products.each, strict=True):
+        if bias:
+            torch.addmm(bias[0], _matrix(x), matrix, out=_matrix(product))
+        else:
+            torch.mm(_matrix(x), matrix, out=_matrix(product))
     return products
-
-
-def _product(x: Tensor, matrix: Tensor, *bias: Tensor, into: Tensor | None = None) -> Tensor:
-    return torch.addmm(bias[0], x, matrix, out=into) if bias else torch.mm(x, matrix, out=into)
 
 
 def _matrix(rows: Tensor) -> Tensor:
@@ -241,7 +248,7 @@ def _map(function: Callable[..., Tensor], *rows: Rows) -> Rows:
     """What the function, which goes row by row, makes of them."""
     wholes = [each.whole for each in rows]
     if any(whole is None for whole in wholes):
-        return Rows([function(*tensors) for tensors in zip(*(each.each for each in rows), strict=True)])
+        return Rows([function(*tensors) for tensors in zip(*[each.each for each in rows], strict=True)])
     return _apart(function(*wholes), [each.size(0) for each in rows[0].each])
 
 
