@@ -260,3 +260,21 @@ def test_studies_at_once_give_the_same_bytes(tmp_path, executor):
 def test_a_share_of_a_tuner_that_is_not_run_is_refused(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown tuner in shares 'ash'; known: asha, manual"):
         fedtune.compare("digits", out=tmp_path / "run", tuners=["asha", "manual"], shares={"ash": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"executor": "pool", "workers": 2}, "clients train in 2 worker processes, up to 16 together (executor pool)"),
+        ({"executor": "pool", "workers": 1}, "clients train in 1 worker process, up to 16 together (executor pool)"),
+        ({"executor": "serial", "precision": "bf16"}, "clients train in this process (executor serial)"),
+        ({"workers": 1, "model": {"name": "cnn"}}, "clients train in this process (executor serial)"),
+        ({"executor": "batched"}, "clients train in one tensor program on cpu (executor batched)"),
+    ],
+    ids=str,
+)
+def test_a_run_says_where_its_clients_train(tmp_path, settings, line):
+    said = []
+    settings = {"cohort_size": 2, "evaluation": {"clients": 2}} | settings
+    fedtune.train("digits", 1, out=tmp_path / "run", listener=said.append, **settings)
+    assert [event["message"] for event in said if event["event"] == "executor"] == [line]

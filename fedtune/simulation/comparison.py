@@ -69,10 +69,10 @@ class Comparison:
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
         executor = self.make_executor(lambda message: listener({"event": "warning", "message": message}))
-        listener({"event": "executor", "message": self._describe(executor)})
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
+            listener({"event": "executor", "message": self._describe(executor)})
             ended = self._run_studies(studies, executor, folder, listener)
         finally:
             executor.close()
@@ -134,7 +134,8 @@ class Comparison:
         beside = f", up to {together} together" if together > 1 else ""
         if isinstance(executor, PoolExecutor):
             workers = num_workers(self.settings.workers)
-            return f"clients train in {workers} worker processes{beside} (executor pool)"
+            processes = "1 worker process" if workers == 1 else f"{workers} worker processes"
+            return f"clients train in {processes}{beside} (executor pool)"
         return f"clients train in this process{beside} (executor serial)"
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
