@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, StoredExamples, make_examples, stored_examples
 from fedtune.objectives import Measures
 from fedtune.tasks import Metrics
@@ -103,7 +104,14 @@ def train_each(
 ) -> list[Float[Tensor, "weight"]]:
     """The weights of each client after training from `weights`: to the bit those of `train_client`."""
     examples = [stored_examples(*dataset.examples(client, "train"), dataset.spec, device) for client in clients]
-    return train_together(model, weights, examples, configs, [generator(seed) for seed in seeds])
+    trained = list(train_together(model, weights, examples, configs, [generator(seed) for seed in seeds]))
+    shapes = [(each.dtype, each.shape) for each in trained]
+    if shapes != [(model.flat.dtype, model.flat.shape)] * len(clients):
+        raise InputError(
+            f"train_together must return {len(clients)} float32 tensors of shape {(*model.flat.shape,)}, got {shapes}"
+        )
+    # The model's own weights change as soon as it is used.
+    return [each.clone() if _share_memory(each, model.flat) else each for each in trained]
 
 
 def train_clients(
@@ -214,6 +222,8 @@ def measure_each(
             model.load(row)
             stored = [dataset.examples(*part) for part in each]
             sizes += [len(labels) for _, labels in stored]
+            if not any(len(labels) for _, labels in stored):
+                raise InputError(f"to be measured, clients must have examples in {list(each)}, got none")
             x, y = stored[0] if len(stored) == 1 else map(np.concatenate, zip(*stored, strict=True))
             for start in range(0, len(y), EVALUATION_BATCH):
                 batch = slice(start, start + EVALUATION_BATCH)
@@ -227,6 +237,10 @@ def measure_each(
     losses, errors = (torch.cat(values) for values in zip(*measures, strict=True))
     means = iter(_means(losses, errors, sizes))
     return [[next(means) for _ in each] for each in parts]
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[ErrorAndLoss]:

@@ -22,21 +22,40 @@ class Examples(NamedTuple):
     x: Shaped[Tensor, "example ..."]  # float32 or int64
     y: Shaped[Tensor, "example ..."]  # int64; float32 for regression
 
+    @property
+    def num_examples(self) -> int:
+        """How many there are."""
+        return self.y.size(0)
+
     def take(self, rows: Int64[Tensor, "row"]) -> "Examples":
         """Those of these numbers, in this order: a copy."""
+        rows = rows.to(self.y.device)
         return Examples(self.x.index_select(0, rows), self.y.index_select(0, rows))
 
 
-class StoredExamples(NamedTuple):
-    """Examples in the form in which they are stored. What is taken of them has the form that the model gets."""
+class StoredExamples:
+    """Examples in the form in which they are stored. What is taken of them has the form that a model gets.
 
-    x: Shaped[Tensor, "example ..."]
-    y: Shaped[Tensor, "example ..."]
-    spec: DatasetSpec
+    So a client that needs one batch at a time need not have all of them in that form.
+    """
+
+    def __init__(self, x: Shaped[Tensor, "example ..."], y: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> None:
+        self._stored = Examples(x, y)
+        self._spec = spec
+
+    @property
+    def num_examples(self) -> int:
+        """How many there are."""
+        return self._stored.num_examples
 
     def take(self, rows: Int64[Tensor, "row"]) -> Examples:
         """Those of these numbers, in this order: a copy."""
-        return Examples(_inputs(self.x.index_select(0, rows), self.spec), self.y.index_select(0, rows))
+        taken = self._stored.take(rows)
+        return Examples(_inputs(taken.x, self._spec), taken.y)
+
+    def all(self) -> Examples:
+        """All of them: a copy."""
+        return Examples(_inputs(self._stored.x, self._spec), self._stored.y.clone())
 
 
 class FlatModel:
@@ -116,8 +135,7 @@ def make_examples(
     device: str | torch.device,
 ) -> Examples:
     """Stored examples in the form that the model gets: float32 times `spec.scale`, or int64 for tokens."""
-    stored = stored_examples(x, y, spec, device)
-    return Examples(_inputs(stored.x, spec), stored.y.clone())
+    return stored_examples(x, y, spec, device).all()
 
 
 def stored_examples(

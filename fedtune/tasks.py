@@ -73,6 +73,9 @@ Result = Update | Failure | list[Metrics]
 class Executor(Protocol):
     """Runs tasks. `order` says which batch goes first where there is a choice: the smaller one."""
 
+    def describe(self) -> str:
+        """Where clients train: "in ..."."""
+
     def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> int:
         """A ticket for this batch."""
 

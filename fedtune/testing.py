@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.flat_model import Examples, FlatModel
+from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.flat_model import Examples, FlatModel, stored_examples
 from fedtune.plugins import ClientProgram
-from fedtune.tuning.space import Hyperparameter
+from fedtune.tuning.space import Hyperparameter, Number
 
 
 def check_dataset(load: Callable[..., FederatedDataset], **options: Any) -> None:
@@ -73,19 +73,55 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
         yield "train must change the weights at the default values"
     if not torch.isfinite(trained(defaults, one)).all():
         yield "train must give finite weights for a client with one example"
-    train_together = getattr(program, "train_together", None)
-    if train_together:
-        rngs = [np.random.Generator(np.random.PCG64(1)) for _ in range(2)]
-        together = train_together(model, weights.clone(), [one, examples], [defaults] * 2, rngs)
-        if not (torch.equal(together[0], trained(defaults, one)) and torch.equal(together[1], result)):
-            yield "train_together must give each client the bits that train gives it"
     for name, each in program.HYPERPARAMETERS.items():
-        for end, is_open in ((each.low, each.low_open), (each.high, each.high_open)):
-            if end is not None and np.isfinite(end) and not is_open:
-                try:
-                    trained({**defaults, name: end})
-                except Exception as error:
-                    yield f"train must take {name} = {end}, which is in its range; it raised {error!r}"
+        for end in _ends(each):
+            try:
+                trained({**defaults, name: end})
+            except Exception as error:
+                yield f"train must take {name} = {end}, which is in its range; it raised {error!r}"
+    if hasattr(program, "train_together"):
+        yield from _faults_together(program, model, weights, defaults)
+
+
+def _faults_together(
+    program: Any, model: FlatModel, weights: torch.Tensor, defaults: Mapping[str, float]
+) -> Iterator[str]:
+    if not hasattr(program, "num_together"):
+        yield "a program with train_together must have num_together too"
+    x, y = np.arange(120, dtype=np.uint8).reshape(20, 6) % 50, np.arange(20) % 3
+    kept = x.copy(), y.copy()
+    stored = [stored_examples(x[-size:], y[-size:], DatasetSpec((6,), "real", 3, 1 / 16), "cpu") for size in (20, 1, 9)]
+    configs = [defaults] * 3
+    for name, each in program.HYPERPARAMETERS.items():  # the last other value that is known, for the first client
+        for end in _ends(each):
+            configs[0] = {**defaults, name: end} if end != each.default else configs[0]
+    seeds = [np.random.PCG64(seed) for seed in range(3)]
+    try:
+        together = [
+            row.clone()
+            for row in program.train_together(
+                model, weights.clone(), stored, configs, list(map(np.random.Generator, seeds))
+            )
+        ]
+    except Exception as error:
+        yield f"train_together must take several clients; it raised {error!r}"
+        return
+    alone = [
+        program.train(
+            model, weights.clone(), examples.all(), config, np.random.Generator(np.random.PCG64(seed))
+        ).clone()
+        for seed, (examples, config) in enumerate(zip(stored, configs, strict=True))
+    ]
+    if len(together) != 3 or not all(map(torch.equal, together, alone)):
+        yield "train_together must give each client the bits that train gives it"
+    if not (np.array_equal(x, kept[0]) and np.array_equal(y, kept[1])):
+        yield "train_together must not change the examples"
+
+
+def _ends(hyperparameter: Hyperparameter) -> list[Number]:
+    """The ends of its range that are in it."""
+    ends = (hyperparameter.low, hyperparameter.low_open), (hyperparameter.high, hyperparameter.high_open)
+    return [end for end, is_open in ends if end is not None and np.isfinite(end) and not is_open]
 
 
 def _report(broken: list[str]) -> None:

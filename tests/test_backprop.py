@@ -148,6 +148,12 @@ def test_what_is_left_to_autograd_as_a_whole(name):
     assert kinds(MODELS[name]()) == [Part]
 
 
+def test_a_hook_of_the_only_layer_is_called():
+    model = nn.Linear(16, 3)
+    model.register_forward_hook(lambda module, inputs, outputs: outputs * 3)
+    assert kinds(model) == [Part]
+
+
 def test_the_examples_stay_as_they_are():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=False), nn.Linear(16, 3)))
     examples, untouched = make_examples(), make_examples()

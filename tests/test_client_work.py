@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from fedtune.client_work import evaluate_clients, measure, measure_each, personalise_client, train_client
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
 from fedtune.flat_model import EVALUATION_BATCH, FlatModel
 from fedtune_clients import local_sgd
 from fedtune_clients.models import logistic
@@ -113,6 +114,25 @@ def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model,
     parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
     alone = [measure(model, row, dataset, each, "cpu") for row, each in zip(weights, parts, strict=True)]
     assert measure_each(model, list(weights), dataset, parts, "cpu") == alone
+
+
+def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
+    sizes = []
+    measure_outputs = model.measure
+    monkeypatch.setattr(model, "measure", lambda outputs, y: sizes.append(len(y)) or measure_outputs(outputs, y))
+    monkeypatch.setattr("fedtune.client_work.EVALUATION_BATCH", 20)
+    num = dataset.num_examples("train")[[0, 0, 2]].tolist()
+    measure_each(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]], "cpu")
+    assert sum(sizes) == sum(num)
+    assert max(sizes) < 40
+
+
+def test_a_client_without_examples_cannot_be_measured(model, dataset):
+    dataset.ranges[1, 1] = 0
+    with pytest.raises(
+        InputError, match=r"^to be measured, clients must have examples in \[\(1, 'validation'\)\], got none$"
+    ):
+        measure_each(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]], "cpu")
 
 
 def test_measuring_neither_drops_units_nor_moves_the_weights(dataset):

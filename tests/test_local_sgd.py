@@ -323,10 +323,38 @@ def test_a_client_of_nan_weights_leaves_those_beside_it_alone():
     assert torch.equal(kept, run(model, weights, data[1], tame, 1))
 
 
+def test_batches_are_filled_up_to_those_of_similar_sizes_alone(monkeypatch):
+    """A client of many examples a batch must not cost all beside it as much memory."""
+    model = make_model()
+    filled = []
+
+    def new_zeros(self, *shape):
+        filled.append(shape)
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    sizes = [900, 700, 40, 39, 10, 9, 1]
+    data = [make_data(size) for size in sizes]
+    configs = [{"batch_size": 1000}] * len(sizes)
+    together = train_together(model, model.flat.clone(), data, configs, list(map(generator, range(len(sizes)))))
+    assert {num_clients for num_clients, *_ in filled} == {3}  # of 40, 39 and 10; the others step alone
+    assert {length for _, length, _ in filled} <= set(range(40, 49))
+    monkeypatch.undo()
+    for seed, row in enumerate(together):
+        assert torch.equal(row, run(model, make_model().flat.clone(), data[seed], configs[seed], seed))
+
+
+def test_a_model_that_is_partly_autograds_takes_one_client():
+    model = make_model("cnn")
+    with pytest.raises(InputError, match="clients of this model must train one at a time, got 2"):
+        train_together(model, model.flat.clone(), [make_data()] * 2, [{}] * 2, [generator(), generator()])
+
+
 def test_how_many_train_together(monkeypatch):
     assert num_together(make_model("logistic")) == MOST_TOGETHER
     monkeypatch.setattr(local_sgd, "TOGETHER_WEIGHTS", 1000)
     assert num_together(make_model("logistic")) == 1000 // (64 * 4 + 4)
     assert num_together(FlatModel(mlp(SPEC))) == 1  # large
     assert num_together(make_model("cnn")) == 1  # partly autograd's
+    assert num_together(FlatModel(logistic(SPEC), "meta")) == 1  # not on a CPU
     assert num_together(FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), objective="regression")) == 1

@@ -116,6 +116,56 @@ def test_who_raises_is_lost_and_nobody_beside_it(program, dataset):
     assert kept([first, third]) == kept(Machine(SETTINGS, dataset).run_all(weights, [tasks[0], tasks[2]]))
 
 
+def odd_program(tmp_path, body):
+    """PROGRAM with another train_together, which has this body after its first line."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        PROGRAM[: PROGRAM.index("    if any(")]
+        + f"    rows = local_sgd.train_together(model, weights, examples, configs, rngs)\n    {body}\n"
+    )
+    return dataclasses.replace(SETTINGS, client=str(path))
+
+
+TASKS = [TrainTask(client, CONFIG, seed=client) for client in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("return rows[:2]", "InputError: train_together must return 3 float32 tensors of shape"),
+        ("return [row.double() for row in rows]", "InputError: train_together must return 3 float32 tensors of shape"),
+        ("return [row.mean() for row in rows]", "InputError: train_together must return 3 float32 tensors of shape"),
+    ],
+)
+def test_a_train_together_that_does_not_go_is_told_and_not_tried_again(tmp_path, dataset, body, reason):
+    machine = Machine(odd_program(tmp_path, body), dataset)
+    weights = torch.randn(machine.model.num_weights)
+    with pytest.warns(RuntimeWarning, match=f"^clients now train one at a time: train_together raised {reason}"):
+        results = kept(machine.run_all(weights, TASKS))
+    assert results == kept(machine.run_all(weights, TASKS)) == kept(Machine(SETTINGS, dataset).run_all(weights, TASKS))
+    assert machine.program.CALLS == [3, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("body", ["return iter(rows)", "model.load(rows[2]); return [*rows[:2], model.flat]"])
+def test_whatever_holds_the_weights_will_do(tmp_path, dataset, body):
+    machine = Machine(odd_program(tmp_path, body), dataset)
+    weights = torch.randn(machine.model.num_weights)
+    assert kept(machine.run_all(weights, TASKS)) == kept(Machine(SETTINGS, dataset).run_all(weights, TASKS))
+    assert machine.program.CALLS == [3]
+
+
+def test_a_train_together_from_elsewhere_is_not_the_twin_of_a_train_of_ones_own(tmp_path, dataset):
+    path = tmp_path / "program.py"
+    path.write_text(
+        "from fedtune_clients.local_sgd import *\n\n\n"
+        "def train(model, weights, examples, config, rng):\n    return weights + 1\n"
+    )
+    machine = Machine(dataclasses.replace(SETTINGS, client=str(path)), dataset)
+    weights = torch.randn(machine.model.num_weights)
+    assert all(torch.equal(result.weights, weights + 1) for result in machine.run_all(weights, TASKS))
+
+
 def test_a_program_that_trains_together_must_say_how_many(tmp_path, dataset):
     path = tmp_path / "program.py"
     settings = dataclasses.replace(SETTINGS, client=str(path))
@@ -124,7 +174,7 @@ def test_a_program_that_trains_together_must_say_how_many(tmp_path, dataset):
         Machine(settings, dataset)
 
 
-@pytest.mark.parametrize("count", [0, 2.0, None])
+@pytest.mark.parametrize("count", [0, 2.0, None, True])
 def test_the_number_must_be_one(tmp_path, dataset, count):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.replace("return 3", f"return {count}"))

@@ -71,15 +71,40 @@ def test_an_end_of_a_range_that_is_not_taken():
         check_client(broken)
 
 
-def test_clients_that_train_together_must_get_the_bits_of_each_alone():
-    def train_together(model, weights, examples, configs, rngs):
-        return [
-            row + (1e-7 if number else 0)
-            for number, row in enumerate(local_sgd.train_together(model, weights, examples, configs, rngs))
-        ]
+def mixes_up_configs(model, weights, examples, configs, rngs):
+    return local_sgd.train_together(model, weights, examples, configs[::-1], rngs)
 
+
+def mixes_up_streams(model, weights, examples, configs, rngs):
+    return local_sgd.train_together(model, weights, examples, configs, rngs[::-1])
+
+
+def forgets_one(model, weights, examples, configs, rngs):
+    return local_sgd.train_together(model, weights, examples, configs, rngs)[:-1]
+
+
+def rounds_otherwise(model, weights, examples, configs, rngs):
+    return [row + 1e-7 for row in local_sgd.train_together(model, weights, examples, configs, rngs)]
+
+
+@pytest.mark.parametrize("train_together", [mixes_up_configs, mixes_up_streams, forgets_one, rounds_otherwise])
+def test_clients_that_train_together_must_get_the_bits_of_each_alone(train_together):
     broken = SimpleNamespace(
-        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, train=local_sgd.train, train_together=train_together
+        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS,
+        train=local_sgd.train,
+        train_together=train_together,
+        num_together=local_sgd.num_together,
     )
     with pytest.raises(AssertionError, match=r"^train_together must give each client the bits that train gives it$"):
+        check_client(broken)
+
+
+def test_a_train_together_that_does_not_go():
+    def train_together(model, weights, examples, configs, rngs):
+        return [each.x for each in examples]
+
+    broken = SimpleNamespace(HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, train=local_sgd.train)
+    broken.train_together = train_together
+    message = "a program with train_together must have num_together too; train_together must take several clients; it"
+    with pytest.raises(AssertionError, match=f"^{message} raised AttributeError"):
         check_client(broken)

@@ -83,7 +83,10 @@ class Backprop:
         elif min(sizes) == size == max(sizes):
             y = torch.stack(labels)
         else:
-            y, size = pad_sequence(labels, batch_first=True), torch.tensor(sizes, dtype=torch.float32)[:, None, None]
+            y, size = (
+                pad_sequence(labels, batch_first=True),
+                torch.tensor(sizes, dtype=torch.float32, device=logits.device)[:, None, None],
+            )
         # The softmax less the one-hot labels, over the number of examples.
         index = y.unsqueeze(-1)
         gradient = logits.softmax(-1).scatter_add_(-1, index, self._minus_one.expand(index.shape)).div_(size)
@@ -268,9 +271,9 @@ def _parts(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[P
 
 
 def _is_written_out(layer: nn.Module) -> bool:
-    return type(layer) in WRITTEN_OUT and (
-        not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
-    )
+    if type(layer) not in WRITTEN_OUT or _has_hooks(layer):
+        return False
+    return not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

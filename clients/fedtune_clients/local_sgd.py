@@ -14,8 +14,8 @@ E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dro
 Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
 """
 
-import functools
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedtune.errors import UnknownNameError
+from fedtune.errors import InputError, UnknownNameError
 from fedtune.flat_model import Examples, FlatModel, StoredExamples
 from fedtune.tuning.space import Config, Hyperparameter, Number
 from fedtune_clients.backprop import ALIGNMENT, Backprop, Client
@@ -41,6 +41,10 @@ HYPERPARAMETERS = {
 
 MOST_TOGETHER = 16  # clients; more gain nothing
 TOGETHER_WEIGHTS = 2**17  # of all of them: 512 KiB, which stay in a core's cache
+LARGEST_TOGETHER = 512  # examples in a batch; a larger one keeps a core busy by itself
+MOST_FILLED = 4  # times as many examples as a client's own that its batch is filled up to
+
+Training = tuple[Examples, Client]  # a batch and who trains on it
 
 # What is searched on data for which nobody chose: the ranges of Khodak et al. (2021), as in mnist.toml.
 SPACE = {
@@ -82,6 +86,8 @@ def train_together(
     """What `train` gives for each of several clients, to the bit. See `num_together`."""
     completed = [complete(config) for config in configs]
     backprop = _backprop(model, torch.is_autocast_enabled(model.flat.device.type))
+    if len(completed) > 1 and not backprop.takes_several:
+        raise InputError(f"clients of this model must train one at a time, got {len(completed)}")
     clients = []
     rows = _rows(model, weights, len(completed))
     for row, config, rng in zip(rows, completed, rngs, strict=True):
@@ -95,7 +101,8 @@ def train_together(
     streams = map(_batches, examples, completed, rngs)
     for step in itertools.zip_longest(*streams):  # some have fewer
         training = [(batch, client) for batch, client in zip(step, clients, strict=True) if batch is not None]
-        backprop.step(*zip(*training, strict=True))  # 4
+        for together in _alike(training) if len(training) > 1 else [training]:
+            backprop.step(*zip(*together, strict=True))  # 4
     return rows  # 5
 
 
@@ -147,11 +154,27 @@ def _batches(
     examples: Examples | StoredExamples, config: dict[str, Number], rng: np.random.Generator
 ) -> Iterator[Examples]:
     for _ in range(int(config["epochs"])):  # 1
-        order = torch.from_numpy(rng.permutation(len(examples.y))).to(examples.y.device)
+        order = torch.from_numpy(rng.permutation(examples.num_examples))
         for rows in torch.split(order, int(config["batch_size"])):  # 2, 3
             yield examples.take(rows)  # one batch at a time, which a core's cache holds
 
 
-@functools.lru_cache(maxsize=1)
+def _alike(training: list[Training]) -> Iterator[list[Training]]:
+    """Those whose batches are small and of similar sizes together: all are filled up to the largest."""
+    training = sorted(training, key=lambda each: -each[0].num_examples)
+    while training:
+        largest = training[0][0].num_examples
+        fit = [each for each in training if MOST_FILLED * each[0].num_examples >= largest]
+        together = fit if largest <= LARGEST_TOGETHER else training[:1]
+        yield together
+        training = training[len(together) :]
+
+
 def _backprop(model: FlatModel, autocasts: bool) -> Backprop:
-    return Backprop(model, written_out=not autocasts)  # autocast heeds autograd's operations alone
+    known = _BACKPROPS.setdefault(model, {})
+    if autocasts not in known:
+        known[autocasts] = Backprop(model, written_out=not autocasts)  # autocast heeds autograd's operations alone
+    return known[autocasts]
+
+
+_BACKPROPS: weakref.WeakKeyDictionary[FlatModel, dict[bool, Backprop]] = weakref.WeakKeyDictionary()

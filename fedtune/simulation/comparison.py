@@ -35,7 +35,7 @@ from fedtune.settings import Settings, write_settings
 from fedtune.simulation.devices import check_jobs_can_end, quantities
 from fedtune.simulation.executors import num_workers
 from fedtune.simulation.executors.batched import BatchedMachine
-from fedtune.simulation.executors.machine import MachineSettings, num_together
+from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.simulation.results import StudyResult
@@ -72,7 +72,6 @@ class Comparison:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
-            listener({"event": "executor", "message": self._describe(executor)})
             ended = self._run_studies(studies, executor, folder, listener)
         finally:
             executor.close()
@@ -86,6 +85,7 @@ class Comparison:
     ) -> dict[tuple[str, int], tuple[StudyResult, float]]:
         """Each study's result and the seconds it took, `parallel_studies` of them at a time."""
         waiting = deque(studies)
+        told = False
         running: dict[tuple[str, int], tuple[Generator[None, None, StudyResult], float]] = {}
         ended: dict[tuple[str, int], tuple[StudyResult, float]] = {}
         while waiting or running:
@@ -101,6 +101,9 @@ class Comparison:
                     ended[study] = end.value, time.perf_counter() - started
                     del running[study]
             if len(ended) == before:
+                if not told:  # only now, for a run folder that can't be gone on with has its own line
+                    listener({"event": "executor", "message": f"clients train {executor.describe()}"})
+                    told = True
                 executor.step()
         return ended
 
@@ -112,31 +115,14 @@ class Comparison:
 
     def make_executor(self, say: Callable[[str], None]) -> Executor:
         """The executor that the settings name; `auto` is the pool on a CPU of several cores, and batched elsewhere."""
-        settings, machine = self.settings, self._machine_settings()
+        settings = self.settings
+        machine = MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
         workers = num_workers(settings.workers)
         if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
             return PoolExecutor(machine, self.dataset, workers)
         if settings.batches_clients:
             return SerialExecutor(machine, self.dataset, functools.partial(BatchedMachine, say=say))
         return SerialExecutor(machine, self.dataset)
-
-    def _machine_settings(self) -> MachineSettings:
-        settings = self.settings
-        return MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
-
-    def _describe(self, executor: Executor) -> str:
-        """Where clients train, in a line."""
-        if self.settings.batches_clients:
-            return f"clients train in one tensor program on {self.settings.device} (executor batched)"
-        machine = self._machine_settings()
-        model = FlatModel(plugins.make_model(machine.model, self.dataset.spec), objective=self.dataset.spec.objective)
-        together = num_together(machine, plugins.client_program(machine.client), model)
-        beside = f", up to {together} together" if together > 1 else ""
-        if isinstance(executor, PoolExecutor):
-            workers = num_workers(self.settings.workers)
-            processes = "1 worker process" if workers == 1 else f"{workers} worker processes"
-            return f"clients train in {processes}{beside} (executor pool)"
-        return f"clients train in this process{beside} (executor serial)"
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
         settings, options = self.settings, self.settings.tuner.get(name, {})

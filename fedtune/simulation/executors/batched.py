@@ -34,6 +34,7 @@ class BatchedMachine:
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset, say: Callable[[str], None]) -> None:
         self._machine = Machine(settings, dataset)
+        self._machine.num_together = 1
         self._say = say
         self._has_said = False
         client_bytes = COPIES * self._machine.model.flat.nbytes
@@ -46,6 +47,10 @@ class BatchedMachine:
             self._train = None
         else:
             self._train = in_precision(settings, self._train)
+
+    def describe(self) -> str:
+        """Where clients train."""
+        return self._machine.describe() if self._train is None else f"in one tensor program on {self._machine.device}"
 
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
         """The results of the tasks, their weights in memory of their own."""

@@ -2,7 +2,8 @@
 
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from fedtune.client_work import (
     train_each,
     update_metrics,
 )
-from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
 from fedtune.plugins import ClientProgram
@@ -30,7 +31,7 @@ from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, 
 
 ClientTask = TrainTask | PersonaliseTask
 
-LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together: 16 MiB
+LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Machine:
         self._train = in_precision(settings, self.program.train)
         self._train_together: TrainTogether | None = getattr(self.program, "train_together", None)
         self.num_together = num_together(settings, self.program, self.model)
+
+    def describe(self) -> str:
+        """Where clients train."""
+        return "in this process" + _beside(self.num_together)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -108,7 +113,7 @@ class Machine:
         if group:
             yield group
 
-    def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> Iterable[Result]:
+    def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
         assert self._train_together is not None
         try:
             clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
@@ -122,9 +127,14 @@ class Machine:
                 self._train_together, self.model, weights, self.dataset, clients, configs, seeds, self.device
             )
             after = measure_each(self.model, trained, self.dataset, list(map(parts_of, tasks)), self.device)
-        except (Exception, SystemExit):  # one by one, so that a client's fault is its own
-            return (self.run(weights, task) for task in tasks)
-        return map(self.result, tasks, trained, after, before)
+        except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
+            results = [_keep(self.run(weights, task)) for task in tasks]
+            if not any(isinstance(result, Failure) for result in results):
+                self.num_together = 1
+                reason = f"train_together raised {type(error).__name__}: {error}"
+                warnings.warn(f"clients now train one at a time: {reason}", RuntimeWarning, stacklevel=2)
+            return results
+        return list(map(self.result, tasks, trained, after, before))
 
     def result(
         self, task: ClientTask, weights: torch.Tensor, measured: Sequence[ErrorAndLoss], before: ErrorAndLoss | None
@@ -137,15 +147,29 @@ class Machine:
 
 def num_together(settings: MachineSettings, program: ClientProgram, model: FlatModel) -> int:
     """How many clients a machine trains together: 1 unless the client program can and says so."""
-    if settings.precision != "fp32" or not hasattr(program, "train_together"):
+    train, train_together = program.train, getattr(program, "train_together", None)
+    if settings.precision != "fp32" or train_together is None:
         return 1
+    if getattr(train, "__module__", None) != getattr(train_together, "__module__", None):
+        return 1  # one that was imported beside a `train` of one's own is not its twin
     says = getattr(program, "num_together", None)
     if says is None:
         raise InputError(f"the client program {settings.client!r} has train_together and must have num_together too")
     count = says(model)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"num_together of {settings.client!r} must be a whole number >= 1, got {count!r}")
     return count
+
+
+def describe_workers(settings: MachineSettings, spec: DatasetSpec, num_workers: int) -> str:
+    """Where the clients of so many worker processes train, each with a machine of these settings."""
+    model = FlatModel(plugins.make_model(settings.model, spec), settings.device, spec.objective)
+    together = num_together(settings, plugins.client_program(settings.client), model)
+    return f"in {num_workers} worker process{'es' * (num_workers > 1)}" + _beside(together)
+
+
+def _beside(together: int) -> str:
+    return f", up to {together} together" if together > 1 else ""
 
 
 def parts_of(task: ClientTask) -> list[Part]:

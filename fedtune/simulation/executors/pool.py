@@ -25,7 +25,7 @@ from torch import Tensor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.simulation.executors import start_forkserver, worker
-from fedtune.simulation.executors.machine import MachineSettings
+from fedtune.simulation.executors.machine import MachineSettings, describe_workers
 from fedtune.simulation.executors.shared_memory import SharedArray, share
 from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
 from fedtune.tuning.fair_share import fair_share
@@ -78,7 +78,7 @@ class StudyExecutor:
     def __init__(self, pool: "PoolExecutor", study: int) -> None:
         self._pool = pool
         self._study = study
-        self.step, self.finished = pool.step, pool.finished
+        self.describe, self.step, self.finished = pool.describe, pool.step, pool.finished
         self.collect, self.release, self.close = pool.collect, pool.release, pool.close
 
     def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
@@ -105,6 +105,10 @@ class PoolExecutor:
         self._seconds_per_cost = 0.0  # unknown before the first answer
         self._deaths_before_ready = 0
         self._workers = [self._start_worker() for _ in range(num_workers)]
+
+    def describe(self) -> str:
+        """Where clients train."""
+        return describe_workers(self._settings, self._dataset.spec, len(self._workers))
 
     def for_study(self, weight: float) -> StudyExecutor:
         """The pool for a study, which gets workers in proportion to its weight while others have work too."""

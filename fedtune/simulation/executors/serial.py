@@ -14,6 +14,9 @@ from fedtune.tasks import Result, Task
 class RunsAll(Protocol):
     """A machine that does several tasks from the same weights."""
 
+    def describe(self) -> str:
+        """Where clients train."""
+
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
         """The results of the tasks, their weights in memory of their own."""
 
@@ -31,6 +34,10 @@ class SerialExecutor:
         self._waiting: deque[tuple[int, Tensor, Sequence[Task]]] = deque()
         self._results: dict[int, list[Result]] = {}
         self._num_submitted = 0
+
+    def describe(self) -> str:
+        """Where clients train."""
+        return self._machine.describe()
 
     def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
         """A ticket for this batch; `order` is not heeded."""
