@@ -1,9 +1,10 @@
 """fedtune: whole rounds through its strategy and grid, on the executor of that name, several federations in flight.
 
-python with_fedtune.py MODEL PLANS serial|pool FEDERATIONS
+python with_fedtune.py MODEL PLANS serial|pool|batched FEDERATIONS
 python with_fedtune.py plan PLANS COHORT_SIZE ROUNDS      writes the plan that the other engines follow
 """
 
+import functools
 import sys
 from collections.abc import Generator
 
@@ -26,6 +27,7 @@ from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
+from fedtune.simulation.executors.batched import BatchedMachine
 from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
@@ -105,11 +107,13 @@ def main(model: str, _plans: str, name: str, federations: str) -> None:
     answers = work.take_stdout()
     settings, dataset = MachineSettings(work.MODELS[model], "local_sgd", "cpu"), make_dataset(model)
     executor: Executor
-    if name == "serial":
-        executor = SerialExecutor(settings, dataset)
-    else:
+    if name == "pool":
         executor = PoolExecutor(settings, dataset, num_workers(0))
         torch.set_num_threads(1)
+    elif name == "batched":
+        executor = SerialExecutor(settings, dataset, functools.partial(BatchedMachine, say=sys.exit))
+    else:
+        executor = SerialExecutor(settings, dataset)
     weights = FlatModel(work.make_module(model)).flat.clone()
     work.serve(answers, lambda cohort_size, rounds: simulate(executor, weights, int(federations), cohort_size, rounds))
     executor.close()
