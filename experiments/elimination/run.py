@@ -110,10 +110,12 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     """A panel a model and number of rounds: each seed's global error as a dot, the mean over seeds as a bar."""
     panels = list(frame.groupby(["model", "rounds"]))
     figure = Figure(figsize=(9, 0.4 + 2.7 * len(panels)), dpi=150, layout="constrained")
-    for axes, ((model, rounds), panel) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    for axes, ((model, rounds), panel) in zip(
+        figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True
+    ):
         order = panel.groupby("tuner")["global"].mean().sort_values(ascending=False).index
         for offset, colour, (partition, part) in zip(
-            (0.15, -0.15), ("#c1272d", "#0b5394"), panel.groupby("partition", sort=False), strict=False
+            (0.15, -0.15), ("#c1272d", "#0b5394"), panel.groupby("partition"), strict=False
         ):
             heights = part["tuner"].map({tuner: place + offset for place, tuner in enumerate(order)})
             axes.plot(part["global"], heights, "o", color=colour, markersize=4, alpha=0.6, label=partition)
@@ -122,6 +124,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
             axes.plot(means, places, "|", color=colour, markersize=14, markeredgewidth=2)
         axes.set_yticks(range(len(order)), order)
         axes.set_xscale("log")
+        axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
