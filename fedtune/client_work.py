@@ -15,9 +15,9 @@ from torch.func import vmap
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, StoredExamples, make_examples, stored_examples
+from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, StoredExamples
 from fedtune.objectives import Measures
-from fedtune.tasks import Metrics
+from fedtune.tasks import ClientTask, Metrics
 from fedtune.tuning.space import Config
 
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]  # a client program's `train`
@@ -97,18 +97,18 @@ def train_each(
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    clients: Sequence[int],
-    configs: Sequence[Config],
-    seeds: Sequence[int],
+    tasks: Sequence[ClientTask],
     device: Device,
 ) -> list[Float[Tensor, "weight"]]:
-    """The weights of each client after training from `weights`: to the bit those of `train_client`."""
-    examples = [stored_examples(*dataset.examples(client, "train"), dataset.spec, device) for client in clients]
-    trained = list(train_together(model, weights, examples, configs, [generator(seed) for seed in seeds]))
+    """The weights of each task's client after training from `weights`: to the bit those of `train_client`."""
+    stored = [dataset.examples(task.client, "train") for task in tasks]
+    examples = [StoredExamples(*arrays, dataset.spec, device) for arrays in stored]
+    configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
+    trained = list(train_together(model, weights, examples, configs, rngs))
     shapes = [(each.dtype, each.shape) for each in trained]
-    if shapes != [(model.flat.dtype, model.flat.shape)] * len(clients):
+    if shapes != [(model.flat.dtype, model.flat.shape)] * len(tasks):
         raise InputError(
-            f"train_together must return {len(clients)} float32 tensors of shape {(*model.flat.shape,)}, got {shapes}"
+            f"train_together must return {len(tasks)} float32 tensors of shape {(*model.flat.shape,)}, got {shapes}"
         )
     # The model's own weights change as soon as it is used.
     return [each.clone() if _share_memory(each, model.flat) else each for each in trained]
@@ -119,17 +119,15 @@ def train_clients(
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    clients: Sequence[int],
-    configs: Sequence[Config],
-    seeds: Sequence[int],
+    tasks: Sequence[ClientTask],
     device: Device,
 ) -> Float[Tensor, "client weight"]:
-    """The weights of each client after training from `weights`."""
-    stored = [dataset.examples(client, "train") for client in clients]
+    """The weights of each task's client after training from `weights`."""
+    stored = [dataset.examples(task.client, "train") for task in tasks]
     x, y = (np.concatenate(arrays) for arrays in zip(*stored, strict=True))
-    examples = make_examples(x, y, dataset.spec, device)
-    sizes = [len(labels) for _, labels in stored]
-    return train_batched(model, weights, examples, sizes, configs, [generator(seed) for seed in seeds])
+    examples = StoredExamples(x, y, dataset.spec, device).all()
+    configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
+    return train_batched(model, weights, examples, [len(labels) for _, labels in stored], configs, rngs)
 
 
 def measure_clients(
@@ -142,7 +140,7 @@ def measure_clients(
     """For each client, the mean error and loss of its row of the weights on each of its parts."""
     stored = [[dataset.examples(*part) for part in each] for each in parts]
     x, y = (np.concatenate(arrays) for arrays in zip(*(pair for each in stored for pair in each), strict=True))
-    examples = make_examples(x, y, dataset.spec, device)
+    examples = StoredExamples(x, y, dataset.spec, device).all()
     sizes = np.array([sum(len(labels) for _, labels in each) for each in stored])
     starts = np.cumsum(sizes) - sizes
     losses, errors = torch.empty(2, len(y), device=device)
@@ -187,7 +185,7 @@ def _trained(
     device: Device,
 ) -> Float[Tensor, "weight"]:
     """The weights after training, which the model then holds."""
-    examples = make_examples(*dataset.examples(client, "train"), dataset.spec, device)
+    examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, device).all()
     model.load(train(model, weights, examples, config, generator(seed)))
     return model.flat
 
@@ -227,7 +225,7 @@ def measure_each(
             x, y = stored[0] if len(stored) == 1 else map(np.concatenate, zip(*stored, strict=True))
             for start in range(0, len(y), EVALUATION_BATCH):
                 batch = slice(start, start + EVALUATION_BATCH)
-                examples = make_examples(x[batch], y[batch], dataset.spec, device)
+                examples = StoredExamples(x[batch], y[batch], dataset.spec, device).all()
                 waiting.append((model.module(examples.x), examples.y))
                 if sum(len(labels) for _, labels in waiting) >= EVALUATION_BATCH:
                     measures.append(model.measure(*map(torch.cat, zip(*waiting, strict=True))))

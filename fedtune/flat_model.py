@@ -34,13 +34,22 @@ class Examples(NamedTuple):
 
 
 class StoredExamples:
-    """Examples in the form in which they are stored. What is taken of them has the form that a model gets.
+    """Examples as they are stored. What is taken of them is as a model gets it: float32 times `spec.scale`, or int64.
 
     So a client that needs one batch at a time need not have all of them in that form.
     """
 
-    def __init__(self, x: Shaped[Tensor, "example ..."], y: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> None:
-        self._stored = Examples(x, y)
+    def __init__(
+        self,
+        x: Shaped[np.ndarray, "example ..."],
+        y: Shaped[np.ndarray, "example ..."],
+        spec: DatasetSpec,
+        device: str | torch.device,
+    ) -> None:
+        """May share memory with the arrays."""
+        # from_numpy warns of read-only arrays; a copy of the stored bytes is cheap beside the cast.
+        stored = (torch.from_numpy(each) if each.flags.writeable else torch.tensor(each) for each in (x, y))
+        self._stored = Examples(*(tensor.to(device) for tensor in stored))
         self._spec = spec
 
     @property
@@ -126,28 +135,6 @@ class FlatModel:
     def _views(self, weights: Tensor) -> list[Tensor]:
         parts = torch.split(weights, self._sizes, dim=-1)
         return [part.view(*weights.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
-def make_examples(
-    x: Shaped[np.ndarray, "example ..."],
-    y: Shaped[np.ndarray, "example ..."],
-    spec: DatasetSpec,
-    device: str | torch.device,
-) -> Examples:
-    """Stored examples in the form that the model gets: float32 times `spec.scale`, or int64 for tokens."""
-    return stored_examples(x, y, spec, device).all()
-
-
-def stored_examples(
-    x: Shaped[np.ndarray, "example ..."],
-    y: Shaped[np.ndarray, "example ..."],
-    spec: DatasetSpec,
-    device: str | torch.device,
-) -> StoredExamples:
-    """Stored examples as tensors, which may share memory with the arrays."""
-    # from_numpy warns of read-only arrays; a copy of the stored bytes is cheap beside the cast.
-    inputs, labels = (torch.from_numpy(each) if each.flags.writeable else torch.tensor(each) for each in (x, y))
-    return StoredExamples(inputs.to(device), labels.to(device), spec)
 
 
 def _inputs(stored: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> Shaped[Tensor, "example ..."]:

@@ -38,7 +38,8 @@ class PersonaliseTask:
     seed: int
 
 
-Task = TrainTask | EvaluateTask | PersonaliseTask
+ClientTask = TrainTask | PersonaliseTask
+Task = ClientTask | EvaluateTask
 
 
 def describe(task: Task) -> str:

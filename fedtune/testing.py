@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
-from fedtune.flat_model import Examples, FlatModel, stored_examples
+from fedtune.flat_model import Examples, FlatModel, StoredExamples
 from fedtune.plugins import ClientProgram
 from fedtune.tuning.space import Hyperparameter, Number
 
@@ -90,7 +90,7 @@ def _faults_together(
         yield "a program with train_together must have num_together too"
     x, y = np.arange(120, dtype=np.uint8).reshape(20, 6) % 50, np.arange(20) % 3
     kept = x.copy(), y.copy()
-    stored = [stored_examples(x[-size:], y[-size:], DatasetSpec((6,), "real", 3, 1 / 16), "cpu") for size in (20, 1, 9)]
+    stored = [StoredExamples(x[-size:], y[-size:], DatasetSpec((6,), "real", 3, 1 / 16), "cpu") for size in (20, 1, 9)]
     configs = [defaults] * 3
     for name, each in program.HYPERPARAMETERS.items():  # the last other value that is known, for the first client
         for end in _ends(each):

@@ -9,7 +9,7 @@ import torch
 import fedtune
 from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import make_examples
+from fedtune.flat_model import StoredExamples
 from fedtune.simulation import comparison
 from fedtune.simulation.comparison import claim_folder, prepare
 
@@ -214,7 +214,8 @@ def train(model, weights, examples, config, rng):
 def test_clients_that_explode_return_nan_or_raise_do_not_spoil_a_run(tmp_path):
     dataset = fedtune.load("digits")
     sums = [
-        float(make_examples(*dataset.examples(client, "train"), dataset.spec, "cpu").x.sum()) for client in range(3)
+        float(StoredExamples(*dataset.examples(client, "train"), dataset.spec, "cpu").all().x.sum())
+        for client in range(3)
     ]
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY_PROGRAM + f"\nFAULTS = {dict(zip(sums, ['nan', 'explode', 'raise'], strict=True))}\n")

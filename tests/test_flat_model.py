@@ -5,7 +5,7 @@ from torch import nn
 
 from fedtune.data.federated_dataset import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, FlatModel, make_examples, stored_examples
+from fedtune.flat_model import Examples, FlatModel, StoredExamples
 
 
 class Tied(nn.Module):
@@ -90,7 +90,7 @@ def test_a_model_with_nothing_to_train_is_an_input_error():
 
 def test_stored_bytes_become_scaled_float32():
     x = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    examples = make_examples(x, np.array([1, 0]), DatasetSpec((3, 4), "real", 2, 1 / 16), "cpu")
+    examples = StoredExamples(x, np.array([1, 0]), DatasetSpec((3, 4), "real", 2, 1 / 16), "cpu").all()
     assert examples.x.dtype == torch.float32
     assert examples.x.tolist() == (x / 16).tolist()
     assert examples.y.tolist() == [1, 0]
@@ -102,7 +102,7 @@ def test_examples_are_copies_and_read_only_arrays_make_no_warning(dtype, input_k
     x, y = np.ones((2, 3), dtype), np.zeros(2, np.int64)
     x.setflags(write=False)
     y.setflags(write=False)
-    examples = make_examples(x, y, DatasetSpec((3,), input_kind, 2, 0.5), "cpu")
+    examples = StoredExamples(x, y, DatasetSpec((3,), input_kind, 2, 0.5), "cpu").all()
     examples.x.add_(1)
     examples.y.add_(1)
     assert examples.x.dtype == (torch.int64 if input_kind == "token" else torch.float32)
@@ -113,7 +113,7 @@ def test_examples_are_copies_and_read_only_arrays_make_no_warning(dtype, input_k
 def test_windows_over_a_text_become_tokens():
     text = np.frombuffer(b"abcdef", np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(text, 4)
-    examples = make_examples(windows, np.zeros(3, np.int64), DatasetSpec((4,), "token", 2), "cpu")
+    examples = StoredExamples(windows, np.zeros(3, np.int64), DatasetSpec((4,), "token", 2), "cpu").all()
     assert bytes(examples.x[2].tolist()) == b"cdef"
 
 
@@ -123,8 +123,8 @@ def test_taken_of_what_is_stored_is_taken_of_what_the_model_gets(input_kind, wri
     x, y = np.arange(12).reshape(4, 3).astype(np.float32 if input_kind == "real" else np.uint8), np.arange(4)
     x.setflags(write=writeable)
     spec, rows = DatasetSpec((3,), input_kind, 12, 0.5), torch.tensor([2, 0, 3])
-    examples = make_examples(x, y, spec, "cpu")
-    taken = stored_examples(x, y, spec, "cpu").take(rows)
+    examples = StoredExamples(x, y, spec, "cpu").all()
+    taken = StoredExamples(x, y, spec, "cpu").take(rows)
     for tensor, expected, all_of_them in zip(taken, examples.take(rows), examples, strict=True):
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)

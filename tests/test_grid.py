@@ -306,3 +306,10 @@ def test_a_push_must_be_alike(initial):
         grid.push_messages([message(arrays, 1), message(arrays, 2, MessageType.EVALUATE)])
     with pytest.raises(ValueError, match=r"message type must be train, evaluate or query, got 'train\.other'"):
         grid.push_messages([message(arrays, 1, "train.other")])
+
+
+def test_a_configuration_that_is_changed_is_not_changed_for_the_next_who_reads_it():
+    config = protocol.train_config(ConfigRecord(), {"learning_rate": 0.5}, 1, error_before=False)
+    message = Message(RecordDict({"config": config}), dst_node_id=FIRST_NODE_ID, message_type=MessageType.TRAIN)
+    protocol.hyperparameters(message).clear()
+    assert protocol.hyperparameters(message) == {"learning_rate": 0.5}

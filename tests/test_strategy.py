@@ -11,7 +11,7 @@ from fedtune import rng
 from fedtune.client_work import train_client
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel, make_examples
+from fedtune.flat_model import FlatModel, StoredExamples
 from fedtune.server import messages as protocol
 from fedtune.server import optimizers
 from fedtune.server.flower_compat import pack
@@ -121,7 +121,7 @@ def plain_fedavg(dataset, weights, config, num_rounds):
     for server_round in range(1, num_rounds + 1):
         trained, sizes = [], []
         for client in cohort_of(server_round):
-            examples = make_examples(*dataset.examples(client, "train"), dataset.spec, "cpu")
+            examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, "cpu").all()
             generator = np.random.Generator(np.random.PCG64(client_seed(server_round, client)))
             trained.append(local_sgd.train(model, weights, examples, config, generator).clone())
             sizes.append(len(examples.y))

@@ -1,4 +1,4 @@
-"""Steps of SGD by backpropagation, written out for linear layers, ReLU and dropout, left to autograd for all else.
+"""Steps of SGD by backpropagation, written out for four kinds of layers (WRITTEN_OUT), left to autograd for all else.
 
 What is written out spares autograd's overhead, most of a small layer's time, and adds the gradient of a linear layer's
 weight, a product of two matrices, to the weight as it is computed, where autograd would write it to memory first.

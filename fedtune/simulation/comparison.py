@@ -21,7 +21,7 @@ from fedtune import plugins
 from fedtune.data.checks import errors_of, find_problems, first_of
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import FlatModel, make_examples
+from fedtune.flat_model import FlatModel, StoredExamples
 from fedtune.objectives import check_outputs
 from fedtune.server.trials import (
     Hyperparameters,
@@ -190,7 +190,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
     """Raises InputError unless the model can be made, takes the data set's examples and returns what they need."""
     spec, name = dataset.spec, settings.model["name"]
     stored_x, stored_y = dataset.examples(0, "train")
-    x, y = make_examples(stored_x[:2], stored_y[:2], spec, "cpu")
+    x, y = StoredExamples(stored_x[:2], stored_y[:2], spec, "cpu").all()
     weights = initial_weights(settings, spec, settings.seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = FlatModel(plugins.make_model(settings.model, spec), "cpu", spec.objective)

@@ -15,9 +15,9 @@ from fedtune.client_work import (
 )
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, make_examples
-from fedtune.simulation.executors.machine import ClientTask, Machine, MachineSettings, in_precision, parts_of
-from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, describe
+from fedtune.flat_model import Examples, StoredExamples
+from fedtune.simulation.executors.machine import Machine, MachineSettings, in_precision, parts_of
+from fedtune.tasks import ClientTask, EvaluateTask, Failure, Result, Task, TrainTask, describe
 
 LARGEST_CHUNK = 128  # clients
 CHUNK_BYTES = 2**32  # for their weights and what goes with them; what the rest takes is found out
@@ -91,8 +91,7 @@ class BatchedMachine:
         parts = [part for task in asking for part in parts_of(task)]
         measured = measure(model, weights, dataset, parts, device) if asking else []
         before = dict(zip(map(id, asking), measured, strict=True))
-        clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
-        trained = train_clients(train, model, weights, dataset, clients, configs, seeds, device)
+        trained = train_clients(train, model, weights, dataset, tasks, device)
         after = measure_clients(model, trained, dataset, list(map(parts_of, tasks)), device)
         return [
             self._machine.result(task, row, measured, before.get(id(task)))
@@ -104,7 +103,7 @@ class BatchedMachine:
         model, dataset, program = self._machine.model, self._machine.dataset, self._machine.program
         x, y = dataset.examples(int(dataset.num_examples("train").argmax()), "train")
         sizes = [min(3, len(y)), min(2, len(y))]  # of unequal sizes, so that one batch is filled up
-        few = [make_examples(x[:size], y[:size], dataset.spec, self._machine.device) for size in sizes]
+        few = [StoredExamples(x[:size], y[:size], dataset.spec, self._machine.device).all() for size in sizes]
         config = {name: each.default for name, each in program.HYPERPARAMETERS.items()}
         weights = model.flat.clone()
         try:

@@ -27,9 +27,7 @@ from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
 from fedtune.plugins import ClientProgram
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
-
-ClientTask = TrainTask | PersonaliseTask
+from fedtune.tasks import ClientTask, EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
 
 LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together
 
@@ -116,16 +114,13 @@ class Machine:
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
         assert self._train_together is not None
         try:
-            clients, configs, seeds = zip(*((task.client, task.config, task.seed) for task in tasks), strict=True)
             before = [
                 measure(self.model, weights, self.dataset, parts_of(task), self.device)[0]
                 if isinstance(task, TrainTask) and task.error_before
                 else None
                 for task in tasks
             ]
-            trained = train_each(
-                self._train_together, self.model, weights, self.dataset, clients, configs, seeds, self.device
-            )
+            trained = train_each(self._train_together, self.model, weights, self.dataset, tasks, self.device)
             after = measure_each(self.model, trained, self.dataset, list(map(parts_of, tasks)), self.device)
         except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
             results = [_keep(self.run(weights, task)) for task in tasks]
