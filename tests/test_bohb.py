@@ -8,7 +8,7 @@ from scipy import stats
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.tuning import bohb
-from fedtune.tuning.bohb import BOHB, bandwidths, log_density, propose, sample_around
+from fedtune.tuning.bohb import BOHB, bandwidths, log_density, propose, ranks_used, sample_around
 from fedtune.tuning.hyperband import hyperband
 from fedtune.tuning.space import Choice, Integer, LogUniform, SearchSpace, Uniform, sample
 from fedtune.tuning.trial import Trial, Tuner
@@ -160,6 +160,31 @@ def test_with_the_fewest_points_both_densities_have_n_min_of_them(monkeypatch):
 
 
 # What the model is fitted to.
+
+
+@pytest.mark.parametrize("number", [4, 511, 512, 513, 600, 1024, 100_001])
+def test_at_most_512_observations_are_used_spread_evenly_over_the_ranking(number):
+    ranks = ranks_used(number)
+    if number <= 512:
+        assert ranks == list(range(number))
+    else:
+        np.testing.assert_array_equal(ranks, np.floor(np.arange(512) * (number - 1) / 511 + 1e-9))
+        assert np.unique(ranks).size == 512
+
+
+def test_a_proposal_is_made_from_those(monkeypatch):
+    """Ten observations with a limit of seven, (n - 1) / 6 = 1.5 apart: ranks 0, 1, 3, 4, 6, 7, 9."""
+    monkeypatch.setattr(bohb, "MAX_POINTS", 7)
+    seen = []
+    monkeypatch.setattr(bohb, "propose", lambda points, *_: seen.append(points.tolist()) or points[0])
+    tuner = make(max_rounds=27)
+    told = []
+    for job in [tuner.ask() for _ in range(10)]:
+        tuner.tell(job, float(job.trial.number))
+        told.append(tuner._to_unit(job.trial))
+    while not seen:
+        tuner.ask()
+    assert seen == [[told[rank] for rank in (0, 1, 3, 4, 6, 7, 9)]]
 
 
 def test_trials_are_random_searchs_until_there_is_a_model():
