@@ -21,7 +21,7 @@ from fedtune.data.folders import load_folder
 from fedtune.data.leaf import is_leaf_folder, load_leaf
 from fedtune.data.tables import SUFFIXES, load_table
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.space import Hyperparameter
+from fedtune.tuning.space import Config, Hyperparameter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class ClientProgram(Protocol):
         model: "FlatModel",
         weights: "Tensor",
         examples: "Examples",
-        config: Mapping[str, float],
+        config: Config,
         rng: "np.random.Generator",
     ) -> "Tensor":
         """The flat weights after local training on `examples` from `weights`."""

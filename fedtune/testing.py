@@ -3,7 +3,7 @@
 Each raises AssertionError with one message that lists all that is broken.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
 from fedtune.flat_model import Examples, FlatModel, StoredExamples
 from fedtune.plugins import ClientProgram
-from fedtune.tuning.space import Hyperparameter, Number
+from fedtune.tuning.space import Config, Hyperparameter, Number
 
 
 def check_dataset(load: Callable[..., FederatedDataset], **options: Any) -> None:
@@ -52,7 +52,7 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
     one = Examples(examples.x[:1], examples.y[:1])
     defaults = {name: each.default for name, each in program.HYPERPARAMETERS.items()}
 
-    def trained(config: Mapping[str, float], on: Examples = examples) -> torch.Tensor:
+    def trained(config: Config, on: Examples = examples) -> torch.Tensor:
         return program.train(model, weights.clone(), on, config, np.random.Generator(np.random.PCG64(1))).clone()
 
     sent, kept = weights.clone(), Examples(*(tensor.clone() for tensor in examples))
@@ -83,9 +83,7 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
         yield from _faults_together(program, model, weights, defaults)
 
 
-def _faults_together(
-    program: Any, model: FlatModel, weights: torch.Tensor, defaults: Mapping[str, float]
-) -> Iterator[str]:
+def _faults_together(program: Any, model: FlatModel, weights: torch.Tensor, defaults: Config) -> Iterator[str]:
     if not hasattr(program, "num_together"):
         yield "a program with train_together must have num_together too"
     x, y = np.arange(120, dtype=np.uint8).reshape(20, 6) % 50, np.arange(20) % 3

@@ -3,6 +3,7 @@ import pytest
 
 from fedtune.tuning.fedex import FedExSettings, expand
 from fedtune.tuning.pool import make_pool, perturbed_pool, product_pool, whole_space_pool
+from fedtune.tuning.trial import Trial
 from fedtune.tuning.space import Choice, Integer, LogUniform
 
 CENTRE = {"learning_rate": 0.1, "epochs": 2, "momentum": 0.9, "batch_size": 10}
@@ -65,3 +66,10 @@ def test_make_pool_follows_the_settings(form, build):
     settings = FedExSettings(form=form, pool_size=4, perturbation=0.3)
     made = make_pool(settings, CENTRE, DOMAINS, np.random.default_rng(7))
     assert made == build(CENTRE, DOMAINS, np.random.default_rng(7), 4, 0.3)
+
+
+@pytest.mark.parametrize("build", [perturbed_pool, product_pool, whole_space_pool])
+def test_a_trial_knows_the_centre_of_its_pool(build):
+    fraction = () if build is whole_space_pool else (0.1,)
+    pool = build(CENTRE, DOMAINS, np.random.default_rng(0), 9, *fraction)
+    assert Trial(0, {}, pool).centre == CENTRE

@@ -30,7 +30,7 @@ SETTINGS = {
     "tuners": sorted(TUNERS),
     "tuner": {
         **{name: {"num_configs": 4, "rounds_per_halving": 1} for name in ("elimination", "elimination+fedex")},
-        "async_hyperband": {"reduction_factor": 3},
+        **{name: {"reduction_factor": 3} for name in ("async_hyperband", "async_hyperband+fedex")},
     },
 }
 

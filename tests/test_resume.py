@@ -13,6 +13,7 @@ import pytest
 
 import fedtune
 from fedtune.errors import InputError
+from fedtune.tuning.policy import FedExPolicy
 
 NAMES = ("manual", "asha", "fedex", "asha+fedex")
 SETTINGS = {"max_rounds": 9, "total_rounds": 36, "seeds": 1, "tuners": list(NAMES)}
@@ -64,9 +65,12 @@ FAMILY = {
     "max_rounds": 9,
     "total_rounds": 45,
     "seeds": 1,
-    "tuners": ["uniform", "rsws", "elimination+fedex", "sha", "hyperband", "pbt", "bohb"],
+    "tuners": ["uniform", "rsws", "elimination+fedex", "sha", "hyperband", "pbt", "bohb", "pbt+fedex", "bohb+fedex"],
     "evaluation": {"every": 3},
-    "tuner": {"elimination+fedex": {"num_configs": 4, "rounds_per_halving": 2}},
+    "tuner": {
+        "elimination+fedex": {"num_configs": 4, "rounds_per_halving": 2},
+        "bohb+fedex": {"form": "product", "pool_size": 2},
+    },
 }
 
 
@@ -82,22 +86,40 @@ def test_every_tuner_of_the_family_runs_within_its_budget(whole_family):
     assert (results["test_error"] < 0.6).all()  # guessing has 0.9
 
 
-def test_a_trial_of_pbt_goes_on_from_its_parent(whole_family):
-    trials = whole_family.trials[whole_family.trials["tuner"] == "pbt"]
-    rounds = whole_family.rounds[whole_family.rounds["tuner"] == "pbt"].groupby("trial")["round"].agg(["min", "size"])
+@pytest.mark.parametrize("tuner", ["pbt", "pbt+fedex"])
+def test_a_trial_of_pbt_goes_on_from_its_parent(whole_family, tuner):
+    trials = whole_family.trials[whole_family.trials["tuner"] == tuner]
+    rounds = whole_family.rounds[whole_family.rounds["tuner"] == tuner].groupby("trial")["round"].agg(["min", "size"])
     merged = trials.set_index("trial").join(rounds)
     children = merged[merged["min"] > 1]
     assert len(children) > 0
     assert (children["rounds"] == children["min"] - 1 + children["size"]).all()
 
 
+def test_fedex_in_a_copy_starts_anew_on_a_pool_of_its_own(monkeypatch, tmp_path):
+    before_first_update, update = {}, FedExPolicy.update
+
+    def watched(policy, *answers):
+        before_first_update.setdefault(repr(policy.pool), policy.probabilities())
+        update(policy, *answers)
+
+    monkeypatch.setattr(FedExPolicy, "update", watched)
+    run = fedtune.compare("digits", executor="serial", out=tmp_path / "run", **FAMILY | {"tuners": ["pbt+fedex"]})
+    starts = run.rounds.groupby("trial")["round"].min()
+    assert (starts > 1).any()
+    assert len(before_first_update) == len(starts)
+    for (theta,) in before_first_update.values():
+        np.testing.assert_allclose(theta, 1 / 9, rtol=1e-12)
+
+
 def test_theta_is_over_the_pool_beside_it(whole_family):
     """That of FedEx around the survivor, which is not the one that elimination began with."""
     trials = whole_family.trials.set_index("tuner")
     for row in whole_family.results.itertuples():
-        (theta,), (pool,) = json.loads(row.theta), json.loads(row.pool)
-        assert len(theta) == len(pool)
-        assert json.loads(row.config)["client"] in pool
+        theta, pool = json.loads(row.theta), json.loads(row.pool)
+        assert list(map(len, theta)) == list(map(len, pool))
+        config = json.loads(row.config)["client"]
+        assert all(any(config.items() >= each.items() for each in factor) for factor in pool)
     rows = whole_family.results.set_index("tuner")
     (theta,), (pool,) = (json.loads(rows.loc["elimination+fedex", name]) for name in ("theta", "pool"))
     (first,) = json.loads(trials.loc["elimination+fedex", "config"])["pool"]
@@ -108,7 +130,7 @@ def test_theta_is_over_the_pool_beside_it(whole_family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [30, 100, 170, 220, 235, 250, 290])
+@pytest.mark.parametrize("after", [30, 100, 170, 220, 235, 250, 290, 330, 380])
 def test_the_family_stopped_after_any_round(whole_family, tmp_path, after):
     assert contents(stopped_and_resumed(tmp_path / "run", FAMILY, after)) == contents(whole_family.folder)
 

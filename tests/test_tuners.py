@@ -41,7 +41,7 @@ def make(name, **options):
     def compose(number, server, client):
         return Trial(number, server, ((client,),))
 
-    rounds = {"max_rounds": 64 if name == "async_hyperband" else 81, "total_rounds": 405}
+    rounds = {"max_rounds": 64 if name.startswith("async_hyperband") else 81, "total_rounds": 405}
     return make_tuner(name, draw, **rounds, options=options, compose=compose, space=SearchSpace(DOMAINS, {}))
 
 
@@ -58,15 +58,19 @@ KINDS = [
     ("elimination", OneFederation, "elimination", False),
     ("elimination+fedex", OneFederation, "elimination", True),
     ("random", RandomSearch, "random", False),
-    ("random+fedex", RandomSearch, "random", True),
     ("sha", SynchronousBrackets, "sha", False),
-    ("sha+fedex", SynchronousBrackets, "sha", True),
     ("asha", ASHA, "asha", False),
-    ("asha+fedex", ASHA, "asha", True),
     ("hyperband", SynchronousBrackets, "hyperband", False),
     ("async_hyperband", AsyncHyperband, "async_hyperband", False),
     ("pbt", PBT, "pbt", False),
     ("bohb", BOHB, "bohb", False),
+    ("random+fedex", RandomSearch, "random", True),
+    ("sha+fedex", SynchronousBrackets, "sha", True),
+    ("asha+fedex", ASHA, "asha", True),
+    ("hyperband+fedex", SynchronousBrackets, "hyperband", True),
+    ("async_hyperband+fedex", AsyncHyperband, "async_hyperband", True),
+    ("pbt+fedex", PBT, "pbt", True),
+    ("bohb+fedex", BOHB, "bohb", True),
 ]
 
 

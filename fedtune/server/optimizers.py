@@ -6,14 +6,13 @@ beta_1, beta_2, tau -> beta1, beta2, tau. Departures: v starts at 0, there at ta
 each round (Khodak et al. 2021).
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedtune.tuning.space import Hyperparameter
+from fedtune.tuning.space import Config, Hyperparameter
 
 HYPERPARAMETERS = {
     "learning_rate": Hyperparameter(default=1.0, low=0.0, low_open=True),
@@ -42,7 +41,7 @@ def update(
     state: OptimizerState,
     weights: Float[Tensor, "weight"],
     mean: Float[Tensor, "weight"],
-    config: Mapping[str, float],
+    config: Config,
     server_round: int,
 ) -> tuple[Float[Tensor, "weight"], OptimizerState]:
     """The new weights and state after round `server_round` (from 1), given the clients' mean weights."""

@@ -159,7 +159,8 @@ class Federation:
         moments = _with_prefix(arrays, "optimizer.")
         if moments:
             self.strategy.optimizer_state = OptimizerState(**{n: torch.from_numpy(a) for n, a in moments.items()})
-        self.strategy.policy.restore(_with_prefix(arrays, "policy."))
+        if policy := _with_prefix(arrays, "policy."):
+            self.strategy.policy.restore(policy)
 
     def _take(self, ticket: int) -> list[Any]:
         results = self._executor.collect(ticket)
@@ -189,6 +190,11 @@ class Federation:
             **{"num_validation": validation, "validation_error": error, "validation_loss": loss},
             **{"num_test": test, "test_error": error, "test_loss": loss},
         }
+
+
+def heritage(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a new trial takes over of its parent's state: all but the policy's, which is of the parent's own pool."""
+    return {name: array for name, array in arrays.items() if not name.startswith("policy.")}
 
 
 def record_as_json(record: RoundRecord) -> dict[str, Any]:

@@ -5,14 +5,13 @@ last told job where that is an older one. So disk use is at most two checkpoints
 rounds.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.simulation import checkpoint
 from fedtune.simulation.evaluation import Evaluation, tail_mean
-from fedtune.simulation.federation import Federation, RoundRecord, record_as_json, record_from_json
+from fedtune.simulation.federation import Federation, RoundRecord, heritage, record_as_json, record_from_json
 from fedtune.simulation.journal import Journal
 from fedtune.tuning.trial import Trial
 
@@ -100,7 +99,8 @@ class TrialStore:
         """Gives a new trial the state that its parent's last told job left, unless it had got it before."""
         if not self.latest(trial):
             server_round = self._told[parent]
-            shutil.copyfile(self._path(parent, server_round), self._path(trial, server_round))
+            state = checkpoint.load(self._path(parent, server_round))
+            checkpoint.save(self._path(trial, server_round), heritage(state))
             self._journal.note("checkpoint", trial=trial, round=server_round)
             self._latest[trial] = server_round
 

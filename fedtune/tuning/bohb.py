@@ -91,10 +91,10 @@ class BOHB:
         return max((b for b, points in self._observations.items() if len(points) >= enough), default=0)  # 2
 
     def _to_unit(self, trial: Trial) -> list[float]:
-        server, client = trial.server, trial.pool[0][0]
+        centre = trial.centre
         return [
-            *(domain.to_unit(server[name]) for name, domain in self._server.items()),
-            *(domain.to_unit(client[name]) for name, domain in self._client.items()),
+            *(domain.to_unit(trial.server[name]) for name, domain in self._server.items()),
+            *(domain.to_unit(centre[name]) for name, domain in self._client.items()),
         ]
 
     def _from_unit(self, point: list[float]) -> tuple[Config, Config]:

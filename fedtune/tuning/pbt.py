@@ -192,7 +192,7 @@ def make_explore(compose: Compose, space: SearchSpace, seed: int) -> Explore:
     def explore(parent: Trial, number: int) -> Trial:
         draws = rng.stream(seed, "pbt explore", number)
         server = explore_config(space.server, parent.server, draws)
-        return compose(number, server, explore_config(space.client, parent.pool[0][0], draws))
+        return compose(number, server, explore_config(space.client, parent.centre, draws))
 
     return explore
 

@@ -32,6 +32,11 @@ class Trial:
         """How many client configurations the pool stands for; 1 is plain federated averaging."""
         return math.prod(len(factor) for factor in self.pool)
 
+    @property
+    def centre(self) -> Config:
+        """The client configuration that the pool was made around: the first element of each factor."""
+        return {name: value for factor in self.pool for name, value in factor[0].items()}
+
 
 Draw = Callable[[int], Trial]  # makes trial number n from a random stream of its own
 Compose = Callable[

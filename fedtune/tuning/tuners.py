@@ -1,7 +1,7 @@
 """The tuners by name, and what is made of a tuner's [tuner.NAME] table.
 
-A name that ends in "+fedex" is a search with FedEx inside each of its trials, but "elimination+fedex" is one federation
-in which FedEx follows elimination.
+Every search has a second name that ends in "+fedex", with FedEx inside each of its trials; "elimination+fedex" is one
+federation in which FedEx follows elimination.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,15 +27,19 @@ from fedtune.tuning.space import Config, Domain, SearchSpace, checked_number
 from fedtune.tuning.successive_halving import successive_halving
 from fedtune.tuning.trial import Compose, Draw, Pool, Trial, Tuner
 
-TUNERS: dict[str, Callable[..., Tuner]] = {
-    **dict.fromkeys(("manual", "fedex", "uniform", "rsws", "elimination", "elimination+fedex"), OneFederation),
-    **dict.fromkeys(("random", "random+fedex"), RandomSearch),
-    **dict.fromkeys(("sha", "sha+fedex"), successive_halving),
-    **dict.fromkeys(("asha", "asha+fedex"), ASHA),
+SEARCHES: dict[str, Callable[..., Tuner]] = {
+    "random": RandomSearch,
+    "sha": successive_halving,
+    "asha": ASHA,
     "hyperband": hyperband,
     "async_hyperband": AsyncHyperband,
     "pbt": PBT,
     "bohb": BOHB,
+}
+TUNERS: dict[str, Callable[..., Tuner]] = {
+    **dict.fromkeys(("manual", "fedex", "uniform", "rsws", "elimination", "elimination+fedex"), OneFederation),
+    **SEARCHES,
+    **{f"{name}+fedex": search for name, search in SEARCHES.items()},
 }
 
 # What [tuner.NAME] may set beside the settings of what goes on within a federation.
