@@ -3,8 +3,8 @@ import pytest
 
 from fedtune.tuning.fedex import FedExSettings, expand
 from fedtune.tuning.pool import make_pool, perturbed_pool, product_pool, whole_space_pool
-from fedtune.tuning.trial import Trial
 from fedtune.tuning.space import Choice, Integer, LogUniform
+from fedtune.tuning.trial import Trial
 
 CENTRE = {"learning_rate": 0.1, "epochs": 2, "momentum": 0.9, "batch_size": 10}
 DOMAINS = {"learning_rate": LogUniform(1e-4, 1.0), "epochs": Integer(1, 5), "momentum": Choice((0.0, 0.9))}
