@@ -6,6 +6,7 @@ The functions here do what the commands of the same names do:
     run.results  # a pandas DataFrame, a row a tuner and seed
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,9 +38,20 @@ def train(what: str | Path, rounds: int | None = None, **keywords: Any) -> "Run"
     return compare(what, **{**budget, **keywords, "tuners": ["manual"]})
 
 
-def tune(what: str | Path, tuner: str = "asha", **keywords: Any) -> "Run":
-    """The run of one tuner. The keywords are those of `compare`."""
-    return compare(what, **{**keywords, "tuners": [tuner]})
+def tune(
+    what: str | Path,
+    tuner: str = "asha",
+    num_configs: int | None = None,
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    optuna: str | None = None,
+    **settings: Any,
+) -> "Run":
+    """The run of one tuner, which draws `num_configs` configurations; see `tune_settings` and `compare`."""
+    resolved = tune_settings(what, tuner, num_configs, settings)
+    return run(resolved, out=out, force=force, listener=listener, optuna=optuna)
 
 
 def compare(
@@ -156,6 +168,27 @@ def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings"
         client = next((t["client"]["name"] for t in reversed(tables) if "name" in t.get("client", {})), None)
         tables.insert(0, {"space": plugins.default_space(client)})
     return settings.resolve(tables)
+
+
+def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers: Mapping[str, Any]) -> "Settings":
+    """The settings of a search with one tuner; see `resolve_settings`.
+
+    Where it ends after so many configurations, n, and neither the file nor a layer sets `total_rounds`, that is n times
+    `max_rounds`, more than which they can't use: n and R are all that has to be given (thesis, section 3.5.1).
+    """
+    from fedtune.settings import read_settings
+    from fedtune.tuning.tuners import ends_after_num_configs
+
+    own: dict[str, Any] = {"tuners": [tuner]}
+    if num_configs is not None:
+        own["tuner"] = {tuner: {"num_configs": num_configs}}
+    given = [*([read_settings(Path(what))] if str(what).endswith(".toml") else []), *layers]
+    if ends_after_num_configs(tuner) and not any("total_rounds" in table for table in given):
+        any_budget = resolve_settings(what, *layers, own, {"total_rounds": sys.maxsize})
+        n = any_budget.tuner.get(tuner, {}).get("num_configs")
+        if isinstance(n, int):
+            own["total_rounds"] = max(n, 1) * any_budget.max_rounds
+    return resolve_settings(what, *layers, own)
 
 
 def _start_workers_early(settings: "Settings") -> None:

@@ -78,7 +78,10 @@ def tune(
     extend: Annotated[
         Path | None, typer.Option(help="Go on with this finished run instead: --num-configs, --total-rounds or both.")
     ] = None,
-    num_configs: Annotated[int | None, typer.Option(help="Configurations that the tuner may draw in all.")] = None,
+    num_configs: Annotated[
+        int | None,
+        typer.Option(help="Configurations to draw in all (of sha: in a bracket); the budget follows if it is not set."),
+    ] = None,
     model: Model = None,
     assignments: Assignments = None,
     seed: Seed = None,
@@ -102,12 +105,10 @@ def tune(
         return
     if what is None:
         raise InputError("tune needs a data set or a settings file, or --extend and a run folder, got neither")
-    tuner = tuner or "asha"
     budget = {"max_rounds": max_rounds, "total_rounds": total_rounds}
     flags = {"seed": seed, "seeds": seeds, "workers": workers, "device": device, "executor": executor}
     flags |= {"precision": precision}
-    options = {} if num_configs is None else {"tuner": {tuner: {"num_configs": num_configs}}}
-    _run(what, {"tuners": [tuner], **options, **budget, **flags}, model, assignments, out, force, optuna)
+    _run(what, {**budget, **flags}, model, assignments, out, force, optuna, tuner or "asha", num_configs)
 
 
 @app.command()
@@ -279,6 +280,8 @@ def _run(
     out: Path | None,
     force: bool,
     optuna: str | None,
+    tuner: str | None = None,
+    num_configs: int | None = None,
 ) -> None:
     import fedtune
     from fedtune.report.live import LiveProgress
@@ -287,7 +290,10 @@ def _run(
     layers = [{"model": {"name": model}}] if model else []
     layers += [parse_assignment(text) for text in assignments or []]
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = fedtune.resolve_settings(what, *layers, given)
+    if tuner is None:
+        settings = fedtune.resolve_settings(what, *layers, given)
+    else:
+        settings = fedtune.tune_settings(what, tuner, num_configs, *layers, given)
     with LiveProgress() as progress:
         run = fedtune.run(settings, out=out, force=force, listener=progress, optuna=optuna)
     _show(run)

@@ -279,3 +279,35 @@ def test_a_run_says_where_its_clients_train(tmp_path, settings, line):
     settings = {"cohort_size": 2, "evaluation": {"clients": 2}} | settings
     fedtune.train("digits", 1, out=tmp_path / "run", listener=said.append, **settings)
     assert [event["message"] for event in said if event["event"] == "executor"] == [line]
+
+
+def test_a_search_needs_no_more_than_n_and_r():
+    """Section 3.5.1: the budget is what n configurations can use at R rounds each, unless one is set."""
+    asked = {"max_rounds": 1024}  # more than all rounds that the data set's own settings allow
+    assert fedtune.tune_settings("digits", "async_hyperband", 361, asked).total_rounds == 361 * 1024
+    assert fedtune.tune_settings("digits", "asha+fedex", 20).total_rounds == 20 * 9  # R is the data set's
+    table = {"tuner": {"random": {"num_configs": 30}}}
+    assert fedtune.tune_settings("digits", "random", None, table).total_rounds == 30 * 9
+    assert fedtune.tune_settings("digits", "random", 10, table).total_rounds == 10 * 9
+    assert fedtune.tune_settings("digits", "random", 10, {"total_rounds": 50}).total_rounds == 50
+    for name, n in {"asha": None, "sha": 27, "elimination": 8, "manual": None}.items():  # these don't end after n
+        assert fedtune.tune_settings("digits", name, n).total_rounds == 45
+
+
+def test_a_settings_file_may_set_the_budget_of_a_search(tmp_path):
+    path = tmp_path / "my.toml"
+    for budget, total_rounds in (("", 81), ("total_rounds = 60\n", 60)):
+        path.write_text(f'{budget}max_rounds = 27\ndata.name = "digits"\n')
+        assert fedtune.tune_settings(path, "random", 3).total_rounds == total_rounds
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_what_is_no_number_of_configurations_is_said(tmp_path, n):
+    with pytest.raises(InputError, match=f"^tuner asha: num_configs must be a whole number >= 9, got {n}$"):
+        fedtune.tune("digits", "asha", n, out=tmp_path / "run")
+
+
+def test_a_search_ends_when_its_configurations_are_drawn_and_promoted(tmp_path):
+    found = fedtune.tune("digits", "async_hyperband", 6, max_rounds=4, executor="serial", out=tmp_path / "run")
+    assert found.results["trials"].item() == 6
+    assert found.results["rounds_of_trial"].item() == 4

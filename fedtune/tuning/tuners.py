@@ -85,6 +85,11 @@ def goes_on_without(tuner: Tuner) -> bool:
     return isinstance(tuner, (RandomSearch, ASHA, AsyncHyperband))
 
 
+def ends_after_num_configs(name: str) -> bool:
+    """Whether `num_configs` is all that the tuner draws, and not the size of a bracket or a pool."""
+    return TUNERS.get(name) in (RandomSearch, ASHA, AsyncHyperband)
+
+
 def within_one_federation(name: str) -> bool:
     """Whether all of this tuner happens in one trial, around the fixed values."""
     return TUNERS[name] is OneFederation
