@@ -69,6 +69,56 @@ def test_a_deadline_leaves_out_who_is_late():
         assert plan.duration == 1 + (30 if plan.late else num_train[plan.cohort[-1]])
 
 
+def literal_plan(fleet, trial, server_round, cohort_size, round_time, deadline, bytes_):
+    """A round as it goes, one client after another in the order of their answers; who is asked is taken as given."""
+    clients, left, unavailable = fleet._ask(server_round)
+    answers = []
+    for client, gone in zip(clients.tolist(), left.tolist(), strict=True):
+        device = fleet._device(client)
+        training = device.seconds_per_example * fleet._num_train[client] * mean_epochs(trial)
+        if not gone:
+            answers.append((bytes_ / device.download_speed + training + bytes_ / device.upload_speed, client))
+    cohort, ends = [], deadline
+    for time, client in sorted(answers):
+        if time <= deadline and len(cohort) < cohort_size:
+            cohort.append(client)
+            if len(cohort) in (cohort_size, len(clients)):  # enough, or nobody is left to wait for
+                ends = time
+    if ends == math.inf:
+        ends = max([time for time, _ in answers], default=0.0)
+    if len(clients) == 0:
+        ends = 0.0
+    late = len(answers) - len(cohort)
+    return sorted(cohort), pytest.approx(round_time + ends), len(clients), late, int(left.sum()), unavailable
+
+
+@pytest.mark.parametrize("deadline", [math.inf, 6.0])
+@pytest.mark.parametrize("over_selection", [0.0, 0.6])
+@pytest.mark.parametrize("num_clients", [6, 50])
+def test_a_round_with_everything_at_once(num_clients, over_selection, deadline):
+    """Deadline and over-selection, drop-outs and absences, speeds and bandwidths; few clients may be too few."""
+    num_train = np.random.default_rng(0).integers(1, 40, num_clients)
+    table = {
+        **{"seconds_per_example": {"log_normal": [0.1, 1.0]}, "download_speed": {"log_uniform": [1e3, 1e5]}},
+        **{"upload_speed": {"uniform": [1e3, 1e4]}, "availability": {"uniform": [0.1, 0.6]}, "drop_out": 0.1},
+        **{"over_selection": over_selection, "round_time": 0.5, "deadline": deadline},
+    }
+    fleet, seen = devices(num_train, **table), set()
+    for server_round in range(1, 60):
+        plan = fleet.plan(trial_of(1, 2), server_round)
+        assert plan == literal_plan(fleet, trial_of(1, 2), server_round, 5, 0.5, deadline, BYTES)
+        seen.add((len(plan.cohort) == 5, plan.asked < 5, plan.late > 0, plan.left > 0))
+    assert len(seen) > 1  # the rounds differ in kind
+
+
+def test_nobody_waits_for_the_deadline_once_all_who_were_asked_have_answered():
+    """Of two clients for a cohort of five, or where only some can be asked."""
+    fleet = devices((10, 20, 30), cohort_size=3, seconds_per_example=1.0, availability=0.5, deadline=100.0)
+    plans = [fleet.plan(trial_of(1), server_round) for server_round in range(1, 40)]
+    assert {len(plan.cohort) for plan in plans} == {0, 1, 2, 3}
+    assert all(plan.duration == 1 + max([10 * (client + 1) for client in plan.cohort], default=0) for plan in plans)
+
+
 def test_clients_drop_out_and_are_not_available_as_often_as_said():
     """Each count is binomial: 5 standard deviations are passed once in 1.7 million runs."""
     fleet = devices(cohort_size=20, drop_out=0.3, availability=0.8)

@@ -1,8 +1,8 @@
 """Devices on the virtual clock: who of a cohort takes part in a round, and how long the round takes.
 
 The server asks clients that are available, `over_selection` more of them than the cohort needs. A client downloads the
-weights, trains, and uploads its update. The round ends when `cohort_size` clients have answered, or at the `deadline`,
-or where there is none when nobody is left to wait for. Who answers later is late: its update is left out, as is that of
+weights, trains, and uploads its update. The round ends when `cohort_size` clients have answered, or all that could be
+asked, or at the `deadline`, or where there is none when nobody is left to wait for. Who answers later is late: its update is left out, as is that of
 a client that drops out (Bonawitz et al. 2019, "Towards federated learning at scale", sections 2.2 and 9).
 
 All of it is drawn from streams keyed by the round and the client, and known before anything is trained: late clients
@@ -92,8 +92,8 @@ class Devices:
         finishes = self._finishes(clients, mean_epochs(trial))
         in_time = np.flatnonzero(~left & (finishes <= self._settings.deadline))
         counted = in_time[np.argsort(finishes[in_time], kind="stable")][: self._cohort_size]
-        if len(counted) == self._cohort_size:
-            waited = float(finishes[counted[-1]])
+        if len(counted) == min(self._cohort_size, len(clients)):
+            waited = float(finishes[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):
             waited = self._settings.deadline
         else:
