@@ -1,6 +1,7 @@
 """Whole runs on the bundled digits: what is in the run folder, and that it is repeated to the bit."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -10,8 +11,9 @@ import fedtune
 from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.flat_model import StoredExamples
-from fedtune.simulation import comparison
+from fedtune.simulation import comparison, federation
 from fedtune.simulation.comparison import claim_folder, prepare
+from fedtune.simulation.evaluation import evaluation_tasks
 
 TUNERS = ["manual", "random", "asha", "fedex", "asha+fedex"]
 SMALL = {"max_rounds": 9, "total_rounds": 27, "seeds": 2, "tuners": TUNERS}
@@ -311,3 +313,35 @@ def test_a_search_ends_when_its_configurations_are_drawn_and_promoted(tmp_path):
     found = fedtune.tune("digits", "async_hyperband", 6, max_rounds=4, executor="serial", out=tmp_path / "run")
     assert found.results["trials"].item() == 6
     assert found.results["rounds_of_trial"].item() == 4
+
+
+def test_an_infinite_horizon_trains_beyond_max_rounds(tmp_path):
+    """The rungs go on at 3 times the rounds each, as long as the budget lasts, and a replay agrees."""
+    options = {"asha": {"infinite_horizon": True}}
+    found = fedtune.compare(
+        "digits", tuners=["asha"], max_rounds=3, total_rounds=80, tuner=options, executor="serial", out=tmp_path / "on"
+    )
+    result = found.results.iloc[0]
+    assert result["rounds_of_trial"] in (9, 27)
+    trial = found.rounds[found.rounds["trial"] == result["trial"]]
+    at_three = trial.loc[trial["round"] == 3, "test_error"].item()  # the tail of three rounds is the third
+    assert result["test_error_at_max_rounds"] == at_three
+    assert math.isnan(result["test_error_personalised_at_max_rounds"])  # nobody looked then
+    assert fedtune.replay(tmp_path / "on")[0].rounds == result["rounds"]
+
+
+def test_all_trials_of_a_seed_are_scored_on_the_same_clients(tmp_path, monkeypatch):
+    """Those of every tuner, whether they are compared within a study or between two."""
+    seen = set()
+
+    def spy(dataset, clients):
+        seen.add(tuple(clients.tolist()))
+        return evaluation_tasks(dataset, clients)
+
+    monkeypatch.setattr(federation, "evaluation_tasks", spy)
+    settings = {"max_rounds": 3, "total_rounds": 9, "executor": "serial", "evaluation": {"clients": 4}}
+    for seed in (0, 1):
+        run = fedtune.compare("digits", tuners=["asha", "fedex"], seed=seed, out=tmp_path / str(seed), **settings)
+        assert run.results["trials"].sum() > 2
+        assert len(seen) == seed + 1
+    assert {len(clients) for clients in seen} == {4}

@@ -1,9 +1,10 @@
 """Devices on the virtual clock: who of a cohort takes part in a round, and how long the round takes.
 
 The server asks clients that are available, `over_selection` more of them than the cohort needs. A client downloads the
-weights, trains, and uploads its update. The round ends when `cohort_size` clients have answered, or all that could be
-asked, or at the `deadline`, or where there is none when nobody is left to wait for. Who answers later is late: its update is left out, as is that of
-a client that drops out (Bonawitz et al. 2019, "Towards federated learning at scale", sections 2.2 and 9).
+weights, trains, and uploads its update. The round ends when `cohort_size` clients have answered, or all that were
+asked, or at the `deadline`, or where there is none when nobody is left to wait for. Who answers later is late: its
+update is left out, as is that of a client that drops out (Bonawitz et al. 2019, "Towards federated learning at scale",
+sections 2.2 and 9).
 
 All of it is drawn from streams keyed by the round and the client, and known before anything is trained: late clients
 are never computed, and every trial of a seed meets the same devices. Only a trial's own number of epochs makes its

@@ -86,7 +86,9 @@ def result_row(
     records = [record for each in trials.values() for record in each.records]
     sampled = personalised["sampled", best, history.told]
     argmax = personalised.get(("argmax", best, history.told), sampled)
-    at_max_rounds = personalised.get(("at_max_rounds", best, max_rounds), sampled)
+    # Beyond max_rounds, which an infinite horizon allows, a search is not evaluated in between.
+    beyond = math.nan if history.told > max_rounds else sampled.test_error
+    at_max_rounds = personalised.get(("at_max_rounds", best, max_rounds))
     return {
         **{"rounds": len(records), "rounds_of_trial": history.told},
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
@@ -98,7 +100,7 @@ def result_row(
         "test_error_personalised": sampled.test_error,
         "test_error_personalised_argmax": argmax.test_error,
         "test_error_at_max_rounds": history.tail("test_error", max_rounds),
-        "test_error_personalised_at_max_rounds": at_max_rounds.test_error,
+        "test_error_personalised_at_max_rounds": at_max_rounds.test_error if at_max_rounds else beyond,
     }
 
 
