@@ -37,8 +37,6 @@ OPTIONS = {"async_hyperband": {"reduction_factor": 3}}  # as the others
 COLOURS = dict(
     zip(SEARCHES, ("#777777", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"), strict=True)
 )
-    zip(SEARCHES, ("#777777", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"), strict=True)
-)
 
 
 def curve(landscape: str, config: Config) -> tuple[float, float]:
