@@ -71,7 +71,8 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     `seeds`, `max_rounds`; each of ERRORS as the mean over seeds, with its standard error as `<name>_se` (NaN with one
     seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS and `dropped_jobs` as the sum
     over seeds; `close`, in how many seeds the best trial leads the second by no more than noise; `short`, in how many
-    it had fewer than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would flatter the tuner.
+    it had fewer than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would
+    flatter the tuner.
     """
     results = results.assign(
         close=is_noise(results["lead"], results["lead_se"]), short=results["rounds_of_trial"] < results["max_rounds"]
