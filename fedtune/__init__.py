@@ -85,7 +85,7 @@ def run(
     from fedtune.simulation.comparison import claim_folder, prepare
 
     comparison = prepare(settings)
-    folder = Path(out) if out is not None else _new_folder(settings)
+    folder = Path(out) if out is not None else new_folder(settings)
     with _mirrored(listener, optuna, comparison, folder) as listener:
         claim_folder(folder, settings, force=force)
         comparison.run(folder, listener)
@@ -220,7 +220,8 @@ def _draw(folder: Path) -> "Run":
     return finished
 
 
-def _new_folder(settings: "Settings") -> Path:
+def new_folder(settings: "Settings") -> Path:
+    """Where a run is put that is given no folder: under runs/, by data set and time."""
     from datetime import datetime
 
     name = Path(settings.data["name"].partition(":")[0]).stem

@@ -1,6 +1,8 @@
 """The command line. What is slow to import is imported by the command that needs it."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ from fedtune.errors import InputError
 
 if TYPE_CHECKING:
     from fedtune.report.frames import Run
+    from fedtune.report.live import LiveProgress
 
 app = typer.Typer(
     name="fedtune",
@@ -149,9 +152,8 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped; the numbers are those of a run that never was."""
     import fedtune
-    from fedtune.report.live import LiveProgress
 
-    with LiveProgress() as progress:
+    with _progress(run) as progress:
         finished = fedtune.resume(run, workers=workers, executor=executor, listener=progress, optuna=optuna)
     _show(finished)
 
@@ -284,7 +286,6 @@ def _run(
     num_configs: int | None = None,
 ) -> None:
     import fedtune
-    from fedtune.report.live import LiveProgress
     from fedtune.settings import parse_assignment
 
     layers = [{"model": {"name": model}}] if model else []
@@ -294,18 +295,32 @@ def _run(
         settings = fedtune.resolve_settings(what, *layers, given)
     else:
         settings = fedtune.tune_settings(what, tuner, num_configs, *layers, given)
-    with LiveProgress() as progress:
-        run = fedtune.run(settings, out=out, force=force, listener=progress, optuna=optuna)
+    folder = out or fedtune.new_folder(settings)
+    with _progress(folder) as progress:
+        run = fedtune.run(settings, out=folder, force=force, listener=progress, optuna=optuna)
     _show(run)
 
 
 def _extend(run: Path, num_configs: int | None, total_rounds: int | None, **where: Any) -> None:
     import fedtune
-    from fedtune.report.live import LiveProgress
 
-    with LiveProgress() as progress:
+    with _progress(run) as progress:
         longer = fedtune.extend(run, num_configs=num_configs, total_rounds=total_rounds, listener=progress, **where)
     _show(longer)
+
+
+@contextmanager
+def _progress(folder: Path) -> Iterator["LiveProgress"]:
+    """What shows the progress of the run in a folder, and how to go on with it where Ctrl-C stops it."""
+    from fedtune.report.live import LiveProgress
+
+    try:
+        with LiveProgress() as progress:
+            yield progress
+    except KeyboardInterrupt:
+        if (folder / "settings.toml").is_file():
+            typer.echo(f"stopped; to go on: fedtune resume {folder}", err=True)
+        raise
 
 
 def _show(run: "Run") -> None:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune import cli
+from fedtune.simulation.comparison import Comparison
 from fedtune.simulation.journal import FORMAT
 
 
@@ -115,6 +116,19 @@ def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_
     told = answer("tune", "digits", "--tuner", tuner, *budget, *given, "--out", tmp_path / "run")
     assert told == (2, "", f"fedtune: tuner {tuner}: {message}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_control_c_says_how_to_go_on(answer, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", stopped)
+    monkeypatch.chdir(tmp_path)
+    code, _, error = answer("train", "digits", "--rounds", 1, "--executor", "serial")
+    (folder,) = (tmp_path / "runs").iterdir()  # a name that nobody gave
+    assert (code, error.strip()) == (130, f"stopped; to go on: fedtune resume runs/{folder.name}")
+    code, _, error = answer("resume", folder, "--executor", "serial")
+    assert (code, error.strip()) == (130, f"stopped; to go on: fedtune resume {folder}")
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from fedtune.report.frames import (
     curve_band,
     entropy_curve,
     incumbent_curve,
+    lead_line,
     read_run,
     summary,
-    within_noise,
 )
 
 NAN = math.nan
@@ -37,7 +37,7 @@ def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: li
         for tuner, values in errors.items()
         for seed, error in enumerate(values)
     ]
-    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", *FAULTS)}
+    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", "dropped_jobs", *FAULTS)}
     zeros |= {name: [NAN] * len(rows) for name in ("lead", "lead_se")}
     zeros["rounds_of_trial"] = [max_rounds] * len(rows)
     return pd.DataFrame(rows).assign(**(zeros | counts))
@@ -111,6 +111,7 @@ def test_summary_has_means_standard_errors_and_totals() -> None:
         dropped=[1, 2, 0, 0],
         clipped=[0, 0, 3, 4],
         lost=[5, 0, 0, 6],
+        dropped_jobs=[7, 8, 0, 9],
     )
     found = summary(results, timings_of(results, [1.0, 2.0, 30.0, 50.0])).set_index("tuner")
     assert found.index.tolist() == ["sha", "asha"]
@@ -124,6 +125,7 @@ def test_summary_has_means_standard_errors_and_totals() -> None:
     assert found["client_updates"].tolist() == [(10 + 20) / 2, (30 + 40) / 2]
     assert found["wall_seconds"].tolist() == [(1 + 2) / 2, (30 + 50) / 2]
     assert found[["dropped", "clipped", "lost"]].to_numpy().tolist() == [[1 + 2, 0, 5], [0, 3 + 4, 6]]
+    assert found["dropped_jobs"].tolist() == [7 + 8, 9]
 
 
 def test_summary_matches_timings_by_study_not_by_row() -> None:
@@ -152,20 +154,19 @@ def test_lead_is_noise_up_to_the_combined_standard_error(lead: float, noisy: boo
     results = results_of(
         {"last": last, "second": second, "best": best}
     )  # standard errors 0, 4 and 3 points: hypot is 5
-    says = within_noise(summary(results, timings_of(results, [1.0] * 6)))
-    assert (says is not None) == noisy
-    if noisy:
-        assert says is not None
-        assert says.startswith("best leads second by 4.90 points in test error at the end, within")
-        assert "5.00" in says
+    says = lead_line(summary(results, timings_of(results, [1.0] * 6)))
+    assert says is not None
+    assert says.startswith(f"best leads second by {lead:.2f} points in test error at the end")
+    assert "5.00" in says
+    assert ("not a difference" in says) == noisy
 
 
 def test_each_reading_has_its_own_noise() -> None:
     results = results_of({"one": [0.1, 0.1], "two": [0.2, 0.2]}, max_rounds=81)
     results["test_error_at_max_rounds"] = [0.3, 0.5, 0.29, 0.49]
     found = summary(results, timings_of(results, [1.0] * 4))
-    assert within_noise(found) is None
-    says = within_noise(found, "test_error_at_max_rounds")
+    assert "one leads two by 10.00 points in test error at the end" in str(lead_line(found))
+    says = lead_line(found, "test_error_at_max_rounds")
     assert says is not None
     assert says.startswith("two leads one by 1.00 points in test error at 81 rounds")
 
@@ -173,10 +174,16 @@ def test_each_reading_has_its_own_noise() -> None:
 def test_with_one_seed_noise_is_unknown_and_one_tuner_leads_nobody() -> None:
     results = results_of({"one": [0.1], "two": [0.9]})
     found = summary(results, timings_of(results, [1.0] * 2))
-    says = within_noise(found)
+    says = lead_line(found)
     assert says is not None
     assert "one seed" in says
-    assert within_noise(found.iloc[:1]) is None
+    assert lead_line(found.iloc[:1]) is None
+
+
+def test_equal_errors_are_no_lead() -> None:
+    results = results_of({"one": [0.1], "two": [0.1]})
+    says = lead_line(summary(results, timings_of(results, [1.0] * 2)))
+    assert says == "one and two have the same test error at the end."
 
 
 STUDY = [

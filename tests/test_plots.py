@@ -93,6 +93,13 @@ def test_incumbents_are_drawn_as_mean_and_band(figures: list[Figure]) -> None:
     np.testing.assert_allclose([band.min(), band.max()], [0.2 - half, 0.8 + half])
     assert names(axes) == {"sha": line.get_color()}
     assert axes.get_title(loc="left").endswith("?")
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_a_lone_tuner_is_not_asked_who_wins(figures: list[Figure]) -> None:
+    for curves in ({"sha": [[0.9, 0.3]]}, {"sha": [[0.9, 0.3]], "asha": [[0.9, 0.3]]}):
+        plots.plot_incumbents(a_run(curves), Path("figure.png"))
+    assert ["Which tuner" in figure.axes[0].get_title(loc="left") for figure in figures] == [False, True]
 
 
 def test_a_study_that_spends_less_is_drawn_on_to_its_own_end_and_dotted_to_the_last(figures: list[Figure]) -> None:

@@ -21,7 +21,7 @@ COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
     errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
     counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, **dict.fromkeys(FAULTS, 0)}
-    counts |= {"close": 0, "short": 0}
+    counts |= {"dropped_jobs": 0, "close": 0, "short": 0}
     return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
 
 
@@ -33,7 +33,7 @@ def rendered(table: Table, width: int = 80) -> str:
 
 
 def line_of(text: str, tuner: str) -> str:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{tuner} ")]
+    (line,) = [line for line in text.splitlines() if re.match(rf"{re.escape(tuner)} +[\d–]", line)]
     return line
 
 
@@ -93,10 +93,17 @@ def test_faults_are_shown_when_there_are_any() -> None:
     assert "left (devices): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
 
 
-def test_a_lead_within_the_noise_is_said_for_each_reading() -> None:
+def test_dropped_jobs_are_shown_when_there_are_any() -> None:
+    flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame([row("sha", dropped_jobs=1234), row("asha", 0.9)]))))
+    assert "charged but not spent: sha 1,234." in flat
+
+
+def test_a_lead_is_said_for_each_reading_with_its_noise() -> None:
     flat = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame([row("sha", 0.1), row("asha", 0.105)]))))
-    assert flat.count("sha leads asha by 0.50 points") == 2
-    assert "leads" not in rendered(summary_table(pd.DataFrame([row("sha", 0.1), row("asha", 0.2)])))
+    assert flat.count("sha leads asha by 0.50 points") == flat.count("not a difference") == 2
+    clear = re.sub(r"\s+", " ", rendered(summary_table(pd.DataFrame([row("sha", 0.1), row("asha", 0.2)]))))
+    assert clear.count("; their combined standard error over 3 seeds is 1.41.") == 2  # sqrt(1² + 1²)
+    assert "not a difference" not in clear
 
 
 def test_percent_and_duration() -> None:
@@ -145,6 +152,21 @@ def test_what_each_search_chose_is_a_line():
     config = {"client": {"learning_rate": 0.012344, "batch_size": 32}, "server": {"learning_rate": 1.0}}
     studies = [(tuner, seed) for tuner in ("manual", "asha") for seed in (0, 1)]
     results = pd.DataFrame([{"tuner": tuner, "seed": seed, "config": json.dumps(config)} for tuner, seed in studies])
+    results["theta"] = "[[1.0]]"
     space = {"client": {"learning_rate": {}, "batch_size": {}}, "server": {}}
     chosen = "chose client.learning_rate=0.01234, client.batch_size=32"
     assert list(chosen_lines(results, space)) == [f"asha, seed {seed}, {chosen}" for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("theta", "end"),
+    [
+        ([[0.25, 0.25, 0.5]], "; theta gives it 0.50"),
+        ([[0.75, 0.25], [0.5, 0.5]], "; theta gives it 0.38"),  # of a product, the product: 0.75 * 0.5
+        ([[1 / 3, 1 / 3, 1 / 3]], ""),  # rsws ranks by errors, theta says nothing
+        ([[0.0, 1.0]], ""),
+    ],
+)
+def test_how_sure_theta_is_of_the_choice_is_said(theta: list[list[float]], end: str) -> None:
+    studies = [{"tuner": name, "seed": 0, "config": "{}", "theta": json.dumps(theta)} for name in ("uniform", "fedex")]
+    assert list(chosen_lines(pd.DataFrame(studies), {})) == [f"fedex, seed 0, chose {end}"]

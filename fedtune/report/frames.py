@@ -69,9 +69,10 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     """A row a tuner, in the order in which the tuners first occur in `results`.
 
     `seeds`, `max_rounds`; each of ERRORS as the mean over seeds, with its standard error as `<name>_se` (NaN with one
-    seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS as the sum over seeds;
-    `close`, in how many seeds the best trial leads the second by no more than noise; `short`, in how many it had fewer
-    than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would flatter the tuner.
+    seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS and `dropped_jobs` as the sum
+    over seeds; `close`, in how many seeds the best trial leads the second by no more than noise; `short`, in how many
+    it had fewer than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would
+    flatter the tuner.
     """
     results = results.assign(
         close=is_noise(results["lead"], results["lead_se"]), short=results["rounds_of_trial"] < results["max_rounds"]
@@ -87,7 +88,7 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
             studies["max_rounds"].first(),
             pd.concat([means, standard_errors], axis=1)[paired],
             studies[["rounds", "client_updates", "wall_seconds"]].mean(),
-            studies[[*FAULTS, "close", "short"]].sum(),
+            studies[[*FAULTS, "dropped_jobs", "close", "short"]].sum(),
         ],
         axis=1,
     ).reset_index()
@@ -98,11 +99,11 @@ def is_noise(lead: Any, standard_error: Any) -> Any:
     return lead <= standard_error
 
 
-def within_noise(summary: pd.DataFrame, reading: str = "test_error") -> str | None:
-    """A warning if the best tuner's lead over the second is not larger than their combined standard error; else None.
+def lead_line(summary: pd.DataFrame, reading: str = "test_error") -> str | None:
+    """How far the best tuner leads the second, and whether that is more than noise; None where there is no second.
 
-    `reading` is one of READINGS. The combined standard error is the root of the sum of squares; with one seed it is
-    unknown, and that is said.
+    `reading` is one of READINGS. The noise is their combined standard error, the root of the sum of squares; with one
+    seed it is unknown, and that is said.
     """
     ranked = summary.dropna(subset=[reading]).sort_values(reading, kind="stable")
     if len(ranked) < 2:
@@ -111,12 +112,14 @@ def within_noise(summary: pd.DataFrame, reading: str = "test_error") -> str | No
     lead = second[reading] - best[reading]
     noise = math.hypot(best[f"{reading}_se"], second[f"{reading}_se"])
     where = READINGS[reading].format(max_rounds=best["max_rounds"])
+    if lead == 0:
+        return f"{best['tuner']} and {second['tuner']} have the same {where}."
     says = f"{best['tuner']} leads {second['tuner']} by {100 * lead:.2f} points in {where}"
     if math.isnan(noise):
         return f"{says}; with one seed nobody can tell whether that is noise."
     if is_noise(lead, noise):
         return f"{says}, within their combined standard error of {100 * noise:.2f}: not a difference."
-    return None
+    return f"{says}; their combined standard error over {best['seeds']} seeds is {100 * noise:.2f}."
 
 
 def incumbent_curve(rounds: pd.DataFrame) -> pd.DataFrame:

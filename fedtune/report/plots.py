@@ -46,12 +46,16 @@ def plot_incumbents(run: Run, path: Path) -> Path:
     spent = run.rounds.groupby("tuner")["spent"].max()
     bands = curve_band(incumbent_curve(run.rounds))
     lines = [_until(line, int(spent[line.tuner])) for line in _lines(bands, "spent", run.settings["tuners"])]
+    several = len(run.settings["tuners"]) > 1
     figure, axes = _figure(
-        "Which tuner gets furthest with the same number of rounds?",
+        "Which tuner gets furthest with the same number of rounds?"
+        if several
+        else "How far does it get by which round?",
         f"{run.settings['data']['name']}: test error of the trial that the tuner would pick now, {_over(run)}",
     )
     _draw(axes, lines, steps=True)
     axes.set_xlabel("rounds spent over all trials", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("test error of the incumbent", color=INK)
     _error_axis(axes, lines)
     _label_ends(axes, lines)

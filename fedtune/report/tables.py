@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.data.checks import Problem
-from fedtune.report.frames import FAULTS, READINGS, within_noise
+from fedtune.report.frames import FAULTS, READINGS, lead_line
 
 MISSING = "–"
 COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
@@ -67,15 +67,21 @@ def percent(error: float, standard_error: float = math.nan) -> str:
 
 
 def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """What each search chose, a line a tuner and seed: the values of what `space` searches, of a pool the best ones."""
+    """What each search chose, a line a tuner and seed: the values of what `space` searches, of a pool the best ones.
+
+    Where theta prefers the choice without having settled on it, the line ends with its probability.
+    """
     for row in results.to_dict("records"):
-        if row["tuner"] == "manual":
+        if row["tuner"] in ("manual", "uniform"):  # neither chooses
             continue
+        theta = json.loads(row["theta"])
+        chance, even = (math.prod(map(of, theta)) for of in (max, lambda factor: 1 / len(factor)))
+        sure = f"; theta gives it {chance:.2f}" if 1.001 * even < chance < 1 else ""
         config = json.loads(row["config"])
         values = [
             f"{side}.{name}={config[side][name]:.4g}" for side in ("client", "server") for name in space.get(side, {})
         ]
-        yield f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}"
+        yield f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}{sure}"
 
 
 def _marked(cell: str, best: bool) -> Text:
@@ -84,7 +90,7 @@ def _marked(cell: str, best: bool) -> Text:
 
 
 def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
-    """The lines under the table: faults, what the two readings mean, which leads are no larger than the noise."""
+    """The lines under the table: faults, what the two readings mean, leads and their noise."""
     notes = [
         f"test: when all rounds are spent (equal spending); test at {max_rounds} rounds: the chosen federation after "
         f"{max_rounds} rounds of its own (equal length)."
@@ -99,6 +105,8 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
     if faults:
         meanings = "dropped (not finite), clipped (too large), lost (no reply), late or left (devices)"
         notes.insert(0, f"Updates {meanings}: {'; '.join(faults)}.")
+    if jobs := [f"{row['tuner']} {row['dropped_jobs']:,}" for row in summary.to_dict("records") if row["dropped_jobs"]]:
+        notes.insert(0, f"Jobs dropped (devices); if not retried, rounds are charged but not spent: {', '.join(jobs)}.")
     close, short = (
         [f"{row['tuner']} in {row[name]} of {row['seeds']}" for row in summary.to_dict("records") if row[name]]
         for name in ("close", "short")
@@ -112,7 +120,7 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
         )
     # With one seed the second warning would only say again that nothing can be said.
     readings = tuple(READINGS) if int(summary["seeds"].max()) > 1 else ("test_error",)
-    return notes + [note for reading in readings if (note := within_noise(summary, reading))]
+    return notes + [note for reading in readings if (note := lead_line(summary, reading))]
 
 
 def duration(seconds: float) -> str:
