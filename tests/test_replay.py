@@ -214,7 +214,7 @@ def misfit(path, number, expected, found):
     return f"{path}, line {number}, does not fit the tuner: expected {expected}, got {found}"
 
 
-@pytest.mark.parametrize(("event", "name"), [("tell", "trial"), ("tell", "rung"), ("ask", "trial"), ("ask", "rounds")])
+@pytest.mark.parametrize(("event", "name"), [("tell", "trial"), ("tell", "rung"), ("ask", "rung"), ("ask", "rounds")])
 def test_a_decision_that_was_changed(copy, event, name):
     path = journal(only(copy, "asha"), "asha")
     lines = lines_of(path)
@@ -287,14 +287,14 @@ def test_a_line_that_was_taken_out(copy):
 def test_a_round_that_was_taken_out(copy):
     path = journal(only(copy, "asha"), "asha")
     lines = lines_of(path)
-    told = lines[numbered(lines, "tell")[7]]
+    number = numbered(lines, "tell", rounds=1)[7]
+    told = lines[number]
     (index,) = (
         i for i in numbered(lines, "round", trial=told["trial"]) if lines[i]["record"]["round"] == told["rounds"]
     )
     seal(path, lines[:index] + lines[index + 1 :])
-    number = numbered(lines, "tell")[7]  # one less than before, and counted from 1
     refused(
-        copy,
+        copy,  # the tell comes one line earlier than before
         misfit(path, number, f"a line of round {told['rounds']} of trial {told['trial']} before it", "none"),
     )
 
