@@ -2,8 +2,8 @@
 
 The event loop of a study runs the same tuner again, over jobs that a journal holds. Every ask of the tuner must be the
 journal's next decision; when its job ends, the journal says; what the tuner is told, the rounds that it holds say. What
-has been rebuilt by the end must be what results.csv, rounds.parquet and trials.parquet hold, where those exist. Beside a
-results.csv, every study must have ended.
+has been rebuilt by the end must be what results.csv, rounds.parquet and trials.parquet hold, where those exist; beside
+results.csv every study must have ended.
 """
 
 import json

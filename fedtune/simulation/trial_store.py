@@ -5,7 +5,6 @@ last told job where that is an older one. So disk use is at most two checkpoints
 rounds.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,13 +95,11 @@ class TrialStore:
             if previous != self._told.get(number):
                 self._path(number, previous).unlink(missing_ok=True)
 
-    def inherit(self, trial: int, parent: int) -> None:
-        """Gives a new trial the state that its parent's last told job left, unless it had got it before."""
-        if not self.latest(trial):
-            server_round = self._told[parent]
-            shutil.copyfile(self._path(parent, server_round), self._path(trial, server_round))
-            self._journal.note("checkpoint", trial=trial, round=server_round)
-            self._latest[trial] = server_round
+    def inherit(self, parent: Federation, trial: int) -> None:
+        """Gives a new trial its parent's state."""
+        checkpoint.save(self._path(trial, parent.round), parent.arrays())
+        self._journal.note("checkpoint", trial=trial, round=parent.round)
+        self._latest[trial] = parent.round
 
     def told(self, trial: int, server_round: int) -> None:
         """The job that ended with this round was told: its state is kept until the next one is."""
@@ -110,14 +107,25 @@ class TrialStore:
         if previous not in (server_round, self.latest(trial)):
             self._path(trial, previous).unlink(missing_ok=True)
 
-    def holds(self, trial: int) -> bool:
-        """Whether the trial's latest checkpoint is there: those of all but the incumbent go at a study's end."""
-        return self._path(trial, self.latest(trial)).is_file()
+    def restore(self, federation: Federation, server_round: int) -> bool:
+        """Puts the federation into the state of its trial's checkpoint of that round; False where there is none.
 
-    def restore(self, federation: Federation) -> None:
-        """Puts the federation into the state of its trial's latest checkpoint."""
+        Those of all but the incumbent go at a study's end. Raises InputError where it is damaged.
+        """
+        path = self._path(federation.trial.number, server_round)
+        if not path.is_file():
+            return False
+        arrays = checkpoint.load(path)
+        if arrays["round"] != server_round:
+            raise InputError(f"checkpoint {path} must be of round {server_round}, got {arrays['round']}")
+        federation.restore(arrays)
+        return True
+
+    def replace(self, federation: Federation) -> None:
+        """Writes a checkpoint anew that was gone, if it is one that is kept."""
         number = federation.trial.number
-        federation.restore(checkpoint.load(self._path(number, self.latest(number))))
+        if federation.round in (self.latest(number), self._told.get(number)):
+            checkpoint.save(self._path(number, federation.round), federation.arrays())
 
     def keep_only(self, trial: int) -> None:
         """Removes all other trials' checkpoints, and what a killed process left half written."""
