@@ -191,7 +191,7 @@ class Replay:
         return {
             **{"trials": len(self.trials), "trial": best.trial, "max_rounds": self._settings.max_rounds},
             **{"virtual_time": self._loop.time, "dropped_jobs": self._dropped},
-            **result_row(self.trials, best.trial, self._settings.max_rounds, personalised),
+            **result_row(self.trials, best, self._settings.max_rounds, personalised),
         }
 
     def round_rows(self) -> list[dict[str, Any]]:

@@ -361,7 +361,7 @@ class Study:
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
                 **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
                 **{"dropped_jobs": self._dropped_jobs, "wasted_rounds": self._wasted_rounds},
-                **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
+                **result_row(self._trials, best, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
                 "pool": json.dumps(pool_as_json(federation.pool())),

@@ -36,13 +36,17 @@ class TrialHistory:
 
     def tail(self, error: str, up_to: int | None = None) -> float:
         """The tail mean of a field of the evaluations up to a round; None is the last one."""
-        evaluated = [r for r in self.records if r.evaluation is not None and (up_to is None or r.round <= up_to)]
-        return tail_mean([r.round for r in evaluated], [getattr(r.evaluation, error) for r in evaluated])
+        evaluations = self._evaluations(up_to)
+        return tail_mean(list(evaluations), [getattr(evaluation, error) for evaluation in evaluations.values()])
 
-    def last_test_error(self) -> float:
-        """The test error at the last evaluation; NaN before the first."""
-        evaluations = [record.evaluation for record in self.records if record.evaluation is not None]
+    def last_test_error(self, up_to: int | None = None) -> float:
+        """The test error at the last evaluation up to a round; NaN before the first."""
+        evaluations = list(self._evaluations(up_to).values())
         return evaluations[-1].test_error if evaluations else float("nan")
+
+    def _evaluations(self, up_to: int | None) -> dict[int, Evaluation]:
+        rounds = [record for record in self.records if up_to is None or record.round <= up_to]
+        return {record.round: record.evaluation for record in rounds if record.evaluation is not None}
 
 
 def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
