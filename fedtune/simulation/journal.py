@@ -1,4 +1,4 @@
-"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, flushed before it is acted on.
+"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, written before it is acted on.
 
 A study that is resumed runs the same event loop from the start. What it decides again is compared with the journal, and
 what it had computed is answered from it, so that it goes on where it stopped and ends with the numbers of a run that
@@ -126,7 +126,7 @@ class Journal:
             torn_at = self._read()
             if torn_at is not None and not read_only:
                 os.truncate(path, torn_at)
-        self._file = None if read_only else path.open("a", encoding="utf-8")
+        self._file = None if read_only else path.open("ab", buffering=0)
 
     def decide(self, event: str, **fields: Any) -> None:
         """Writes a decision, or finds that it is the one that was taken here before."""
@@ -171,8 +171,12 @@ class Journal:
         assert self._file is not None
         text = json.dumps(line)
         self._checksum = zlib.crc32(text.encode(), self._checksum)
-        self._file.write(f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n')
-        self._file.flush()
+        unwritten = f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n'.encode()
+        try:
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _read(self) -> int | None:
         """Takes in all whole lines; the place in the file at which a torn one begins, if there is one."""
