@@ -107,6 +107,32 @@ def test_a_run_on_a_full_disk_is_one_line_and_goes_on_later(finished, tmp_path, 
         assert (resumed / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
+@pytest.mark.parametrize("tuner", ["random", "asha", "hyperband", "pbt", "fedex"])
+def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, tuner):
+    """At every moment; of the trials that had all their rounds, the best one's alone is kept."""
+    folder, ended, live, most = tmp_path / "run", set(), set(), 0
+
+    def look(event):
+        nonlocal most
+        if event["event"] == "ask":
+            live.add(event["trial"])
+        elif event["event"] == "incumbent":
+            ended.update(live if tuner == "fedex" else ())
+            sizes = [path.stat().st_size for path in folder.glob("*/checkpoints/*")]
+            most = max(most, len(sizes))
+            assert len(sizes) <= 2 * len(live - ended) + 2
+            assert max(sizes) <= 3 * 4 * 650 + 1500  # 64 pixels and a bias to 10 classes; the header, theta
+        elif event["event"] == "tell" and event["rounds"] == 9:
+            ended.add(event["trial"])
+
+    settings = {**SETTINGS, "tuners": [tuner], "max_rounds": 9, "total_rounds": 90 if tuner == "pbt" else 45}
+    settings["server"] = {"optimizer": "yogi"}
+    settings["model"] = {"name": "logistic"}
+    fedtune.compare("digits", out=folder, listener=look, **settings)
+    assert most > 0
+    assert len(list(folder.glob("*/checkpoints/*"))) <= 2
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

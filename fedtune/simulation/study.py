@@ -33,6 +33,7 @@ from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
+from fedtune.tuning.tuners import ends_at_max_rounds
 
 MOST_ATTEMPTS = 1000  # at one job
 
@@ -96,6 +97,8 @@ class Study:
         self._spent = 0  # rounds of all jobs that were started
         self._dropped_jobs = 0
         self._wasted_rounds = 0
+        self._ends_at_max_rounds = ends_at_max_rounds(name, settings.tuner.get(name, {}))
+        self._ended: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
 
     def steps(self) -> Generator[None, None, StudyResult]:
         """Runs the study to its end, or goes on with one that was stopped.
@@ -175,6 +178,11 @@ class Study:
         best = incumbent(self._scores)
         assert best is not None
         self._incumbents.append((self._loop.time, best.trial))
+        if self._ends_at_max_rounds and job.rounds == self._settings.max_rounds:
+            self._ended.add(number)
+            for dead in self._ended - {best.trial}:
+                self._store.remove(dead)
+            self._ended &= {best.trial}
         errors = {
             "validation_error": best.error,
             "test_error": self._trials[best.trial].tail("test_error", best.rounds),

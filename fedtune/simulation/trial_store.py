@@ -1,8 +1,8 @@
 """What a study keeps of its trials: the rounds' records in the journal, the state in checkpoints.
 
 A trial's files are `trial-<number>-round-<round>.safetensors`: its latest checkpoint, and the one at the end of its
-last told job where that is an older one. So disk use is at most two checkpoints a live trial, whatever the number of
-rounds.
+last told job where that is an older one; none once it will not go on, unless it is the best. So disk use is at most
+two checkpoints a live trial, whatever the number of rounds.
 """
 
 from dataclasses import dataclass, field
@@ -114,7 +114,7 @@ class TrialStore:
     def restore(self, federation: Federation, server_round: int) -> bool:
         """Puts the federation into the state of its trial's checkpoint of that round; False where there is none.
 
-        Those of all but the incumbent go at a study's end. Raises InputError where it is damaged.
+        Those of all but the incumbent go at a study's end. Raises InputError where it is damaged or another's.
         """
         path = self._path(federation.trial.number, server_round)
         if not path.is_file():
@@ -130,6 +130,11 @@ class TrialStore:
         number = federation.trial.number
         if federation.round in (self.latest(number), self._told.get(number)):
             checkpoint.save(self._path(number, federation.round), federation.arrays())
+
+    def remove(self, trial: int) -> None:
+        """Removes the checkpoints of a trial that will not go on."""
+        for server_round in (self.latest(trial), self._told.get(trial, 0)):
+            self._path(trial, server_round).unlink(missing_ok=True)
 
     def keep_only(self, trial: int) -> None:
         """Removes all other trials' checkpoints, and what a killed process left half written."""
