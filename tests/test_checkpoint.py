@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedtune.errors import InputError
 from fedtune.simulation import checkpoint
@@ -42,3 +43,22 @@ def test_a_checkpoint_that_cannot_be_written_is_an_os_error(tmp_path):
     (tmp_path / "trial-0.tmp").mkdir()  # in the way of the temporary file
     with pytest.raises(OSError, match=r"^checkpoint .*trial-0.safetensors cannot be written: [^\n]+$"):
         checkpoint.save(tmp_path / "trial-0.safetensors", {"round": np.array(1)})
+
+
+@pytest.mark.parametrize("place", [8, 40, -1])
+def test_any_byte_that_changed_is_damage(tmp_path, place):
+    """In the header's first bytes, in the checksum's name, in the last array."""
+    path = tmp_path / "trial-0.safetensors"
+    checkpoint.save(path, {"round": np.array(1), "weights": np.arange(9.0)})
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"^checkpoint {path} is damaged: [^\n]+$"):
+        checkpoint.load(path)
+
+
+def test_a_safetensors_file_of_somebody_else_is_no_checkpoint(tmp_path):
+    path = tmp_path / "trial-0.safetensors"
+    save_file({"round": np.array(1)}, path)
+    with pytest.raises(InputError, match=r"is damaged: its checksum does not fit$"):
+        checkpoint.load(path)

@@ -1,10 +1,13 @@
 import json
 import math
 import zlib
+from dataclasses import fields
 
 import pytest
 
 from fedtune.errors import InputError
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.federation import RoundRecord
 from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
 
 
@@ -13,11 +16,26 @@ def path(tmp_path):
     return tmp_path / "journal.jsonl"
 
 
+def ask(number):
+    """The ask of a job of three rounds."""
+    return {
+        **{"event": "ask", "trial": number, "rung": 0, "rounds": 3, "attempt": 0},
+        **{"started": 0.0, "finishes": 0.1, "dropped": False, "server": {}, "pool": [[{}]]},
+    }
+
+
+def round_of(trial, number, *, evaluated=True):
+    """The line of a round."""
+    record = {field.name: 0 for field in fields(RoundRecord)} | {"error": math.nan, "loss": math.inf, "entropy": 0.0}
+    evaluation = [0.5] * len(Evaluation._fields) if evaluated else None
+    return {"event": "round", "trial": trial, "record": record | {"round": number, "evaluation": evaluation}}
+
+
 def write(path, count=3):
     journal = Journal(path)
     for number in range(count):
-        journal.decide("end", incumbent=number, time=0.1 * number)
-        journal.note("checkpoint", trial=number, round=9)
+        journal.decide(**ask(number))
+        journal.note("checkpoint", trial=number, round=3)
     journal.close()
 
 
@@ -34,7 +52,7 @@ def test_decisions_that_are_taken_again_are_not_written_again(path):
     journal = Journal(path)
     for number in range(3):
         assert journal.replaying
-        journal.decide("end", incumbent=number, time=0.1 * number)
+        journal.decide(**ask(number))
     assert not journal.replaying
     assert path.read_bytes() == before
     assert [line["trial"] for line in journal.notes("checkpoint")] == [0, 1, 2]
@@ -43,7 +61,7 @@ def test_decisions_that_are_taken_again_are_not_written_again(path):
     assert path.read_bytes().startswith(before)
     journal = Journal(path)
     for number in range(3):
-        journal.decide("end", incumbent=number, time=0.1 * number)
+        journal.decide(**ask(number))
     journal.decide("end", incumbent=3, time=math.nan)
     journal.close()
 
@@ -52,9 +70,9 @@ def test_another_decision_than_before_is_an_error_that_shows_both(path):
     write(path)
     journal = Journal(path)
     with pytest.raises(
-        InputError, match=r'line 1, does not fit this run: it says .*"incumbent": 0, .* where .*"incumbent": 7'
+        InputError, match=r'line 1, does not fit this run: it says .*"trial": 0, .* where .*"trial": 7'
     ) as caught:
-        journal.decide("end", incumbent=7, time=0.0)
+        journal.decide(**ask(7))
     journal.close()
     assert "\n" not in str(caught.value)
 
@@ -67,7 +85,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_torn(path):
         path.write_bytes(data[:end])
         journal = Journal(path)
         assert len(journal.notes("checkpoint")) == 2
-        journal.note("checkpoint", trial=2, round=9)
+        journal.note("checkpoint", trial=2, round=3)
         journal.close()
         assert path.read_bytes() == data
 
@@ -130,7 +148,7 @@ def test_a_journal_of_another_format_is_refused(path):
 def test_a_line_of_other_fields_is_a_clear_error_though_its_checksum_fits(path, line, said):
     """As somebody leaves it who edits a journal and computes its checksums anew."""
     journal = Journal(path)
-    journal.note("checkpoint", trial=0, round=9)
+    journal.decide(**ask(0))
     journal._write(line)
     journal.close()
     with pytest.raises(InputError) as caught:
@@ -154,10 +172,64 @@ def test_a_journal_that_is_only_read_stays_as_it_is_and_ends(path):
     before = path.read_bytes()
     journal = Journal(path, read_only=True)
     for number in range(3):
-        assert journal.coming() == (2 * number + 1, {"event": "end", "incumbent": number, "time": 0.1 * number})
-        journal.decide("end", incumbent=number, time=0.1 * number)
+        assert journal.coming() == (2 * number + 1, ask(number))
+        journal.decide(**ask(number))
     for after_the_end in (journal.coming, lambda: journal.decide("end", incumbent=3)):
         with pytest.raises(JournalEnds):
             after_the_end()
     journal.close()
     assert path.read_bytes() == before
+
+
+ROUNDS = [round_of(0, 1), {"event": "checkpoint", "trial": 0, "round": 1}, round_of(0, 2, evaluated=False)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*ROUNDS, round_of(0, 3), {"event": "lost", "trial": 0, "round": 3, "reasons": []}],
+        [*ROUNDS, round_of(0, 2), round_of(0, 3)],  # stopped, and gone on with from the checkpoint
+        [{"event": "checkpoint", "trial": 0, "round": 2}, round_of(0, 3)],  # from its parent
+        [{**ask(1), "dropped": True}, *ROUNDS],
+    ],
+)
+def test_rounds_follow_one_another_or_come_again_from_a_checkpoint_on(path, lines):
+    journal = Journal(path)
+    journal.decide(**ask(0))
+    for line in lines:
+        journal._write(line)
+    journal.close()
+    rounds = [line for line in lines if line["event"] == "round"]
+    assert str(Journal(path, read_only=True).notes("round")) == str(rounds)  # as text, NaN equals itself
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([round_of(1, 1)], "round 1 of trial 1 must be asked for and follow the one before, got 0 rounds asked for"),
+        ([{**ask(1), "dropped": True}, round_of(1, 1)], "round 1 of trial 1 must be asked for"),
+        ([round_of(0, 2)], "round 2 of trial 0 must be asked for and follow the one before, got 3 rounds asked for"),
+        ([*ROUNDS, round_of(0, 1)], "round 1 of trial 0 must be asked for and follow the one before"),
+        ([*ROUNDS, round_of(0, 3), round_of(0, 4)], "got 3 rounds asked for and 3 as the last"),
+        ([{"event": "checkpoint", "trial": 1, "round": 1}], "the checkpoint of trial 1 must be of its last round, 0,"),
+        ([{"event": "checkpoint", "trial": 0, "round": 4}], "the checkpoint of trial 0 must be of its last round, 0,"),
+        ([*ROUNDS, {"event": "checkpoint", "trial": 0, "round": 2}], "its last round, 2, and that evaluated"),
+        ([*ROUNDS, {"event": "checkpoint", "trial": 0, "round": 1}], "its last round, 2, and that evaluated"),
+        ([{"event": "lost", "trial": 0, "round": 1, "reasons": []}], "round 1 of trial 0 must come before it, got 0"),
+        (
+            [{"event": "personalised", "reading": "sampled", "trial": 1, "round": 9, "evaluation": [0.5] * 5}],
+            "round 9 of trial 1 must come before it, got 0 as the last",
+        ),
+    ],
+)
+def test_what_cannot_follow_is_a_clear_error_though_its_checksum_fits(path, lines, said):
+    journal = Journal(path)
+    journal.decide(**ask(0))
+    for line in lines:
+        journal._write(line)
+    journal.close()
+    with pytest.raises(InputError) as caught:
+        Journal(path)
+    assert str(caught.value).startswith(f"{path}, line {len(lines) + 1}, is damaged or was edited: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

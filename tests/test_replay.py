@@ -149,6 +149,7 @@ def test_neither_data_nor_training_nor_checkpoints_are_needed_and_nothing_is_wri
 def test_a_study_that_was_stopped_is_rebuilt_as_far_as_it_went(longer, tmp_path, study):
     """Wherever its journal stops: the whole lines are replayed, what a torn one held is not missed."""
     folder = only(copied(longer, tmp_path / "copy"), study)
+    (folder / "results.csv").unlink()
     path = journal(folder, study)
     whole, lines = path.read_text().splitlines(keepends=True), lines_of(path)
     assert fedtune.replay(folder)[0].finished
@@ -168,6 +169,7 @@ def test_a_study_that_was_stopped_is_rebuilt_as_far_as_it_went(longer, tmp_path,
 
 def test_a_study_that_was_not_begun(copy):
     shutil.rmtree(copy / "asha-seed0")
+    (copy / "results.csv").unlink()
     (study,) = fedtune.replay(only(copy, "asha"))
     assert str(
         study
@@ -214,7 +216,7 @@ def misfit(path, number, expected, found):
     return f"{path}, line {number}, does not fit the tuner: expected {expected}, got {found}"
 
 
-@pytest.mark.parametrize(("event", "name"), [("tell", "trial"), ("tell", "rung"), ("ask", "trial"), ("ask", "rounds")])
+@pytest.mark.parametrize(("event", "name"), [("tell", "trial"), ("tell", "rung"), ("ask", "rung"), ("ask", "rounds")])
 def test_a_decision_that_was_changed(copy, event, name):
     path = journal(only(copy, "asha"), "asha")
     lines = lines_of(path)
@@ -287,14 +289,14 @@ def test_a_line_that_was_taken_out(copy):
 def test_a_round_that_was_taken_out(copy):
     path = journal(only(copy, "asha"), "asha")
     lines = lines_of(path)
-    told = lines[numbered(lines, "tell")[7]]
+    number = numbered(lines, "tell", rounds=1)[7]
+    told = lines[number]
     (index,) = (
         i for i in numbered(lines, "round", trial=told["trial"]) if lines[i]["record"]["round"] == told["rounds"]
     )
     seal(path, lines[:index] + lines[index + 1 :])
-    number = numbered(lines, "tell")[7]  # one less than before, and counted from 1
     refused(
-        copy,
+        copy,  # the tell comes one line earlier than before
         misfit(path, number, f"a line of round {told['rounds']} of trial {told['trial']} before it", "none"),
     )
 
@@ -420,3 +422,22 @@ def test_a_run_without_its_personalised_errors(copy):
     seal(path, lines)
     trial = lines[-1]["incumbent"]
     refused(copy, f"{path} must have a line of the personalised errors of trial {trial}, got none")
+
+
+def test_a_journal_that_is_shorter_than_the_results(copy):
+    path, results = journal(only(copy, "asha"), "asha"), copy / "results.csv"
+    whole = path.read_bytes().splitlines(keepends=True)
+    said = f"{path} must hold the study to its end, as {results} does, got "
+    for end in (0, 1, 7, len(whole) - 1):
+        path.write_bytes(b"".join(whole[:end]))
+        refused(copy, f"{said}one that stops before")
+    path.unlink()
+    refused(copy, f"{said}none")
+    results.unlink()
+    assert not fedtune.replay(copy)[0].finished
+
+
+@pytest.mark.parametrize("name", ["rounds.parquet", "trials.parquet"])
+def test_a_file_that_is_missing_beside_the_results(copy, name):
+    (copy / name).unlink()
+    refused(copy, f"{copy} must have {name} beside its results.csv, got none")

@@ -6,9 +6,9 @@ import pytest
 
 from fedtune.simulation.evaluation import Evaluation
 from fedtune.simulation.federation import RoundRecord
-from fedtune.simulation.results import runner_up, trial_rows
+from fedtune.simulation.results import result_row, runner_up, trial_rows
 from fedtune.simulation.trial_store import TrialHistory
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Score, Trial, incumbent
 
 
 def history(number: int, *evaluations: tuple[int, float, float]) -> TrialHistory:
@@ -30,7 +30,7 @@ def test_the_runner_up_is_the_second_best_at_the_best_ones_resource() -> None:
         **{0: history(0, (3, 0.3, 0.01), (9, 0.20, 0.03)), 1: history(1, (3, 0.1, 0.01))},  # 1 was never promoted
         **{2: history(2, (3, 0.4, 0.01), (9, 0.24, 0.04)), 3: history(3, (3, 0.4, 0.01), (9, 0.5, 0.01))},
     }
-    found = runner_up(trials, 0)
+    found = runner_up(trials, Score(0, 9, 0.2))
     assert found["runner_up"] == 2
     assert found["lead"] == pytest.approx(0.24 - 0.20)
     assert found["lead_se"] == pytest.approx(math.sqrt(0.03**2 + 0.04**2))
@@ -39,12 +39,22 @@ def test_the_runner_up_is_the_second_best_at_the_best_ones_resource() -> None:
 def test_the_standard_error_of_a_score_is_the_mean_over_its_evaluations() -> None:
     trials = {0: history(0, (4, 0.9, 0.5), (7, 0.2, 0.02), (8, 0.2, 0.04)), 1: history(1, (8, 0.3, 0.0))}
     assert trial_rows("asha", 0, trials)[0]["score_se"] == pytest.approx((0.02 + 0.04) / 2)
-    assert runner_up(trials, 0)["lead_se"] == pytest.approx((0.02 + 0.04) / 2)
+    assert runner_up(trials, Score(0, 8, 0.2))["lead_se"] == pytest.approx((0.02 + 0.04) / 2)
 
 
 def test_a_lone_trial_has_no_runner_up_and_a_trial_never_told_no_score() -> None:
     alone = {0: history(0, (9, 0.2, 0.03)), 1: history(1)}
-    found = runner_up(alone, 0)
+    found = runner_up(alone, Score(0, 9, 0.2))
     assert found["runner_up"] == -1
     assert math.isnan(found["lead"])
     assert math.isnan(trial_rows("asha", 0, alone)[1]["score_se"])
+
+
+def test_a_trial_that_diverged_after_it_was_the_best_is_read_where_it_was() -> None:
+    trials = {0: history(0, (3, 0.2, 0.01), (9, math.nan, 0.1)), 1: history(1, (3, 0.3, 0.01))}
+    scores = [Score(n, rounds, score) for n, each in trials.items() for rounds, score in each.scores.items()]
+    best = incumbent(scores)
+    assert best == (0, 3, 0.2)
+    row = result_row(trials, best, 9, {("sampled", 0, 3): Evaluation(0.1, 1.0, 0.4, 1.0, 0.0)})
+    assert (row["rounds_of_trial"], row["validation_error"], row["test_error_personalised"]) == (3, 0.2, 0.4)
+    assert (row["runner_up"], row["lead"]) == (1, pytest.approx(0.3 - 0.2))

@@ -1,12 +1,15 @@
 """A run killed at any moment and resumed ends with the bytes of a run that was never stopped."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,8 +43,8 @@ class Killed(BaseException):
     """Stands for the process's death: nothing in the program catches it."""
 
 
-def stopped_and_resumed(folder, settings, after):
-    """The folder of a run that was stopped after so many rounds of all its studies, and resumed."""
+def stopped(folder, settings, after):
+    """The folder of a run that was stopped after so many rounds of all its studies."""
     rounds = 0
 
     def stop(event):
@@ -52,7 +55,12 @@ def stopped_and_resumed(folder, settings, after):
 
     with pytest.raises(Killed):
         fedtune.compare("digits", executor="serial", out=folder, listener=stop, **settings)
-    return fedtune.resume(folder, executor="serial").folder
+    return folder
+
+
+def stopped_and_resumed(folder, settings, after):
+    """The folder of such a run, resumed."""
+    return fedtune.resume(stopped(folder, settings, after), executor="serial").folder
 
 
 @pytest.mark.parametrize("after", [1, 20, 41, 90, 130, 144])
@@ -147,6 +155,50 @@ def test_a_torn_journal_and_a_half_written_checkpoint(uninterrupted, tmp_path):
         journal.write('{"event": "round", "tri')
     (folder / "asha-seed0" / "checkpoints" / "trial-0-round-9.tmp").write_bytes(b"half")
     assert contents(fedtune.resume(folder, executor="serial").folder) == contents(uninterrupted)
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = [Path.unlink, lambda path: os.truncate(path, 50), flip_a_byte]
+LOST = {
+    "max_rounds": 9,
+    "total_rounds": 45,
+    "tuners": ["pbt", "asha"],
+    "cohort_size": 1,
+    "evaluation": {"every": 3, "clients": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return fedtune.compare("digits", executor="serial", out=tmp_path_factory.mktemp("resume") / "kept", **LOST).folder
+
+
+@pytest.mark.parametrize("after", [20, 40, 70])
+def test_checkpoints_that_are_lost_are_trained_again(kept, tmp_path, after):
+    """Also those of a trial that goes on from its parent, whose own is lost too."""
+    warnings = []
+    folder = stopped(tmp_path / "run", LOST, after)
+    for path, damage in zip(sorted(folder.glob("*/checkpoints/*")), itertools.cycle(DAMAGE), strict=False):
+        damage(path)
+    listener = lambda event: warnings.append(event["message"]) if event["event"] == "warning" else None  # noqa: E731
+    fedtune.resume(folder, executor="serial", listener=listener)
+    assert contents(folder) == contents(kept)
+    assert warnings
+    for warning in warnings:
+        assert re.fullmatch(r"checkpoint \S+ is damaged: [^\n]+; trial \d+ is trained again", warning)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_finished_runs_checkpoints_come_again(kept, tmp_path, damage):
+    folder = shutil.copytree(kept, tmp_path / "copy")
+    for path in folder.glob("*/checkpoints/*"):
+        damage(path)
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(kept)
 
 
 def test_a_finished_run_resumes_to_itself(uninterrupted, tmp_path):

@@ -1,12 +1,16 @@
-"""Checkpoints: the arrays of a federation's state in a safetensors file, written under a temporary name and renamed."""
+"""Checkpoints: the arrays of a federation's state in a safetensors file, written under a temporary name and renamed.
+
+The file's metadata hold a checksum of the arrays.
+"""
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from fedtune.errors import InputError
 
@@ -18,7 +22,8 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """
     temporary = path.with_suffix(".tmp")
     try:
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        save_file(contiguous, temporary, metadata={"checksum": _checksum(contiguous)})
     except SafetensorError as error:
         raise OSError(f"checkpoint {path} cannot be written: {error}") from error
     os.replace(temporary, path)
@@ -27,7 +32,18 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load(path: Path) -> dict[str, np.ndarray]:
     """The arrays that were saved. Raises InputError where the file is damaged."""
     try:
-        arrays: dict[str, np.ndarray] = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            checksum = (file.metadata() or {}).get("checksum")
     except SafetensorError as error:
         raise InputError(f"checkpoint {path} is damaged: {error}") from None
+    if checksum != _checksum(arrays):
+        raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")
     return arrays
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    checksum = 0
+    for name in sorted(arrays):
+        checksum = zlib.crc32(arrays[name].data, zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"

@@ -39,6 +39,7 @@ from fedtune.simulation.executors.machine import MachineSettings
 from fedtune.simulation.executors.pool import PoolExecutor
 from fedtune.simulation.executors.serial import SerialExecutor
 from fedtune.simulation.results import StudyResult
+from fedtune.simulation.run_folder import locked, replacing
 from fedtune.simulation.study import Listener, Study
 from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
@@ -60,6 +61,11 @@ class Comparison:
 
     def run(self, folder: Path, listener: Listener) -> None:
         """Runs every study, each tuner under each seed, in a folder from `claim_folder`; goes on with a stopped run."""
+        with locked(folder):
+            check_versions(folder, listener)
+            self._run(folder, listener)
+
+    def _run(self, folder: Path, listener: Listener) -> None:
         settings = self.settings
         studies = [
             (name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners
@@ -260,13 +266,30 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
             raise InputError(f"--out {folder} exists; choose another, or give --force to overwrite it")
         if not (folder / "settings.toml").is_file():
             raise InputError(f"--out {folder} exists and is not a run folder; it is not overwritten even with --force")
-        shutil.rmtree(folder)
+        with locked(folder):
+            shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--out must be a folder that can be made, got {folder}: {error.strerror}") from None
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    (folder / "settings.toml").write_text(write_settings(settings))
+    with replacing(folder / "environment.json") as path:
+        path.write_text(json.dumps(environment(), indent=2) + "\n")
+    with replacing(folder / "settings.toml") as path:
+        path.write_text(write_settings(settings))
+
+
+def check_versions(folder: Path, listener: Listener) -> None:
+    """Warns where a run was begun with other versions. Raises InputError where its environment.json is damaged."""
+    path = folder / "environment.json"
+    try:
+        begun = json.loads(path.read_text())["versions"]
+        different = [f"{name} {begun[name]}, now {now}" for name in VERSIONED if (now := version(name)) != begun[name]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} must say which versions the run was begun with, got {reason}") from None
+    if different:
+        message = f"the run was begun with {'; '.join(different)}: its numbers may not be those of either version"
+        listener({"event": "warning", "message": message})
 
 
 def environment() -> dict[str, Any]:
@@ -299,12 +322,14 @@ def _commit() -> str | None:
 
 def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
     """Writes rounds.parquet, trials.parquet, results.csv and timings.csv, the last of which alone holds real times."""
-    pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(
-        folder / "rounds.parquet"
-    )
-    pd.DataFrame([row for result in results for row in result.trials]).to_parquet(folder / "trials.parquet")
-    pd.DataFrame(timings).to_csv(folder / "timings.csv", index=False)
-    pd.DataFrame([result.result for result in results]).to_csv(folder / "results.csv", index=False)
+    with replacing(folder / "rounds.parquet") as path:
+        pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(path)
+    with replacing(folder / "trials.parquet") as path:
+        pd.DataFrame([row for result in results for row in result.trials]).to_parquet(path)
+    with replacing(folder / "timings.csv") as path:
+        pd.DataFrame(timings).to_csv(path, index=False)
+    with replacing(folder / "results.csv") as path:
+        pd.DataFrame([result.result for result in results]).to_csv(path, index=False)
 
 
 ROUND_COLUMNS = [

@@ -3,13 +3,13 @@
 Thesis, section 3.5.4: a bracket that is finished can be asked for more configurations.
 """
 
-import os
 from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.server.trials import resolve_hyperparameters
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
 from fedtune.simulation.replay import Replay
+from fedtune.simulation.run_folder import locked, replacing
 from fedtune.simulation.study import extend
 from fedtune.tuning.trial import Extendable
 
@@ -21,28 +21,28 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
     for the journals hold them. Raises InputError, and leaves all as it is, unless every study has ended and its tuner
     can be asked for more.
     """
-    settings = resolve([read_settings(folder / "settings.toml")])
-    if num_configs is None and total_rounds is None:
-        raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
-    before = settings.last_total_rounds
-    if total_rounds is None:
-        assert num_configs is not None
-        total_rounds = max(before, num_configs * settings.max_rounds)
-    elif total_rounds < before or (num_configs is None and total_rounds == before):
-        raise InputError(f"total_rounds must be more than the {before} that there were, got {total_rounds}")
-    tables = settings.model_dump(exclude_none=True)
-    tables["extensions"].append(
-        {"total_rounds": total_rounds} | ({} if num_configs is None else {"num_configs": num_configs})
-    )
-    longer = resolve([tables])
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        for name in settings.tuners:
-            _check(name, seed, settings, longer.extensions[-1], folder)
-    temporary = folder / "settings.toml.tmp"
-    temporary.write_text(write_settings(longer))
-    os.replace(temporary, folder / "settings.toml")
-    for name in ("results.csv", "rounds.parquet", "trials.parquet", "timings.csv"):
-        (folder / name).unlink(missing_ok=True)
+    with locked(folder):
+        settings = resolve([read_settings(folder / "settings.toml")])
+        if num_configs is None and total_rounds is None:
+            raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
+        before = settings.last_total_rounds
+        if total_rounds is None:
+            assert num_configs is not None
+            total_rounds = max(before, num_configs * settings.max_rounds)
+        elif total_rounds < before or (num_configs is None and total_rounds == before):
+            raise InputError(f"total_rounds must be more than the {before} that there were, got {total_rounds}")
+        tables = settings.model_dump(exclude_none=True)
+        tables["extensions"].append(
+            {"total_rounds": total_rounds} | ({} if num_configs is None else {"num_configs": num_configs})
+        )
+        longer = resolve([tables])
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            for name in settings.tuners:
+                _check(name, seed, settings, longer.extensions[-1], folder)
+        with replacing(folder / "settings.toml") as path:
+            path.write_text(write_settings(longer))
+            for name in ("results.csv", "rounds.parquet", "trials.parquet", "timings.csv"):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _check(name: str, seed: int, settings: Settings, extension: ExtensionSettings, folder: Path) -> None:

@@ -152,6 +152,10 @@ class Federation:
             **{f"policy.{name}": array for name, array in self.strategy.policy.to_arrays().items()},
         }
 
+    def heritage(self) -> dict[str, np.ndarray]:
+        """The state that a copy of this trial starts from: all but the policy's, which is of this trial's own pool."""
+        return {name: array for name, array in self.arrays().items() if not name.startswith("policy.")}
+
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from a checkpoint."""
         self.round = int(arrays["round"])
@@ -190,11 +194,6 @@ class Federation:
             **{"num_validation": validation, "validation_error": error, "validation_loss": loss},
             **{"num_test": test, "test_error": error, "test_loss": loss},
         }
-
-
-def heritage(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a new trial takes over of its parent's state: all but the policy's, which is of the parent's own pool."""
-    return {name: array for name, array in arrays.items() if not name.startswith("policy.")}
 
 
 def record_as_json(record: RoundRecord) -> dict[str, Any]:

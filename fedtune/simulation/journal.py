@@ -1,4 +1,4 @@
-"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, flushed before it is acted on.
+"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, written before it is acted on.
 
 A study that is resumed runs the same event loop from the start. What it decides again is compared with the journal, and
 what it had computed is answered from it, so that it goes on where it stopped and ends with the numbers of a run that
@@ -9,9 +9,10 @@ import json
 import os
 import zlib
 from collections import defaultdict, deque
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -48,13 +49,62 @@ LINES = {  # by event
     "round": _fields(event=str, trial=int, record=_fields(**{each.name: each.type for each in fields(RoundRecord)})),
     "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
     "checkpoint": _fields(event=str, trial=int, round=int),
-    "personalised": _fields(event=str, reading=str, trial=int, round=int, evaluation=Evaluation),
+    "personalised": _fields(
+        **{"event": str, "reading": Literal["at_max_rounds", "sampled", "argmax"]},
+        **{"trial": int, "round": int, "evaluation": Evaluation},
+    ),
 }
 NOTES = ("round", "lost", "checkpoint", "personalised")
 
 
 class JournalEnds(Exception):
     """A journal that is only read holds no further decision."""
+
+
+@dataclass
+class _Trial:
+    """A trial as the lines so far have it."""
+
+    asked: int = 0  # its rounds at the end of its last job, other than dropped ones
+    round: int = 0  # its last one
+    evaluated: bool = True  # whether that was
+    checkpoint: int = 0  # the round of its last checkpoint
+
+
+class Order:
+    """What may follow the lines so far, whatever the tuner decides.
+
+    A trial's rounds come one after another, up to what was asked for, and its checkpoints after rounds that were
+    evaluated; a trial whose first note is a checkpoint has it from another one. From a trial's last checkpoint on its
+    rounds may come again, as after a stop.
+    """
+
+    def __init__(self) -> None:
+        self._trials: dict[int, _Trial] = defaultdict(_Trial)
+
+    def take(self, line: Mapping[str, Any]) -> str | None:
+        """What must be where the line can't stand here; None where it can."""
+        if "trial" not in line:
+            return None
+        trial, about = self._trials[line["trial"]], f"of trial {line['trial']}"
+        match line["event"]:
+            case "ask" if not line["dropped"]:
+                trial.asked = line["rounds"]
+            case "round":
+                record = line["record"]
+                if record["round"] not in (trial.round + 1, trial.checkpoint + 1) or record["round"] > trial.asked:
+                    return (
+                        f"round {record['round']} {about} must be asked for and follow the one before, "
+                        f"got {trial.asked} rounds asked for and {trial.round} as the last"
+                    )
+                trial.round, trial.evaluated = record["round"], record["evaluation"] is not None
+            case "checkpoint":
+                if not (trial.evaluated and line["round"] == (trial.round or line["round"]) <= trial.asked):
+                    return f"the checkpoint {about} must be of its last round, {trial.round}, and that evaluated"
+                trial.round = trial.checkpoint = line["round"]
+            case "lost" | "personalised" if line["round"] > trial.round:
+                return f"round {line['round']} {about} must come before it, got {trial.round} as the last"
+        return None
 
 
 class Journal:
@@ -69,13 +119,14 @@ class Journal:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._checksum = 0
+        self._order = Order()
         self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not decided again yet
         self._notes: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by event
         if path.exists():
             torn_at = self._read()
             if torn_at is not None and not read_only:
                 os.truncate(path, torn_at)
-        self._file = None if read_only else path.open("a", encoding="utf-8")
+        self._file = None if read_only else path.open("ab", buffering=0)
 
     def decide(self, event: str, **fields: Any) -> None:
         """Writes a decision, or finds that it is the one that was taken here before."""
@@ -120,8 +171,12 @@ class Journal:
         assert self._file is not None
         text = json.dumps(line)
         self._checksum = zlib.crc32(text.encode(), self._checksum)
-        self._file.write(f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n')
-        self._file.flush()
+        unwritten = f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n'.encode()
+        try:
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _read(self) -> int | None:
         """Takes in all whole lines; the place in the file at which a torn one begins, if there is one."""
@@ -149,7 +204,8 @@ class Journal:
         event = line.get("event")
         if event == "study" and line.get("format") != FORMAT:
             raise InputError(
-                f"{self.path} must have format {FORMAT}, got {line.get('format')}: another version of fedtune wrote it"
+                f"{self.path}, line {number}, must have format {FORMAT}, got {line.get('format')}: "
+                "another version of fedtune wrote it"
             )
         if event not in list(LINES):
             raise self._damaged(number, str(UnknownNameError("event", str(event), LINES)))
@@ -157,6 +213,8 @@ class Journal:
             LINES[event].model_validate_json(body)
         except ValidationError as error:
             raise self._damaged(number, str(input_error(error, LINES[event], "field"))) from None
+        if misplaced := self._order.take(line):
+            raise self._damaged(number, misplaced)
         return line
 
     def _damaged(self, number: int, why: str) -> InputError:

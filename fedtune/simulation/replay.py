@@ -2,7 +2,8 @@
 
 The event loop of a study runs the same tuner again, over jobs that a journal holds. Every ask of the tuner must be the
 journal's next decision; when its job ends, the journal says; what the tuner is told, the rounds that it holds say. What
-has been rebuilt by the end must be what results.csv, rounds.parquet and trials.parquet hold, where those exist.
+has been rebuilt by the end must be what results.csv, rounds.parquet and trials.parquet hold, where those exist; beside
+results.csv every study must have ended.
 """
 
 import json
@@ -56,6 +57,10 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     hyperparameters = resolve_hyperparameters(settings)
     check_tuners(settings, hyperparameters.space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
+    if results is not None:  # it is written last, of studies that ended
+        for name in ("rounds.parquet", "trials.parquet"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} must have {name} beside its results.csv, got none")
     trials = _rows(folder / "trials.parquet", pd.read_parquet)
     by_round = ["trial", "round"]
     rounds = _rows(folder / "rounds.parquet", lambda path: pd.read_parquet(path).sort_values(by_round))
@@ -63,6 +68,11 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
         for name in settings.tuners:
             study = Replay(name, seed, settings, hyperparameters, folder)
             replayed = study.run()
+            if results is not None and not replayed.finished:
+                raise InputError(
+                    f"{study.journal_path} must hold the study to its end, as {folder / 'results.csv'} does, "
+                    f"got {'one that stops before' if study.journal_path.exists() else 'none'}"
+                )
             if replayed.finished:
                 _compare(folder / "results.csv", study, [study.result_row()], results)
                 _compare(folder / "rounds.parquet", study, study.round_rows(), rounds)
@@ -92,6 +102,11 @@ class Replay:
 
     def __str__(self) -> str:
         return f"{self.name}-seed{self.seed}"
+
+    @property
+    def journal_path(self) -> Path:
+        """Where its journal is, or would be."""
+        return self._journal.path
 
     def run(self) -> ReplayedStudy:
         """The study as far as the journal goes. Raises InputError where the journal and the tuner disagree."""
@@ -176,7 +191,7 @@ class Replay:
         return {
             **{"trials": len(self.trials), "trial": best.trial, "max_rounds": self._settings.max_rounds},
             **{"virtual_time": self._loop.time, "dropped_jobs": self._dropped},
-            **result_row(self.trials, best.trial, self._settings.max_rounds, personalised),
+            **result_row(self.trials, best, self._settings.max_rounds, personalised),
         }
 
     def round_rows(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.simulation.evaluation import Evaluation
 from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.trial_store import Reading, TrialHistory
-from fedtune.tuning.trial import Pool, Trial, rank_key
+from fedtune.tuning.trial import Pool, Score, Trial, rank_key
 
 TOTALS = (
     "client_updates",
@@ -79,24 +79,27 @@ def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> lis
 
 
 def result_row(
-    trials: Mapping[int, TrialHistory], best: int, max_rounds: int, personalised: Mapping[Reading, Evaluation]
+    trials: Mapping[int, TrialHistory], best: Score, max_rounds: int, personalised: Mapping[Reading, Evaluation]
 ) -> dict[str, Any]:
-    """What was spent over all trials, and the errors of the best one at both readings of an equal budget."""
-    history = trials[best]
+    """What was spent over all trials, and the errors of the best one at both readings of an equal budget.
+
+    `best` may have been told again since, and worse: a trial that diverged is the best where it had not.
+    """
+    history = trials[best.trial]
     records = [record for each in trials.values() for record in each.records]
-    sampled = personalised["sampled", best, history.told]
-    argmax = personalised.get(("argmax", best, history.told), sampled)
+    sampled = personalised["sampled", best.trial, best.rounds]
+    argmax = personalised.get(("argmax", best.trial, best.rounds), sampled)
     # Beyond max_rounds, which an infinite horizon allows, a search is not evaluated in between.
-    beyond = math.nan if history.told > max_rounds else sampled.test_error
-    at_max_rounds = personalised.get(("at_max_rounds", best, max_rounds))
+    beyond = math.nan if best.rounds > max_rounds else sampled.test_error
+    at_max_rounds = personalised.get(("at_max_rounds", best.trial, max_rounds))
     return {
-        **{"rounds": len(records), "rounds_of_trial": history.told},
+        **{"rounds": len(records), "rounds_of_trial": best.rounds},
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
-        "validation_error": history.tail("validation_error"),
-        "validation_error_se": history.tail("validation_error_se"),
+        "validation_error": history.tail("validation_error", best.rounds),
+        "validation_error_se": history.tail("validation_error_se", best.rounds),
         **runner_up(trials, best),
-        "test_error": history.tail("test_error"),
-        "test_error_last": history.last_test_error(),
+        "test_error": history.tail("test_error", best.rounds),
+        "test_error_last": history.last_test_error(best.rounds),
         "test_error_personalised": sampled.test_error,
         "test_error_personalised_argmax": argmax.test_error,
         "test_error_at_max_rounds": history.tail("test_error", max_rounds),
@@ -104,7 +107,7 @@ def result_row(
     }
 
 
-def runner_up(trials: Mapping[int, TrialHistory], best: int) -> dict[str, Any]:
+def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]:
     """The second-best trial among those told at the best one's last round, and how far it lies behind.
 
     `runner_up` is its number, -1 where there is none; `lead` its score less the best one's; `lead_se` the root of the
@@ -112,13 +115,13 @@ def runner_up(trials: Mapping[int, TrialHistory], best: int) -> dict[str, Any]:
     errors go up and down together, so its standard error is taken as their mean: an upper bound. `lead_se` is one too
     where what is hard for one model is hard for the other.
     """
-    rounds = trials[best].told
-    others = [number for number, history in trials.items() if number != best and rounds in history.scores]
+    rounds = best.rounds
+    others = [number for number, history in trials.items() if number != best.trial and rounds in history.scores]
     if not others:
         return {"runner_up": -1, "lead": math.nan, "lead_se": math.nan}
     second = min(others, key=lambda number: rank_key(trials[number].scores[rounds], number))
-    standard_errors = [trials[number].tail("validation_error_se", rounds) for number in (best, second)]
-    lead = trials[second].scores[rounds] - trials[best].scores[rounds]
+    standard_errors = [trials[number].tail("validation_error_se", rounds) for number in (best.trial, second)]
+    lead = trials[second].scores[rounds] - best.error
     return {"runner_up": second, "lead": lead, "lead_se": math.hypot(*standard_errors)}
 
 

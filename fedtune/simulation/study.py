@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ from fedtune.tasks import Executor
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
+from fedtune.tuning.tuners import ends_at_max_rounds
 
 MOST_ATTEMPTS = 1000  # at one job
 
 Listener = Callable[[dict[str, Any]], None]
+Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
@@ -95,6 +97,8 @@ class Study:
         self._spent = 0  # rounds of all jobs that were started
         self._dropped_jobs = 0
         self._wasted_rounds = 0
+        self._ends_at_max_rounds = ends_at_max_rounds(name, settings.tuner.get(name, {}))
+        self._ended: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
 
     def steps(self) -> Generator[None, None, StudyResult]:
         """Runs the study to its end, or goes on with one that was stopped.
@@ -111,7 +115,7 @@ class Study:
                 self._extend(extension)
                 yield from self._loop.run()
                 best = yield from self._end()
-            return self._result(best)
+            return (yield from self._result(best))
 
     def start(self, job: Job, number: int, now: float) -> RunningJob | None:
         """The attempt in flight, journalled; None where the budget has too few rounds left for the job.
@@ -174,6 +178,11 @@ class Study:
         best = incumbent(self._scores)
         assert best is not None
         self._incumbents.append((self._loop.time, best.trial))
+        if self._ends_at_max_rounds and job.rounds == self._settings.max_rounds:
+            self._ended.add(number)
+            for dead in self._ended - {best.trial}:
+                self._store.remove(dead)
+            self._ended &= {best.trial}
         errors = {
             "validation_error": best.error,
             "test_error": self._trials[best.trial].tail("test_error", best.rounds),
@@ -234,27 +243,50 @@ class Study:
                 self._listener({"event": "lost", "tuner": self.name, "seed": self.seed, "reasons": reasons})
             on_round(record)
 
-        if job.trial.parent is not None and first == history.start:
-            self._store.inherit(number, job.trial.parent)
+        if job.trial.parent is not None and not self._store.latest(number):
+            source = yield from self._federation(self._trials[job.trial.parent].trial, first, finishes)
+            self._store.inherit(source, number)
         known = min(self._store.latest(number), job.rounds)
         for record in self._store.past_records(number, first, known):
             on_round(record)
         if known < job.rounds:
-            federation = self._new_federation(
-                job.trial, lambda federation, record: on_new_round(federation, record) if record.round > known else None
-            )
-            if self._store.holds(number):  # else it is trained again, to the same weights
-                self._store.restore(federation)
-            federation.grid.order = finishes
+            federation = yield from self._federation(job.trial, self._store.latest(number), finishes, on_new_round)
             yield from federation.advance(job.rounds, self._settings.evaluate_every)
         if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
             yield from self._personalise("at_max_rounds", job.trial, job.rounds, Federation.sampled_config)
 
-    def _federation(self, trial: Trial) -> Federation:
-        """The trial's federation as its latest checkpoint left it."""
-        federation = self._new_federation(trial, lambda federation, record: None)
-        self._store.restore(federation)
+    def _federation(
+        self,
+        trial: Trial,
+        server_round: int,
+        order: float,
+        on_round: Callable[[Federation, RoundRecord], None] = lambda federation, record: None,
+    ) -> Generator[int, None, Federation]:
+        """The trial's federation after a round, from its checkpoint; `on_round` is called after every later round.
+
+        Where the checkpoint is gone the trial is trained again, to the same weights.
+        """
+        federation = self._new_federation(
+            trial, lambda federation, record: on_round(federation, record) if record.round > server_round else None
+        )
+        federation.grid.order = order
+        if server_round and not self._restore(federation, server_round):
+            history = self._trials[trial.number]
+            if trial.parent is not None:
+                parent = yield from self._federation(self._trials[trial.parent].trial, history.start, order)
+                federation.restore(parent.heritage())
+            yield from federation.advance(server_round, self._settings.evaluate_every)
+            self._store.replace(federation)
         return federation
+
+    def _restore(self, federation: Federation, server_round: int) -> bool:
+        """Puts the federation into the state of its trial's checkpoint of that round; whether there is one, whole."""
+        try:
+            return self._store.restore(federation, server_round)
+        except InputError as error:
+            message = f"{error}; trial {federation.trial.number} is trained again"
+            self._listener({"event": "warning", "message": message})
+            return False
 
     def _new_federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
         """The trial's federation before its first round."""
@@ -278,22 +310,27 @@ class Study:
 
     def _personalise(
         self, reading: str, trial: Trial, rounds: int, config_of: Callable[[Federation, int], Config]
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Evaluates the trial, which has had so many rounds, after local training on each evaluation client.
 
         Not where the journal has that reading.
         """
         if (reading, trial.number, rounds) in self._personalised:
             return
-        federation = self._federation(trial)
+        federation = yield from self._federation(trial, rounds, self._loop.time)
         into: list[Evaluation] = []
         yield from federation.personalise(lambda client: config_of(federation, client), into)
         self._personalised[reading, trial.number, rounds] = into[0]
         self._journal.note("personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(into[0]))
 
-    def _wait(self, work: Iterator[int]) -> Iterator[None]:
-        """Yields until each of the tickets that `work` waits for is finished."""
-        for ticket in work:
+    def _wait(self, work: Generator[int, None, Made]) -> Generator[None, None, Made]:
+        """What `work` returns; yields until each of the tickets that it waits for is finished."""
+        while True:
+            try:
+                ticket = next(work)
+            except StopIteration as end:
+                made: Made = end.value
+                return made
             while not self._executor.finished(ticket):
                 yield
 
@@ -319,12 +356,12 @@ class Study:
         self._journal.decide("end", incumbent=best.trial, time=self._loop.time)
         return best
 
-    def _result(self, best: Score) -> StudyResult:
+    def _result(self, best: Score) -> Generator[None, None, StudyResult]:
         """The study's rows; of the checkpoints the incumbent's alone is kept."""
+        history = self._trials[best.trial]
+        federation = yield from self._wait(self._federation(history.trial, best.rounds, self._loop.time))
         self._store.keep_only(best.trial)
         self._listener({"event": "study_end", "tuner": self.name, "seed": self.seed})
-        history = self._trials[best.trial]
-        federation = self._federation(history.trial)
         return StudyResult(
             round_rows(self.name, self.seed, self._trials, self._incumbents, one_federation=self._one_federation),
             trial_rows(self.name, self.seed, self._trials),
@@ -332,7 +369,7 @@ class Study:
                 **{"tuner": self.name, "seed": self.seed, "trials": len(self._trials), "trial": best.trial},
                 **{"max_rounds": self._settings.max_rounds, "virtual_time": self._loop.time},
                 **{"dropped_jobs": self._dropped_jobs, "wasted_rounds": self._wasted_rounds},
-                **result_row(self._trials, best.trial, self._settings.max_rounds, self._personalised),
+                **result_row(self._trials, best, self._settings.max_rounds, self._personalised),
                 "config": json.dumps({"server": dict(history.trial.server), "client": dict(federation.best_config())}),
                 "theta": json.dumps([theta.tolist() for theta in federation.theta()]),
                 "pool": json.dumps(pool_as_json(federation.pool())),

@@ -1,8 +1,8 @@
 """What a study keeps of its trials: the rounds' records in the journal, the state in checkpoints.
 
 A trial's files are `trial-<number>-round-<round>.safetensors`: its latest checkpoint, and the one at the end of its
-last told job where that is an older one. So disk use is at most two checkpoints a live trial, whatever the number of
-rounds.
+last told job where that is an older one; none once it will not go on, unless it is the best. So disk use is at most
+two checkpoints a live trial, whatever the number of rounds.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from pathlib import Path
 from fedtune.errors import InputError
 from fedtune.simulation import checkpoint
 from fedtune.simulation.evaluation import Evaluation, tail_mean
-from fedtune.simulation.federation import Federation, RoundRecord, heritage, record_as_json, record_from_json
+from fedtune.simulation.federation import Federation, RoundRecord, record_as_json, record_from_json
 from fedtune.simulation.journal import Journal
 from fedtune.tuning.trial import Trial
 
@@ -36,13 +36,17 @@ class TrialHistory:
 
     def tail(self, error: str, up_to: int | None = None) -> float:
         """The tail mean of a field of the evaluations up to a round; None is the last one."""
-        evaluated = [r for r in self.records if r.evaluation is not None and (up_to is None or r.round <= up_to)]
-        return tail_mean([r.round for r in evaluated], [getattr(r.evaluation, error) for r in evaluated])
+        evaluations = self._evaluations(up_to)
+        return tail_mean(list(evaluations), [getattr(evaluation, error) for evaluation in evaluations.values()])
 
-    def last_test_error(self) -> float:
-        """The test error at the last evaluation; NaN before the first."""
-        evaluations = [record.evaluation for record in self.records if record.evaluation is not None]
+    def last_test_error(self, up_to: int | None = None) -> float:
+        """The test error at the last evaluation up to a round; NaN before the first."""
+        evaluations = list(self._evaluations(up_to).values())
         return evaluations[-1].test_error if evaluations else float("nan")
+
+    def _evaluations(self, up_to: int | None) -> dict[int, Evaluation]:
+        rounds = [record for record in self.records if up_to is None or record.round <= up_to]
+        return {record.round: record.evaluation for record in rounds if record.evaluation is not None}
 
 
 def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
@@ -95,14 +99,11 @@ class TrialStore:
             if previous != self._told.get(number):
                 self._path(number, previous).unlink(missing_ok=True)
 
-    def inherit(self, trial: int, parent: int) -> None:
-        """Gives a new trial the state that its parent's last told job left, unless it had got it before."""
-        if not self.latest(trial):
-            server_round = self._told[parent]
-            state = checkpoint.load(self._path(parent, server_round))
-            checkpoint.save(self._path(trial, server_round), heritage(state))
-            self._journal.note("checkpoint", trial=trial, round=server_round)
-            self._latest[trial] = server_round
+    def inherit(self, parent: Federation, trial: int) -> None:
+        """Gives a new trial its parent's state."""
+        checkpoint.save(self._path(trial, parent.round), parent.heritage())
+        self._journal.note("checkpoint", trial=trial, round=parent.round)
+        self._latest[trial] = parent.round
 
     def told(self, trial: int, server_round: int) -> None:
         """The job that ended with this round was told: its state is kept until the next one is."""
@@ -110,14 +111,30 @@ class TrialStore:
         if previous not in (server_round, self.latest(trial)):
             self._path(trial, previous).unlink(missing_ok=True)
 
-    def holds(self, trial: int) -> bool:
-        """Whether the trial's latest checkpoint is there: those of all but the incumbent go at a study's end."""
-        return self._path(trial, self.latest(trial)).is_file()
+    def restore(self, federation: Federation, server_round: int) -> bool:
+        """Puts the federation into the state of its trial's checkpoint of that round; False where there is none.
 
-    def restore(self, federation: Federation) -> None:
-        """Puts the federation into the state of its trial's latest checkpoint."""
+        Those of all but the incumbent go at a study's end. Raises InputError where it is damaged or another's.
+        """
+        path = self._path(federation.trial.number, server_round)
+        if not path.is_file():
+            return False
+        arrays = checkpoint.load(path)
+        if arrays["round"] != server_round:
+            raise InputError(f"checkpoint {path} must be of round {server_round}, got {arrays['round']}")
+        federation.restore(arrays)
+        return True
+
+    def replace(self, federation: Federation) -> None:
+        """Writes a checkpoint anew that was gone, if it is one that is kept."""
         number = federation.trial.number
-        federation.restore(checkpoint.load(self._path(number, self.latest(number))))
+        if federation.round in (self.latest(number), self._told.get(number)):
+            checkpoint.save(self._path(number, federation.round), federation.arrays())
+
+    def remove(self, trial: int) -> None:
+        """Removes the checkpoints of a trial that will not go on."""
+        for server_round in (self.latest(trial), self._told.get(trial, 0)):
+            self._path(trial, server_round).unlink(missing_ok=True)
 
     def keep_only(self, trial: int) -> None:
         """Removes all other trials' checkpoints, and what a killed process left half written."""

@@ -95,6 +95,11 @@ def within_one_federation(name: str) -> bool:
     return TUNERS[name] is OneFederation
 
 
+def ends_at_max_rounds(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a trial that has had max_rounds rounds is never asked for again."""
+    return not within_one_federation(name) and not options.get("infinite_horizon", False)
+
+
 def make_tuner(
     name: str,
     draw: Draw,

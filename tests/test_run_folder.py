@@ -1,0 +1,167 @@
+"""A run folder that another process uses, or whose disk is full, or whose files were lost."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import fedtune
+from fedtune.errors import InputError
+from fedtune.simulation.run_folder import locked, replacing
+
+SETTINGS = {
+    **{"tuners": ["random"], "max_rounds": 3, "total_rounds": 9, "executor": "serial", "cohort_size": 1},
+    "evaluation": {"every": 3, "clients": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return fedtune.compare("digits", out=tmp_path_factory.mktemp("folder") / "run", **SETTINGS).folder
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hold(folder, connection):
+    with locked(folder):
+        connection.send("locked")
+        connection.recv()
+
+
+@pytest.fixture
+def in_use(finished):
+    """The folder, which another process has locked; and that process."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(finished, theirs))
+    process.start()
+    assert ours.recv() == "locked"
+    yield finished, process
+    process.kill()
+    process.join()
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_alone(in_use):
+    folder, process = in_use
+    before = everything(folder)
+    for use in (
+        lambda: fedtune.resume(folder),
+        lambda: fedtune.extend(folder, num_configs=9),
+        lambda: fedtune.compare("digits", out=folder, force=True, **SETTINGS),
+    ):
+        with pytest.raises(InputError) as caught:
+            use()
+        assert str(caught.value) == f"run must be gone on with by one process at a time, got {folder}, in use"
+    assert everything(folder) == before
+    assert fedtune.replay(folder)[0].finished  # which only reads
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    fedtune.resume(folder, executor="serial")
+    results = [name for name in before if name.suffix in (".csv", ".parquet") and name.stem != "timings"]
+    assert {name: name.read_bytes() for name in results} == {name: before[name] for name in results}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("old")
+
+    def fill_the_disk():
+        with replacing(path) as new:
+            new.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=rf"^{path} cannot be written: No space left on device$"):
+        fill_the_disk()
+    assert everything(tmp_path) == {path: b"old"}
+    with replacing(path) as new:
+        new.write_text("new")
+        assert path.read_text() == "old"
+    assert everything(tmp_path) == {path: b"new"}
+
+
+@pytest.mark.parametrize("limit", [600, 3000, 6000])
+def test_a_run_on_a_full_disk_is_one_line_and_goes_on_later(finished, tmp_path, limit):
+    """No file may grow beyond so many bytes, as if there the disk were full."""
+    folder = tmp_path / "run"
+    command = ["compare", str(finished / "settings.toml"), "--out", str(folder)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedtune", *command],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    message = ended.stderr.splitlines()[-1]
+    assert message.startswith("fedtune: ")
+    assert str(folder) in message
+    assert "Traceback" not in ended.stderr
+    if limit > 600:  # then its settings could be written
+        resumed = fedtune.resume(folder, executor="serial").folder
+        assert (resumed / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("tuner", ["random", "asha", "hyperband", "pbt", "fedex"])
+def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, tuner):
+    """At every moment; of the trials that had all their rounds, the best one's alone is kept."""
+    folder, ended, live, most = tmp_path / "run", set(), set(), 0
+
+    def look(event):
+        nonlocal most
+        if event["event"] == "ask":
+            live.add(event["trial"])
+        elif event["event"] == "incumbent":
+            ended.update(live if tuner == "fedex" else ())
+            sizes = [path.stat().st_size for path in folder.glob("*/checkpoints/*")]
+            most = max(most, len(sizes))
+            assert len(sizes) <= 2 * len(live - ended) + 2
+            assert max(sizes) <= 3 * 4 * 650 + 1500  # 64 pixels and a bias to 10 classes; the header, theta
+        elif event["event"] == "tell" and event["rounds"] == 9:
+            ended.add(event["trial"])
+
+    settings = {**SETTINGS, "tuners": [tuner], "max_rounds": 9, "total_rounds": 90 if tuner == "pbt" else 45}
+    settings["server"] = {"optimizer": "yogi"}
+    settings["model"] = {"name": "logistic"}
+    fedtune.compare("digits", out=folder, listener=look, **settings)
+    assert most > 0
+    assert len(list(folder.glob("*/checkpoints/*"))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "FileNotFoundError: "),
+        ("{", "JSONDecodeError: "),
+        ("[]", "TypeError: "),
+        ("{}", "KeyError: 'versions'"),
+        ('{"versions": {"torch": "2.0"}}', "KeyError: 'fedtune'"),
+    ],
+)
+def test_an_environment_that_was_damaged_is_one_line(finished, tmp_path, text, said):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "environment.json"
+    path.unlink() if text is None else path.write_text(text)
+    before = everything(folder)
+    with pytest.raises(InputError) as caught:
+        fedtune.resume(folder, executor="serial")
+    assert str(caught.value).startswith(f"{path} must say which versions the run was begun with, got {said}")
+    assert "\n" not in str(caught.value)
+    assert everything(folder) == before
+
+
+def test_a_run_of_another_torch_is_gone_on_with_and_says_so(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "environment.json"
+    text = path.read_text()
+    now = text.partition('"torch": "')[2].partition('"')[0]
+    path.write_text(text.replace(f'"torch": "{now}"', '"torch": "1.0"', 1))
+    heard = []
+    fedtune.resume(folder, executor="serial", listener=heard.append)
+    (warning,) = (event["message"] for event in heard if event["event"] == "warning")
+    assert warning == f"the run was begun with torch 1.0, now {now}: its numbers may not be those of either version"
