@@ -4,9 +4,11 @@ An executor takes batches of tasks that share the same weights. `submit` returns
 something was computed, `collect` gives the results of a finished ticket in the order of its tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from fedtune.tuning.space import Config, Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,7 @@ class TrainTask:
     """Train one client from the batch's weights; the result is an Update."""
 
     client: int
-    config: Mapping[str, float]
+    config: Config
     seed: int
     error_before: bool = False
 
@@ -34,7 +36,7 @@ class PersonaliseTask:
     """Train one client, then evaluate what came out on its validation and test parts; a dict of metrics."""
 
     client: int
-    config: Mapping[str, float]
+    config: Config
     seed: int
 
 
@@ -49,7 +51,7 @@ def describe(task: Task) -> str:
     return f"client {task.client} with {dict(task.config)}"
 
 
-Metrics = dict[str, int | float]
+Metrics = dict[str, Number]
 
 
 @dataclass(frozen=True)
