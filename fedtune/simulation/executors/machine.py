@@ -12,7 +12,7 @@ import torch
 
 from fedtune import plugins
 from fedtune.client_work import evaluate_clients, train_and_measure, train_each, train_one
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
 from fedtune.plugins import ClientProgram
@@ -50,7 +50,7 @@ class Machine:
 
     def describe(self) -> str:
         """Where clients train."""
-        return "in this process" + _beside(self.num_together)
+        return "in this process" + side_by_side(self.num_together)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
@@ -127,15 +127,9 @@ def num_together(settings: MachineSettings, program: ClientProgram, model: FlatM
     return count
 
 
-def describe_workers(settings: MachineSettings, spec: DatasetSpec, num_workers: int) -> str:
-    """Where the clients of so many worker processes train, each with a machine of these settings."""
-    model = FlatModel(plugins.make_model(settings.model, spec), settings.device, spec.objective)
-    together = num_together(settings, plugins.client_program(settings.client), model)
-    return f"in {num_workers} worker process{'es' * (num_workers > 1)}" + _beside(together)
-
-
-def _beside(together: int) -> str:
-    return f", up to {together} together" if together > 1 else ""
+def side_by_side(num_together: int) -> str:
+    """What a message adds where clients train together."""
+    return f", up to {num_together} together" if num_together > 1 else ""
 
 
 def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
