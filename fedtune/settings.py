@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fedtune.errors import InputError, UnknownNameError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-Scalar = bool | int | float | str
 
 
 class Table(BaseModel):
