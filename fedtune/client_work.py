@@ -1,7 +1,7 @@
-"""What one client does in a round: it trains, and it measures a model on its own validation and test parts.
+"""What a client does in a round: it trains, and it measures a model on its own validation and test parts.
 
-`train_each` and `measure_each` do so for several clients of small models, with less overhead and to the bit the same
-results; `train_clients` and `measure_clients` for many clients in one tensor program, whose results differ by rounding.
+`train_one` lets one client train, `train_each` several of small models, with less overhead and to the bit the same
+results; `train_clients` and `measure_clients` do with many in one tensor program, whose results differ by rounding.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import EVALUATION_BATCH, Examples, FlatModel, StoredExamples
 from fedtune.objectives import Measures
-from fedtune.tasks import ClientTask, Metrics
+from fedtune.tasks import ClientTask, Metrics, PersonaliseTask, Result, TrainTask, Update
 from fedtune.tuning.space import Config
 
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]  # a client program's `train`
@@ -29,32 +29,55 @@ TrainTogether = Callable[
 TrainBatched = Callable[
     [FlatModel, Tensor, Examples, Sequence[int], Sequence[Config], Sequence[np.random.Generator]], Tensor
 ]
-Device = str | torch.device
+# What `train_one` and `train_each` are with a client program's function in the first place.
+TrainSome = Callable[[FlatModel, Tensor, FederatedDataset, Sequence[ClientTask]], list[Tensor]]
 Part = tuple[int, str]  # a client, and the name of one of its parts
 ErrorAndLoss = tuple[float, float]  # means over a part
 
 
-def train_client(
-    train: Train,
+def train_and_measure(
+    train: TrainSome,
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    client: int,
-    config: Config,
-    seed: int,
-    error_before: bool,
-    device: Device,
-) -> tuple[Float[Tensor, "weight"], Metrics]:
-    """The client's weights after training, valid until the model is next used, and its metrics.
+    tasks: Sequence[ClientTask],
+) -> list[Result]:
+    """Each task's result after training from `weights`. The weights in it are valid until the model is next used."""
+    before = [
+        measure(model, weights, dataset, parts_of(task))[0]
+        if isinstance(task, TrainTask) and task.error_before
+        else None
+        for task in tasks
+    ]
+    trained = train(model, weights, dataset, tasks)
+    after = measure_each(model, trained, dataset, list(map(parts_of, tasks)))
+    return [result(dataset, *each) for each in zip(tasks, trained, after, before, strict=True)]
 
-    `error` and `loss` are means over the validation part after training; `error_before` and `loss_before`, if asked
-    for, are the same before it; `num_train` and `num_validation` count examples.
+
+def parts_of(task: ClientTask) -> list[Part]:
+    """On what the task's trained weights are measured."""
+    names = ("validation",) if isinstance(task, TrainTask) else ("validation", "test")
+    return [(task.client, name) for name in names]
+
+
+def result(
+    dataset: FederatedDataset,
+    task: ClientTask,
+    weights: Float[Tensor, "weight"],
+    after: Sequence[ErrorAndLoss],
+    before: ErrorAndLoss | None,
+) -> Result:
+    """The task's result, of the trained weights and what was measured on `parts_of(task)`.
+
+    An update's metrics are `error` and `loss`, means over the validation part after training; `error_before` and
+    `loss_before`, if asked for, the same before it; and `num_train` and `num_validation`, which count examples.
     """
-    validation = [(client, "validation")]
-    before = measure(model, weights, dataset, validation, device)[0] if error_before else None
-    trained = _trained(train, model, weights, dataset, client, config, seed, device)
-    (after,) = measure(model, trained, dataset, validation, device)
-    return trained, update_metrics(dataset, client, after, before)
+    if isinstance(task, PersonaliseTask):
+        return [_evaluation_metrics(dataset, task.client, *after)]
+    ((error, loss),) = after
+    earlier = {} if before is None else {"error_before": before[0], "loss_before": before[1]}
+    counts = {f"num_{part}": len(dataset.examples(task.client, part)[1]) for part in ("train", "validation")}
+    return Update(weights, {"error": error, "loss": loss, **earlier, **counts})
 
 
 def evaluate_clients(
@@ -62,7 +85,6 @@ def evaluate_clients(
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
     clients: Sequence[int],
-    device: Device,
 ) -> list[Metrics]:
     """For each client, the mean error and loss of the weights on its validation and its test part, and their sizes.
 
@@ -70,26 +92,25 @@ def evaluate_clients(
     are copied for it, in the form in which they are stored.
     """
     parts = [(client, part) for client in clients for part in ("validation", "test")]
-    measured = measure(model, weights, dataset, parts, device)
+    measured = measure(model, weights, dataset, parts)
     return [
-        evaluation_metrics(dataset, client, validation, test)
+        _evaluation_metrics(dataset, client, validation, test)
         for client, validation, test in zip(clients, measured[::2], measured[1::2], strict=True)
     ]
 
 
-def personalise_client(
+def train_one(
     train: Train,
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    client: int,
-    config: Config,
-    seed: int,
-    device: Device,
-) -> Metrics:
-    """The metrics of `evaluate_clients` for one client, after training on its train part."""
-    trained = _trained(train, model, weights, dataset, client, config, seed, device)
-    return evaluate_clients(model, trained, dataset, [client], device)[0]
+    tasks: Sequence[ClientTask],
+) -> list[Float[Tensor, "weight"]]:
+    """The weights of the only task's client after training from `weights`, which the model then holds."""
+    (task,) = tasks
+    examples = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device).all()
+    model.load(train(model, weights, examples, task.config, generator(task.seed)))
+    return [model.flat]
 
 
 def train_each(
@@ -98,11 +119,10 @@ def train_each(
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
-    device: Device,
 ) -> list[Float[Tensor, "weight"]]:
-    """The weights of each task's client after training from `weights`: to the bit those of `train_client`."""
+    """The weights of each task's client after training from `weights`: to the bit those of `train_one`."""
     stored = [dataset.examples(task.client, "train") for task in tasks]
-    examples = [StoredExamples(*arrays, dataset.spec, device) for arrays in stored]
+    examples = [StoredExamples(*arrays, dataset.spec, model.flat.device) for arrays in stored]
     configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
     trained = list(train_together(model, weights, examples, configs, rngs))
     shapes = [(each.dtype, each.shape) for each in trained]
@@ -120,12 +140,11 @@ def train_clients(
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
-    device: Device,
 ) -> Float[Tensor, "client weight"]:
     """The weights of each task's client after training from `weights`."""
     stored = [dataset.examples(task.client, "train") for task in tasks]
     x, y = (np.concatenate(arrays) for arrays in zip(*stored, strict=True))
-    examples = StoredExamples(x, y, dataset.spec, device).all()
+    examples = StoredExamples(x, y, dataset.spec, model.flat.device).all()
     configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
     return train_batched(model, weights, examples, [len(labels) for _, labels in stored], configs, rngs)
 
@@ -135,11 +154,11 @@ def measure_clients(
     weights: Float[Tensor, "client weight"],
     dataset: FederatedDataset,
     parts: Sequence[Sequence[Part]],
-    device: Device,
 ) -> list[list[ErrorAndLoss]]:
     """For each client, the mean error and loss of its row of the weights on each of its parts."""
     stored = [[dataset.examples(*part) for part in each] for each in parts]
     x, y = (np.concatenate(arrays) for arrays in zip(*(pair for each in stored for pair in each), strict=True))
+    device = model.flat.device
     examples = StoredExamples(x, y, dataset.spec, device).all()
     sizes = np.array([sum(len(labels) for _, labels in each) for each in stored])
     starts = np.cumsum(sizes) - sizes
@@ -159,35 +178,14 @@ def measure_clients(
     return [[next(means) for _ in each] for each in parts]
 
 
-def update_metrics(dataset: FederatedDataset, client: int, after: ErrorAndLoss, before: ErrorAndLoss | None) -> Metrics:
-    """The metrics of `train_client`, of what was measured on the validation part."""
-    counts = {f"num_{part}": len(dataset.examples(client, part)[1]) for part in ("train", "validation")}
-    earlier = {} if before is None else {"error_before": before[0], "loss_before": before[1]}
-    return {"error": after[0], "loss": after[1], **earlier, **counts}
-
-
-def evaluation_metrics(dataset: FederatedDataset, client: int, validation: ErrorAndLoss, test: ErrorAndLoss) -> Metrics:
+def _evaluation_metrics(
+    dataset: FederatedDataset, client: int, validation: ErrorAndLoss, test: ErrorAndLoss
+) -> Metrics:
     """The metrics of `evaluate_clients`, of what was measured on the two parts."""
     metrics: Metrics = {}
     for part, (error, loss) in (("validation", validation), ("test", test)):
         metrics |= {f"{part}_error": error, f"{part}_loss": loss, f"num_{part}": len(dataset.examples(client, part)[1])}
     return metrics
-
-
-def _trained(
-    train: Train,
-    model: FlatModel,
-    weights: Float[Tensor, "weight"],
-    dataset: FederatedDataset,
-    client: int,
-    config: Config,
-    seed: int,
-    device: Device,
-) -> Float[Tensor, "weight"]:
-    """The weights after training, which the model then holds."""
-    examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, device).all()
-    model.load(train(model, weights, examples, config, generator(seed)))
-    return model.flat
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -196,10 +194,10 @@ def generator(seed: int) -> np.random.Generator:
 
 
 def measure(
-    model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[Part], device: Device
+    model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[Part]
 ) -> list[ErrorAndLoss]:
     """The mean error and the mean loss of the weights, which the model then holds, on each of some clients' parts."""
-    (measured,) = measure_each(model, [weights], dataset, [parts], device)
+    (measured,) = measure_each(model, [weights], dataset, [parts])
     return measured
 
 
@@ -208,7 +206,6 @@ def measure_each(
     weights: Sequence[Float[Tensor, "weight"]],
     dataset: FederatedDataset,
     parts: Sequence[Sequence[Part]],
-    device: Device,
 ) -> list[list[ErrorAndLoss]]:
     """What `measure` gives, to the bit, for each of some weights on the parts beside them."""
     measures: list[Measures] = []
@@ -225,7 +222,7 @@ def measure_each(
             x, y = stored[0] if len(stored) == 1 else map(np.concatenate, zip(*stored, strict=True))
             for start in range(0, len(y), EVALUATION_BATCH):
                 batch = slice(start, start + EVALUATION_BATCH)
-                examples = StoredExamples(x[batch], y[batch], dataset.spec, device).all()
+                examples = StoredExamples(x[batch], y[batch], dataset.spec, model.flat.device).all()
                 waiting.append((model.module(examples.x), examples.y))
                 if sum(len(labels) for _, labels in waiting) >= EVALUATION_BATCH:
                     measures.append(model.measure(*map(torch.cat, zip(*waiting, strict=True))))

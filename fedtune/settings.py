@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fedtune.errors import InputError, UnknownNameError
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-Scalar = bool | int | float | str
 
 
 class Table(BaseModel):
@@ -49,8 +48,8 @@ class SpaceSettings(Table):
 
 
 class EvaluationSettings(Table):
-    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on `clients`
-    clients.
+    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on at most
+    `clients` clients: on all where there are fewer.
 
     None is a twentieth of `max_rounds`, rounded up, and "all" clients. Every trial of a study is evaluated on the
     same clients.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from fedtune.tuning.space import Config
+from fedtune.tuning.space import Config, Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def describe(task: Task) -> str:
     return f"client {task.client} with {dict(task.config)}"
 
 
-Metrics = dict[str, int | float]
+Metrics = dict[str, Number]
 
 
 @dataclass(frozen=True)

@@ -159,15 +159,6 @@ def test_too_few_configurations_for_a_bracket(n, enough):
     )
 
 
-def test_a_job_is_told_once_and_only_if_it_was_asked_for():
-    tuner = AsyncHyperband(draw, 9, reduction_factor=3)
-    job = tuner.ask()
-    tuner.tell(job, 0.5)
-    for wrong in (job, Job(draw(5), 0, 1)):
-        with pytest.raises(InputError, match=f"got trial {wrong.trial.number} in rung 0"):
-            tuner.tell(wrong, 0.5)
-
-
 def test_an_unknown_mode():
     with pytest.raises(UnknownNameError, match="unknown mode 'bold'; known: aggressive, conservative, standard"):
         AsyncHyperband(draw, 256, mode="bold")

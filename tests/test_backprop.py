@@ -58,6 +58,19 @@ def half_hooked():
     return model
 
 
+def with_unused_weights():
+    model = nn.Sequential(nn.Flatten(), linear_16(), nn.ReLU(), nn.Sequential(linear_16(), nn.ReLU()), nn.Linear(16, 3))
+    for place in (1, 2, 3):
+        model[place].register_parameter("unused", nn.Parameter(torch.randn(16)))
+    return model
+
+
+def with_an_unused_weight_beside_its_layers():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    model.register_parameter("unused", nn.Parameter(torch.randn(16)))
+    return model
+
+
 MODELS = {
     "logistic": lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(16, 3)),
     "no bias": lambda: nn.Sequential(nn.Flatten(), linear_16(bias=False), nn.ReLU(), nn.Linear(16, 3, bias=False)),
@@ -91,6 +104,8 @@ MODELS = {
     "tied": tied,
     "frozen": frozen,
     "half hooked": half_hooked,
+    "with unused weights": with_unused_weights,
+    "with an unused weight beside its layers": with_an_unused_weight_beside_its_layers,
 }
 
 
@@ -140,10 +155,11 @@ def test_what_is_written_out():
     assert kinds(MODELS["own layers"]()) == [Flatten, Part, Linear, Part, ReLU, Part, Linear, Part]
     assert kinds(MODELS["convolutions"]()) == [Part, ReLU, Part, ReLU, Flatten, Dropout, Linear]
     assert kinds(MODELS["frozen"]()) == [Flatten, Part, ReLU, Linear]
+    assert kinds(MODELS["with unused weights"]()) == [Flatten, Part, Linear]
     assert kinds(nn.Linear(16, 3)) == [Linear]
 
 
-@pytest.mark.parametrize("name", ["tied", "half hooked"])
+@pytest.mark.parametrize("name", ["tied", "half hooked", "with an unused weight beside its layers"])
 def test_what_is_left_to_autograd_as_a_whole(name):
     assert kinds(MODELS[name]()) == [Part]
 

@@ -6,10 +6,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
 from fedtune import plugins
-from fedtune.client_work import evaluate_clients, personalise_client, train_client
+from fedtune.client_work import evaluate_clients, generator
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel
+from fedtune.flat_model import FlatModel, StoredExamples
 from fedtune.server.flower_compat import ensure_task_identity, stamp
+from fedtune.simulation.executors.machine import Machine, MachineSettings
+from fedtune.tasks import TrainTask
 from fedtune_clients import local_sgd
 from fedtune_clients.app import app
 
@@ -60,23 +62,36 @@ def metrics_of(reply):
     return dict(reply.content.metric_records["metrics"])
 
 
+def trained(model, weights, dataset, client):
+    """The client's weights after local SGD."""
+    examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, "cpu").all()
+    return local_sgd.train(model, weights, examples, CONFIG, generator(5)).clone()
+
+
+def validation(model, weights, dataset, client):
+    """The error and the loss."""
+    (metrics,) = evaluate_clients(model, weights, dataset, [client])
+    return [metrics["validation_error"], metrics["validation_loss"]]
+
+
 def test_train_answers_with_the_trained_weights_and_metrics(model, dataset):
     weights = model.flat.clone()
     reply = app(message(MessageType.TRAIN, weights), context())
-    trained, metrics = train_client(local_sgd.train, model, weights, dataset, 2, CONFIG, 5, False, "cpu")
+    expected = trained(model, weights, dataset, 2)
     array = reply.content.array_records["arrays"]["weights"].numpy()
     assert array.dtype == np.float32
-    assert np.array_equal(array, trained.numpy())
-    assert metrics_of(reply) == metrics
+    assert np.array_equal(array, expected.numpy())
+    metrics = metrics_of(reply)
+    assert [metrics.pop("error"), metrics.pop("loss")] == pytest.approx(validation(model, expected, dataset, 2))
+    assert metrics == {f"num_{part}": dataset.num_examples(part)[2] for part in ("train", "validation")}
     assert reply.metadata.reply_to_message_id == "question"
     assert reply.metadata.src_node_id == 9
 
 
 def test_train_measures_the_error_before_where_the_message_asks_for_it(model, dataset):
-    reply = app(message(MessageType.TRAIN, model.flat, error_before=True), context())
-    _, metrics = train_client(local_sgd.train, model, model.flat.clone(), dataset, 2, CONFIG, 5, True, "cpu")
-    assert metrics_of(reply) == metrics
-    assert "error_before" in metrics
+    metrics = metrics_of(app(message(MessageType.TRAIN, model.flat, error_before=True), context()))
+    before = validation(model, model.flat.clone(), dataset, 2)
+    assert [metrics["error_before"], metrics["loss_before"]] == pytest.approx(before)
 
 
 def test_one_replys_weights_survive_the_next_message(model):
@@ -96,13 +111,13 @@ def test_the_message_may_choose_the_client(model):
 def test_evaluate_measures_the_weights_it_is_sent(model, dataset):
     weights = model.flat.clone()
     reply = app(message(MessageType.EVALUATE, weights, personalise=False), context())
-    assert metrics_of(reply) == evaluate_clients(model, weights, dataset, [2], "cpu")[0]
+    assert metrics_of(reply) == evaluate_clients(model, weights, dataset, [2])[0]
 
 
 def test_evaluate_personalises_where_the_message_asks_for_it(model, dataset):
     weights = model.flat.clone()
     reply = app(message(MessageType.EVALUATE, weights, personalise=True), context())
-    assert metrics_of(reply) == personalise_client(local_sgd.train, model, weights, dataset, 2, CONFIG, 5, "cpu")
+    assert metrics_of(reply) == evaluate_clients(model, trained(model, weights, dataset, 2), dataset, [2])[0]
 
 
 def test_query_says_which_client_this_is():
@@ -116,6 +131,14 @@ def test_another_client_program_can_be_named(model, tmp_path):
     settings = f"{SETTINGS}\n[client]\nname = '{program}'\n"
     reply = app(message(MessageType.TRAIN, model.flat), context(settings=settings))
     assert np.array_equal(reply.content.array_records["arrays"]["weights"].numpy(), model.flat.numpy())
+
+
+def test_clients_train_in_the_precision_of_the_settings(model, dataset):
+    reply = app(message(MessageType.TRAIN, model.flat), context(settings=f"precision = 'bf16'\n{SETTINGS}"))
+    machine = Machine(MachineSettings({"name": "mlp", "hidden": [12]}, "local_sgd", "cpu", "bf16"), dataset)
+    in_bf16 = machine.run(model.flat.clone(), TrainTask(2, CONFIG, seed=5)).weights.numpy()
+    assert np.array_equal(reply.content.array_records["arrays"]["weights"].numpy(), in_bf16)
+    assert not np.array_equal(in_bf16, trained(model, model.flat.clone(), dataset, 2).numpy())
 
 
 @pytest.mark.parametrize("partition", [None, 6, -1, "2"])

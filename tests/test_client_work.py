@@ -1,13 +1,16 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedtune.client_work import evaluate_clients, measure, measure_each, personalise_client, train_client
+from fedtune.client_work import evaluate_clients, measure, measure_each, train_and_measure, train_one
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import EVALUATION_BATCH, FlatModel
+from fedtune.tasks import PersonaliseTask, TrainTask
 from fedtune_clients import local_sgd
 from fedtune_clients.models import logistic
 
@@ -41,13 +44,17 @@ def no_training(model, weights, examples, config, rng):
     return weights
 
 
+def do(model, weights, dataset, task, program=local_sgd.train):
+    """The task's result."""
+    (result,) = train_and_measure(functools.partial(train_one, program), model, weights, dataset, [task])
+    return result
+
+
 @pytest.mark.parametrize("client", range(3))
-def test_train_client_trains_on_the_train_part_and_measures_the_validation_part(model, dataset, client):
+def test_a_client_trains_on_the_train_part_and_measures_the_validation_part(model, dataset, client):
     weights = model.flat.clone()
-    trained, metrics = train_client(
-        local_sgd.train, model, weights, dataset, client, CONFIG, seed=4, error_before=True, device="cpu"
-    )
-    trained = trained.clone()
+    update = do(model, weights, dataset, TrainTask(client, CONFIG, seed=4, error_before=True))
+    trained, metrics = update.weights.clone(), dict(update.metrics)
     x, y = dataset.examples(client, "train")
     examples = local_sgd.Examples(torch.tensor(x).float() * dataset.spec.scale, torch.tensor(y))
     rng = np.random.Generator(np.random.PCG64(4))
@@ -61,13 +68,12 @@ def test_train_client_trains_on_the_train_part_and_measures_the_validation_part(
 
 def test_the_error_before_training_is_measured_only_where_it_is_asked_for(model, dataset):
     weights = model.flat.clone()
-    arguments = (local_sgd.train, model, weights, dataset, 0, CONFIG, 4)
-    trained, metrics = train_client(*arguments, error_before=False, device="cpu")
-    trained = trained.clone()
-    asked, more_metrics = train_client(*arguments, error_before=True, device="cpu")
-    assert torch.equal(trained, asked)
-    assert more_metrics.keys() - metrics.keys() == {"error_before", "loss_before"}
-    assert more_metrics | metrics == more_metrics
+    silent = do(model, weights, dataset, TrainTask(0, CONFIG, seed=4))
+    trained = silent.weights.clone()
+    asked = do(model, weights, dataset, TrainTask(0, CONFIG, seed=4, error_before=True))
+    assert torch.equal(trained, asked.weights)
+    assert asked.metrics.keys() - silent.metrics.keys() == {"error_before", "loss_before"}
+    assert asked.metrics | silent.metrics == asked.metrics
 
 
 def test_a_client_program_gets_its_config_and_a_generator_of_its_seed(model, dataset):
@@ -78,7 +84,7 @@ def test_a_client_program_gets_its_config_and_a_generator_of_its_seed(model, dat
         return weights + 1  # not the model's own tensor
 
     weights = model.flat.clone()
-    trained, _ = train_client(program, model, weights, dataset, 2, {"any": 1}, 7, error_before=False, device="cpu")
+    trained = do(model, weights, dataset, TrainTask(2, {"any": 1}, seed=7), program).weights
     expected = np.random.Generator(np.random.PCG64(7)).random()
     assert received == [(dataset.num_examples("train")[2], {"any": 1}, expected)]
     assert torch.equal(trained, weights + 1)
@@ -87,7 +93,7 @@ def test_a_client_program_gets_its_config_and_a_generator_of_its_seed(model, dat
 
 def test_evaluate_clients_measures_validation_and_test_parts(model, dataset):
     weights = torch.randn(model.num_weights)
-    results = evaluate_clients(model, weights, dataset, (2, 0, 1), "cpu")
+    results = evaluate_clients(model, weights, dataset, (2, 0, 1))
     for client, metrics in zip((2, 0, 1), results, strict=True):
         expected = {
             f"{part}_{name}": value
@@ -101,8 +107,8 @@ def test_evaluate_clients_measures_validation_and_test_parts(model, dataset):
 
 def test_the_clients_beside_it_do_not_matter_to_a_client(model, dataset):
     weights = torch.randn(model.num_weights)
-    together = evaluate_clients(model, weights, dataset, [0, 1, 2], "cpu")
-    alone = [evaluate_clients(model, weights, dataset, [client], "cpu")[0] for client in range(3)]
+    together = evaluate_clients(model, weights, dataset, [0, 1, 2])
+    alone = [evaluate_clients(model, weights, dataset, [client])[0] for client in range(3)]
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
@@ -112,8 +118,8 @@ def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model,
     monkeypatch.setattr("fedtune.client_work.EVALUATION_BATCH", batch_size)
     weights = torch.randn(3, model.num_weights)
     parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
-    alone = [measure(model, row, dataset, each, "cpu") for row, each in zip(weights, parts, strict=True)]
-    assert measure_each(model, list(weights), dataset, parts, "cpu") == alone
+    alone = [measure(model, row, dataset, each) for row, each in zip(weights, parts, strict=True)]
+    assert measure_each(model, list(weights), dataset, parts) == alone
 
 
 def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
@@ -122,7 +128,7 @@ def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
     monkeypatch.setattr(model, "measure", lambda outputs, y: sizes.append(len(y)) or measure_outputs(outputs, y))
     monkeypatch.setattr("fedtune.client_work.EVALUATION_BATCH", 20)
     num = dataset.num_examples("train")[[0, 0, 2]].tolist()
-    measure_each(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]], "cpu")
+    measure_each(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]])
     assert sum(sizes) == sum(num)
     assert max(sizes) < 40
 
@@ -132,44 +138,44 @@ def test_a_client_without_examples_cannot_be_measured(model, dataset):
     with pytest.raises(
         InputError, match=r"^to be measured, clients must have examples in \[\(1, 'validation'\)\], got none$"
     ):
-        measure_each(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]], "cpu")
+        measure_each(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]])
 
 
 def test_measuring_neither_drops_units_nor_moves_the_weights(dataset):
     model = FlatModel(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)))
     model.module.train()
     weights = model.flat.clone()
-    first, second = (measure(model, weights, dataset, [(1, "train")], "cpu") for _ in range(2))
+    first, second = (measure(model, weights, dataset, [(1, "train")]) for _ in range(2))
     assert first == second
     assert torch.equal(model.flat, weights)
 
 
-def test_personalise_client_trains_and_then_evaluates(model, dataset):
+def test_a_client_that_is_personalised_trains_and_is_then_evaluated(model, dataset):
     weights = torch.randn(model.num_weights)
-    metrics = personalise_client(local_sgd.train, model, weights, dataset, 1, CONFIG, 3, "cpu")
-    trained, _ = train_client(local_sgd.train, model, weights, dataset, 1, CONFIG, 3, False, "cpu")
-    assert metrics == evaluate_clients(model, trained.clone(), dataset, [1], "cpu")[0]
-    assert metrics != evaluate_clients(model, weights, dataset, [1], "cpu")[0]
-    untrained = personalise_client(no_training, model, weights, dataset, 1, CONFIG, 3, "cpu")
-    assert untrained == evaluate_clients(model, weights, dataset, [1], "cpu")[0]
+    task = PersonaliseTask(1, CONFIG, seed=3)
+    metrics = do(model, weights, dataset, task)
+    trained = do(model, weights, dataset, TrainTask(1, CONFIG, seed=3)).weights
+    assert metrics == evaluate_clients(model, trained.clone(), dataset, [1])
+    assert metrics != evaluate_clients(model, weights, dataset, [1])
+    assert do(model, weights, dataset, task, no_training) == evaluate_clients(model, weights, dataset, [1])
 
 
 def test_training_reads_neither_the_validation_nor_the_test_part(model, dataset):
     weights = model.flat.clone()
-    arguments = (local_sgd.train, model, weights)
-    trained = [train_client(*arguments, dataset, client, CONFIG, 1, False, "cpu")[0].clone() for client in range(3)]
+    tasks = [TrainTask(client, CONFIG, seed=1) for client in range(3)]
+    trained = [do(model, weights, dataset, task).weights.clone() for task in tasks]
     for part in ("validation", "test"):
         for client in range(3):
             x, y = dataset.examples(client, part)
             x[:], y[:] = 0, 0
-    again = [train_client(*arguments, dataset, client, CONFIG, 1, False, "cpu")[0].clone() for client in range(3)]
+    again = [do(model, weights, dataset, task).weights.clone() for task in tasks]
     assert all(torch.equal(one, other) for one, other in zip(trained, again, strict=True))
 
 
 def test_weights_that_are_nan_give_error_1_and_loss_nan(model, dataset):
     weights = torch.full_like(model.flat, torch.nan)
-    _, metrics = train_client(local_sgd.train, model, weights, dataset, 0, CONFIG, 1, True, "cpu")
+    metrics = do(model, weights, dataset, TrainTask(0, CONFIG, seed=1, error_before=True)).metrics
     assert metrics["error"] == metrics["error_before"] == 1
     assert np.isnan([metrics["loss"], metrics["loss_before"]]).all()
-    (evaluated,) = evaluate_clients(model, weights, dataset, [0], "cpu")
+    (evaluated,) = evaluate_clients(model, weights, dataset, [0])
     assert evaluated["validation_error"] == evaluated["test_error"] == 1

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune import rng
@@ -263,19 +264,8 @@ def test_a_run_with_drops_goes_on_after_a_stop(tmp_path):
     whole = fedtune.compare("digits", out=tmp_path / "whole", **settings)
     assert whole.results["dropped_jobs"].item() > 0
 
-    class Killed(BaseException):
-        pass
-
-    seen = 0
-
-    def stop(event):
-        nonlocal seen
-        seen += event["event"] == "round"
-        if seen == 17:
-            raise Killed
-
     with pytest.raises(Killed):
-        fedtune.compare("digits", out=tmp_path / "run", listener=stop, **settings)
+        fedtune.compare("digits", out=tmp_path / "run", listener=kill_at_round(17), **settings)
     resumed = fedtune.resume(tmp_path / "run", executor="serial")
     assert (whole.folder / "results.csv").read_bytes() == (resumed.folder / "results.csv").read_bytes()
 

@@ -19,9 +19,12 @@ def test_the_tail_is_the_last_quarter_of_the_rounds():
     assert tail_mean([1], [0.7]) == 0.7
 
 
+@pytest.mark.parametrize("at_most", [None, 50, 80])
+def test_an_evaluation_has_all_clients_where_there_are_no_more_than_it_may_have(at_most):
+    assert np.array_equal(evaluation_clients(50, at_most, 0), np.arange(50))
+
+
 def test_the_clients_of_an_evaluation_depend_on_the_seed_alone():
-    assert np.array_equal(evaluation_clients(50, None, 0), np.arange(50))
-    assert np.array_equal(evaluation_clients(50, 80, 0), np.arange(50))
     chosen = evaluation_clients(50, 10, 0)
     assert len(set(chosen.tolist())) == 10
     assert np.array_equal(chosen, np.sort(chosen))

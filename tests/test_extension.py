@@ -4,6 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune.cli import main
@@ -13,10 +14,6 @@ SETTINGS = {"max_rounds": 9, "total_rounds": 27, "executor": "serial"}
 TUNERS = ["random", "asha", "asha+fedex", "async_hyperband"]
 OPTIONS = {"async_hyperband": {"num_configs": 13, "reduction_factor": 3}, "asha+fedex": {"pool_size": 3}}
 FILES = ("settings.toml", "results.csv", "rounds.parquet", "trials.parquet")
-
-
-class Killed(BaseException):
-    """Stands for the process's death: nothing in the program catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +60,9 @@ def test_an_extended_run_is_the_run_of_its_settings(extended, tmp_path):
 def test_an_extension_that_is_killed_goes_on(finished, extended, tmp_path, executor):
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
-    new = 0
-
-    def stop(event):
-        nonlocal new
-        new += event["event"] == "round"
-        if new == 27 * 2 + 10:  # rounds of the past are heard again
-            raise Killed
-
+    kill = kill_at_round(27 * 2 + 10)  # rounds of the past are heard again
     with pytest.raises(Killed):
-        fedtune.extend(folder, num_configs=20, total_rounds=54, executor=executor, listener=stop)
+        fedtune.extend(folder, num_configs=20, total_rounds=54, executor=executor, listener=kill)
     with pytest.raises(InputError, match="run must be finished"):
         fedtune.read_run(folder)
     found = contents(fedtune.resume(folder, executor="serial").folder)

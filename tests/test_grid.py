@@ -3,13 +3,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from client_app_grid import ClientAppGrid
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.run import Run
 
 from fedtune import plugins
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import CLIENT_ERROR, FIRST_NODE_ID, ClientAppGrid, ExecutorGrid
+from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
+from fedtune.server.messages import CLIENT_ERROR
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server.trials import initial_weights
@@ -179,7 +181,7 @@ def test_nothing_is_received_for_nothing(grid):
 def test_a_reply_is_pulled_once_and_in_parts_if_one_likes(grid, initial):
     arrays = pack(initial.numpy())
     first, second, third = grid.push_messages([message(arrays, client) for client in (0, 1, 2)])
-    if isinstance(grid, ExecutorGrid):
+    if not isinstance(grid, ClientAppGrid):
         assert grid.pull_messages([first, second, third]) == []  # nothing was computed yet
         grid._executor.step()
     assert list(by_message(grid.pull_messages([second]))) == [second]
@@ -311,5 +313,5 @@ def test_a_push_must_be_alike(initial):
 def test_a_configuration_that_is_changed_is_not_changed_for_the_next_who_reads_it():
     config = protocol.train_config(ConfigRecord(), {"learning_rate": 0.5}, 1, error_before=False)
     message = Message(RecordDict({"config": config}), dst_node_id=FIRST_NODE_ID, message_type=MessageType.TRAIN)
-    protocol.hyperparameters(message).clear()
-    assert protocol.hyperparameters(message) == {"learning_rate": 0.5}
+    protocol.task(message, 0).config.clear()
+    assert protocol.task(message, 0) == TrainTask(0, {"learning_rate": 0.5}, 1)

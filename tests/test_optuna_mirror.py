@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import optuna
 import pytest
+from killed_runs import Killed, kill_at_round
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
@@ -102,21 +103,10 @@ def test_parameters_are_what_is_searched_with_its_domain(mirrored):
     assert "client.proximal_mu" not in manual.params
 
 
-class Killed(BaseException):
-    """Stands for the process's death: nothing in the program catches it."""
-
-
 def test_a_killed_run_has_running_trials_and_resumed_no_trial_twice(mirrored, tmp_path):
-    rounds = 0
-
-    def stop(event):
-        nonlocal rounds
-        rounds += event["event"] == "round"
-        if rounds == 8 + 7:  # in asha, after the last of manual
-            raise Killed
-
+    kill = kill_at_round(8 + 7)  # in asha, after the last of manual
     with pytest.raises(Killed):
-        fedtune.compare("digits", out=tmp_path / "run", optuna=url(tmp_path), listener=stop, **SETTINGS)
+        fedtune.compare("digits", out=tmp_path / "run", optuna=url(tmp_path), listener=kill, **SETTINGS)
     stopped = story(tmp_path)
     (manual,) = stopped["run/manual-seed0"].values()
     assert manual[0] == TrialState.COMPLETE

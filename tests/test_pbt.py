@@ -259,15 +259,6 @@ def test_make_explore_changes_what_is_searched_and_depends_on_the_number_alone()
     assert children[0].pool[0][0]["learning_rate"] != 0.1
 
 
-def test_a_job_is_told_once_and_only_if_it_was_asked_for():
-    tuner = make()
-    job = tuner.ask()
-    tuner.tell(job, 0.5)
-    for wrong in (job, Job(draw(5), 0, 1)):
-        with pytest.raises(InputError, match=f"got trial {wrong.trial.number} in rung 0"):
-            tuner.tell(wrong, 0.5)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

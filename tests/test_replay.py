@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
+from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune import plugins
@@ -177,20 +178,9 @@ def test_a_study_that_was_not_begun(copy):
 
 
 def test_a_run_that_was_resumed_is_rebuilt_before_and_after(tmp_path):
-    class Killed(BaseException):
-        pass
-
-    rounds = 0
-
-    def stop(event):
-        nonlocal rounds
-        rounds += event["event"] == "round"
-        if rounds == 20:
-            raise Killed
-
     settings = {**SMALL, "tuners": ["asha+fedex"], "max_rounds": 9, "total_rounds": 27}
     with pytest.raises(Killed):
-        fedtune.compare("digits", out=tmp_path / "run", listener=stop, **settings)
+        fedtune.compare("digits", out=tmp_path / "run", listener=kill_at_round(20), **settings)
     (before,) = fedtune.replay(tmp_path / "run")
     assert not before.finished
     assert before.under_way > 0

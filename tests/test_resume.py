@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune.errors import InputError
@@ -39,22 +40,10 @@ def contents(folder):
     }
 
 
-class Killed(BaseException):
-    """Stands for the process's death: nothing in the program catches it."""
-
-
 def stopped(folder, settings, after):
     """The folder of a run that was stopped after so many rounds of all its studies."""
-    rounds = 0
-
-    def stop(event):
-        nonlocal rounds
-        rounds += event["event"] == "round"
-        if rounds == after:
-            raise Killed
-
     with pytest.raises(Killed):
-        fedtune.compare("digits", executor="serial", out=folder, listener=stop, **settings)
+        fedtune.compare("digits", executor="serial", out=folder, listener=kill_at_round(after), **settings)
     return folder
 
 

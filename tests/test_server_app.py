@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from client_app_grid import ClientAppGrid
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 
@@ -9,7 +10,7 @@ from fedtune import plugins
 from fedtune.errors import InputError
 from fedtune.server.app import app, nodes_in_client_order
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import ClientAppGrid, ExecutorGrid
+from fedtune.server.grid import ExecutorGrid
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
 from fedtune.settings import resolve

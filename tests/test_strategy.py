@@ -8,7 +8,7 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
 from fedtune import rng
-from fedtune.client_work import train_client
+from fedtune.client_work import generator, measure
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel, StoredExamples
@@ -167,11 +167,10 @@ def test_two_rounds_by_hand(dataset, grid, initial):
         num_train = dataset.num_examples("train")[cohort]
         for client, index, size in zip(cohort, drawn[:, 0], num_train, strict=True):
             config, seed = POOL[0][index], client_seed(server_round, client)
-            trained, metrics = train_client(
-                local_sgd.train, model, weights, dataset, client, config, seed, False, "cpu"
-            )
+            examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, "cpu").all()
+            trained = local_sgd.train(model, weights, examples, config, generator(seed))
             mean.add_(trained, alpha=size / num_train.sum())
-            error.append(metrics["error"])
+            error.append(measure(model, trained, dataset, [(client, "validation")])[0][0])
         arrays, metrics = strategy.aggregate_train(server_round, grid.send_and_receive(messages))
         weights, state = mean, fedex.update(state, drawn, np.array(error), num_validation, settings, 1.0)
 

@@ -118,15 +118,6 @@ def test_a_bracket_in_which_all_diverged_is_over():
         tuner.tell(job, math.inf)
 
 
-def test_a_job_is_told_once_and_only_if_it_was_asked_for():
-    tuner = successive_halving(draw, 9)
-    job = tuner.ask()
-    tuner.tell(job, 0.5)
-    for wrong in (job, Job(draw(5), 0, 1)):
-        with pytest.raises(InputError, match=f"got trial {wrong.trial.number} in rung 0"):
-            tuner.tell(wrong, 0.5)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -16,7 +16,7 @@ from fedtune.tuning.pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.space import LogUniform, SearchSpace
 from fedtune.tuning.successive_halving import SynchronousBrackets
-from fedtune.tuning.trial import Trial, Tuner
+from fedtune.tuning.trial import Job, Trial, Tuner
 from fedtune.tuning.tuners import (
     TUNERS,
     base_name,
@@ -97,6 +97,18 @@ def test_every_tuner_trains_within_the_rounds_and_takes_any_error(name):
             break
         assert job.rounds <= (405 if within_one_federation(name) else 81)
         tuner.tell(job, error)
+
+
+@pytest.mark.parametrize("name", [name for name, kind, *_ in KINDS if kind not in (OneFederation, RandomSearch)])
+def test_a_tuner_that_stops_trials_is_told_of_a_job_once_and_only_if_it_asked_for_it(name):
+    tuner = make(name)
+    job = tuner.ask()
+    tuner.tell(job, 0.5)
+    for wrong in (job, Job(draw(5), 0, 1)):
+        with pytest.raises(
+            InputError, match=f"a job must be running to be told, got trial {wrong.trial.number} in rung 0"
+        ):
+            tuner.tell(wrong, 0.5)
 
 
 @pytest.mark.parametrize("name", TUNERS)

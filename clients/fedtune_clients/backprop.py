@@ -273,12 +273,16 @@ def _parts(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[P
 def _is_written_out(layer: nn.Module) -> bool:
     if type(layer) not in WRITTEN_OUT or _has_hooks(layer):
         return False
+    known = {"weight", "bias"} if type(layer) is nn.Linear else set()
+    if dict(layer.named_parameters()).keys() - known:  # a user's, which decay even where nothing uses them
+        return False
     return not isinstance(layer, nn.Flatten) or (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    # A hook sees or changes what passes: what has one is called as a whole.
-    if type(module) is nn.Sequential and not any(_has_hooks(each) for each in module.modules()):
+    # A hook sees or changes what passes: what has one is called as a whole. So is what has weights beside its layers'.
+    whole = any(_has_hooks(each) for each in module.modules()) or any(True for _ in module.parameters(recurse=False))
+    if type(module) is nn.Sequential and not whole:
         for layer in module:
             yield from _layers(layer)
     else:

@@ -11,18 +11,19 @@ The run's configuration holds "settings", the TOML text of a run's settings.
 import functools
 import json
 import tomllib
-from collections.abc import Mapping
 
-import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from jaxtyping import Float
 from torch import Tensor
 
 from fedtune.errors import InputError
 from fedtune.server.flower_compat import fill, pack
 from fedtune.settings import Settings, resolve
+from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update
 from fedtune.tuning.space import Config, Number
+
+CLIENT_ERROR = 1000  # the code in the reply of a client whose program raised; above Flower's own
 
 
 def run_settings(text: object) -> Settings:
@@ -49,22 +50,15 @@ def config_of(message: Message) -> ConfigRecord:
     return record
 
 
-def hyperparameters(message: Message) -> dict[str, Number]:
-    """The client configuration to train with."""
-    return dict(_from_text(str(config_of(message)["hyperparameters"])))
-
-
-def seed(message: Message) -> int:
-    """The seed to train with."""
-    value = config_of(message).get("seed")
-    if not isinstance(value, int):
-        raise InputError(f"the message's seed must be a whole number, got {value!r}")
-    return value
-
-
-def wants(message: Message, what: str) -> bool:
-    """Whether the message asks for `error_before` or to `personalise`."""
-    return bool(config_of(message).get(what, False))
+def task(message: Message, client: int) -> Task:
+    """What the message asks of that client."""
+    message_type = message.metadata.message_type
+    if message_type not in (MessageType.TRAIN, MessageType.EVALUATE):
+        raise ValueError(f"message type must be train, evaluate or query, got {message_type!r}")
+    config = config_of(message)
+    if message_type == MessageType.TRAIN:
+        return TrainTask(client, *_training(config), bool(config.get("error_before", False)))
+    return PersonaliseTask(client, *_training(config)) if config.get("personalise", False) else EvaluateTask((client,))
 
 
 def weights(message: Message) -> Float[Tensor, "weight"]:
@@ -81,12 +75,23 @@ def metrics(reply: Message) -> MetricRecord:
     return record
 
 
-def answer(
-    message: Message, metrics: Mapping[str, Number], weights: Float[np.ndarray, "weight"] | None = None
-) -> Message:
-    """The reply to a message; the weights are not copied."""
-    records = {"metrics": fill(MetricRecord(), metrics)} | ({} if weights is None else {"arrays": pack(weights)})
-    return Message(fill(RecordDict(), records), reply_to=message)
+def answer(message: Message, result: Result) -> Message:
+    """The reply that tells the result: one client's, whose weights are not copied."""
+    if isinstance(result, Failure):
+        return Message(Error(CLIENT_ERROR, result.message), reply_to=message)
+    if isinstance(result, Update):
+        metrics, arrays = result.metrics, {"arrays": pack(result.weights.numpy())}
+    else:
+        (metrics,), arrays = result, {}
+    return Message(fill(RecordDict(), {"metrics": fill(MetricRecord(), metrics), **arrays}), reply_to=message)
+
+
+def _training(config: ConfigRecord) -> tuple[dict[str, Number], int]:
+    """The configuration and the seed to train with."""
+    seed = config.get("seed")
+    if not isinstance(seed, int):
+        raise InputError(f"the message's seed must be a whole number, got {seed!r}")
+    return dict(_from_text(str(config["hyperparameters"]))), seed
 
 
 # A round's messages hold few configurations, and often one.

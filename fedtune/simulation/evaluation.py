@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
-    """The clients on which every trial of a study is evaluated, ascending; all of them where `wanted` is None."""
+    """The clients on which every trial of a study is evaluated, ascending: at most `wanted`, None meaning all."""
     if wanted is None or wanted >= num_clients:
         return np.arange(num_clients)
     return np.sort(rng.stream(seed, "evaluation").choice(num_clients, wanted, replace=False))

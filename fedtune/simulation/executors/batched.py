@@ -11,12 +11,14 @@ from fedtune.client_work import (
     generator,
     measure,
     measure_clients,
+    parts_of,
+    result,
     train_clients,
 )
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import Examples, StoredExamples
-from fedtune.simulation.executors.machine import Machine, MachineSettings, in_precision, parts_of
+from fedtune.simulation.executors.machine import Machine, MachineSettings, in_precision
 from fedtune.tasks import ClientTask, EvaluateTask, Failure, Result, Task, TrainTask, describe
 
 LARGEST_CHUNK = 128  # clients
@@ -86,15 +88,15 @@ class BatchedMachine:
         return []
 
     def _compute(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
-        model, dataset, device = self._machine.model, self._machine.dataset, self._machine.device
+        model, dataset = self._machine.model, self._machine.dataset
         asking = [task for task in tasks if isinstance(task, TrainTask) and task.error_before]
         parts = [part for task in asking for part in parts_of(task)]
-        measured = measure(model, weights, dataset, parts, device) if asking else []
+        measured = measure(model, weights, dataset, parts) if asking else []
         before = dict(zip(map(id, asking), measured, strict=True))
-        trained = train_clients(train, model, weights, dataset, tasks, device)
-        after = measure_clients(model, trained, dataset, list(map(parts_of, tasks)), device)
+        trained = train_clients(train, model, weights, dataset, tasks)
+        after = measure_clients(model, trained, dataset, list(map(parts_of, tasks)))
         return [
-            self._machine.result(task, row, measured, before.get(id(task)))
+            result(dataset, task, row, measured, before.get(id(task)))
             for task, row, measured in zip(tasks, trained.cpu(), after, strict=True)
         ]
 

@@ -1,5 +1,6 @@
 """One machine that does any client's work: a resident model, the federation's data and the client program."""
 
+import functools
 import math
 import traceback
 import warnings
@@ -10,24 +11,12 @@ from typing import Any, cast
 import torch
 
 from fedtune import plugins
-from fedtune.client_work import (
-    ErrorAndLoss,
-    Part,
-    TrainTogether,
-    evaluate_clients,
-    evaluation_metrics,
-    measure,
-    measure_each,
-    personalise_client,
-    train_client,
-    train_each,
-    update_metrics,
-)
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.client_work import evaluate_clients, train_and_measure, train_each, train_one
+from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.flat_model import FlatModel
 from fedtune.plugins import ClientProgram
-from fedtune.tasks import ClientTask, EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update, describe
+from fedtune.tasks import ClientTask, EvaluateTask, Failure, Result, Task, Update, describe
 
 LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together
 
@@ -54,18 +43,19 @@ class Machine:
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
         self.program = plugins.client_program(settings.client)
-        self._train = in_precision(settings, self.program.train)
-        self._train_together: TrainTogether | None = getattr(self.program, "train_together", None)
+        self._train_one = functools.partial(train_one, in_precision(settings, self.program.train))
+        train_together: Any = getattr(self.program, "train_together", None)
+        self._train_each = functools.partial(train_each, train_together)
         self.num_together = num_together(settings, self.program, self.model)
 
     def describe(self) -> str:
         """Where clients train."""
-        return "in this process" + _beside(self.num_together)
+        return "in this process" + side_by_side(self.num_together)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
         try:
-            return self._compute(weights, task)
+            return self.compute(weights, task)
         except (Exception, SystemExit) as error:  # plug-ins are anybody's code: a client is lost, not the run
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
@@ -84,15 +74,13 @@ class Machine:
 
     def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
         """`run_each`, their weights in memory of their own."""
-        return [_keep(result) for result in self.run_each(weights, tasks)]
+        return [keep(result) for result in self.run_each(weights, tasks)]
 
-    def _compute(self, weights: torch.Tensor, task: Task) -> Result:
+    def compute(self, weights: torch.Tensor, task: Task) -> Result:
+        """What `run` gives, unless the program raises."""
         if isinstance(task, EvaluateTask):
-            return evaluate_clients(self.model, weights, self.dataset, task.clients, self.device)
-        arguments = (self._train, self.model, weights, self.dataset, task.client, task.config, task.seed)
-        if isinstance(task, PersonaliseTask):
-            return [personalise_client(*arguments, self.device)]
-        return Update(*train_client(*arguments, task.error_before, self.device))
+            return evaluate_clients(self.model, weights, self.dataset, task.clients)
+        return train_and_measure(self._train_one, self.model, weights, self.dataset, [task])[0]
 
     def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         """The tasks, those to be done together side by side."""
@@ -112,32 +100,15 @@ class Machine:
             yield group
 
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
-        assert self._train_together is not None
         try:
-            before = [
-                measure(self.model, weights, self.dataset, parts_of(task), self.device)[0]
-                if isinstance(task, TrainTask) and task.error_before
-                else None
-                for task in tasks
-            ]
-            trained = train_each(self._train_together, self.model, weights, self.dataset, tasks, self.device)
-            after = measure_each(self.model, trained, self.dataset, list(map(parts_of, tasks)), self.device)
+            return train_and_measure(self._train_each, self.model, weights, self.dataset, tasks)
         except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
-            results = [_keep(self.run(weights, task)) for task in tasks]
+            results = [keep(self.run(weights, task)) for task in tasks]
             if not any(isinstance(result, Failure) for result in results):
                 self.num_together = 1
                 reason = f"train_together raised {type(error).__name__}: {error}"
                 warnings.warn(f"clients now train one at a time: {reason}", RuntimeWarning, stacklevel=2)
             return results
-        return list(map(self.result, tasks, trained, after, before))
-
-    def result(
-        self, task: ClientTask, weights: torch.Tensor, measured: Sequence[ErrorAndLoss], before: ErrorAndLoss | None
-    ) -> Result:
-        """The task's result, of the trained weights and what was measured on `parts_of(task)`."""
-        if isinstance(task, PersonaliseTask):
-            return [evaluation_metrics(self.dataset, task.client, *measured)]
-        return Update(weights, update_metrics(self.dataset, task.client, measured[0], before))
 
 
 def num_together(settings: MachineSettings, program: ClientProgram, model: FlatModel) -> int:
@@ -156,21 +127,9 @@ def num_together(settings: MachineSettings, program: ClientProgram, model: FlatM
     return count
 
 
-def describe_workers(settings: MachineSettings, spec: DatasetSpec, num_workers: int) -> str:
-    """Where the clients of so many worker processes train, each with a machine of these settings."""
-    model = FlatModel(plugins.make_model(settings.model, spec), settings.device, spec.objective)
-    together = num_together(settings, plugins.client_program(settings.client), model)
-    return f"in {num_workers} worker process{'es' * (num_workers > 1)}" + _beside(together)
-
-
-def _beside(together: int) -> str:
-    return f", up to {together} together" if together > 1 else ""
-
-
-def parts_of(task: ClientTask) -> list[Part]:
-    """On what the task's trained weights are measured."""
-    names = ("validation",) if isinstance(task, TrainTask) else ("validation", "test")
-    return [(task.client, name) for name in names]
+def side_by_side(num_together: int) -> str:
+    """What a message adds where clients train together."""
+    return f", up to {num_together} together" if num_together > 1 else ""
 
 
 def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -187,5 +146,6 @@ def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) 
     return train_in_bf16
 
 
-def _keep(result: Result) -> Result:
+def keep(result: Result) -> Result:
+    """The result, its weights in memory of their own."""
     return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

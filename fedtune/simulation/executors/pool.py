@@ -25,7 +25,7 @@ from torch import Tensor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.simulation.executors import start_forkserver, worker
-from fedtune.simulation.executors.machine import MachineSettings, describe_workers
+from fedtune.simulation.executors.machine import MachineSettings, side_by_side
 from fedtune.simulation.executors.shared_memory import SharedArray, share
 from fedtune.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
 from fedtune.tuning.fair_share import fair_share
@@ -104,11 +104,15 @@ class PoolExecutor:
         self._cost_missing = 0.0  # of all tasks that have no result yet
         self._seconds_per_cost = 0.0  # unknown before the first answer
         self._deaths_before_ready = 0
+        self._num_together: int | None = None  # clients that a worker trains at a time; known once one is ready
         self._workers = [self._start_worker() for _ in range(num_workers)]
 
     def describe(self) -> str:
-        """Where clients train."""
-        return describe_workers(self._settings, self._dataset.spec, len(self._workers))
+        """Where clients train; waits for the first worker that is ready, which knows."""
+        while self._num_together is None:
+            self._wait()
+        count = len(self._workers)
+        return f"in {count} worker process{'es' * (count > 1)}{side_by_side(self._num_together)}"
 
     def for_study(self, weight: float) -> StudyExecutor:
         """The pool for a study, which gets workers in proportion to its weight while others have work too."""
@@ -135,13 +139,7 @@ class PoolExecutor:
         """Blocks until a worker has answered, is ready or has died; does nothing when there is nothing to do."""
         if all(batch.num_missing == 0 for batch in self._batches.values()):
             return
-        events = wait([end for worker_ in self._workers for end in (worker_.connection, worker_.process.sentinel)])
-        for worker_ in list(self._workers):
-            if worker_.connection in events:
-                self._receive(worker_)
-            elif worker_.process.sentinel in events:  # only once its connection was drained
-                self._replace(worker_)
-        self._dispatch()
+        self._wait()
 
     def finished(self, ticket: int) -> bool:
         """True once all results of the ticket are there."""
@@ -160,6 +158,16 @@ class PoolExecutor:
         for worker_ in self._workers:
             _end(worker_)
         self._workers = []
+
+    def _wait(self) -> None:
+        """Blocks until a worker has answered, is ready or has died."""
+        events = wait([end for worker_ in self._workers for end in (worker_.connection, worker_.process.sentinel)])
+        for worker_ in list(self._workers):
+            if worker_.connection in events:
+                self._receive(worker_)
+            elif worker_.process.sentinel in events:  # only once its connection was drained
+                self._replace(worker_)
+        self._dispatch()
 
     def _take_block(self, num_rows: int, num_weights: int) -> int:
         """The smallest free block that is large enough, or a new one."""
@@ -257,8 +265,8 @@ class PoolExecutor:
             return
         if isinstance(message, Failure):
             raise InputError(f"a worker process can't start: {message.message}")
-        if message is None:
-            worker_.ready, self._deaths_before_ready = True, 0
+        if isinstance(message, int):
+            worker_.ready, self._num_together, self._deaths_before_ready = True, message, 0
         else:
             self._take_answer(worker_.chunks.popleft(), message)
 

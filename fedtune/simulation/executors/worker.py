@@ -36,7 +36,7 @@ def main(
     spec: DatasetSpec,
     arrays: Mapping[str, np.ndarray],
 ) -> None:
-    """Serves until the parent is gone, working in `folder`. Its first answer is None, or why it can't start."""
+    """Serves until the parent is gone, in `folder`. It first answers its `num_together`, or why it can't start."""
     blocks: dict[int, torch.Tensor] = {}
     chunks: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
@@ -46,7 +46,7 @@ def main(
     except Exception as error:
         connection.send(Failure(f"{type(error).__name__}: {error}"))
         return
-    connection.send(None)
+    connection.send(machine.num_together)
     while True:
         chunk = chunks.get()
         started = time.perf_counter()
