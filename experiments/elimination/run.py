@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--partitions", nargs="+", default=list(PARTITIONS), choices=list(PARTITIONS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="the first of them")
     parser.add_argument("--total-rounds", type=int, default=405, help="of the groups bad and good")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/elimination"))
@@ -51,10 +52,11 @@ def main() -> None:
         for partition in arguments.partitions:
             for group in arguments.groups:
                 folder = arguments.runs / f"{model}-{partition}-{group}"
-                settings = {**GROUPS[group], **MODELS[model], "data": PARTITIONS[partition], "seeds": arguments.seeds}
+                settings = {**GROUPS[group], **MODELS[model], "data": PARTITIONS[partition]}
                 if group in ("bad", "good"):
                     settings["total_rounds"] = arguments.total_rounds
-                run(folder, {**settings, "workers": arguments.workers})
+                options = {"seed": arguments.seed, "seeds": arguments.seeds, "workers": arguments.workers}
+                run(folder, {**settings, **options})
     results = FOLDER / "results.csv"
     # What is not among these runs stays as it was.
     frame = pd.concat([pd.read_csv(results), collect(arguments.runs)]).drop_duplicates(KEY, keep="last")
