@@ -101,13 +101,11 @@ def resume(
     optuna: str | None = None,
 ) -> "Run":
     """The run in a folder, brought to its end after it was stopped: to the bit as if it had never been."""
-    from fedtune.errors import InputError
+    from fedtune.simulation.run_folder import settings_path
 
     folder = Path(folder)
-    if not (folder / "settings.toml").is_file():
-        raise InputError(f"{folder} is no run folder: it has no settings.toml")
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
-    settings = resolve_settings(folder / "settings.toml", where)
+    settings = resolve_settings(settings_path(folder), where)
     _start_workers_early(settings)
     from fedtune.simulation.comparison import prepare
 

@@ -205,9 +205,11 @@ def test_changed_settings_are_refused(uninterrupted, tmp_path):
         fedtune.resume(folder, executor="serial")
 
 
-def test_no_run_folder(tmp_path):
+@pytest.mark.parametrize("go_on", [fedtune.resume, fedtune.replay, lambda f: fedtune.extend(f, num_configs=9)])
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_no_run_folder(tmp_path, go_on, name):
     with pytest.raises(InputError, match=r"is no run folder: it has no settings.toml"):
-        fedtune.resume(tmp_path)
+        go_on(tmp_path / name)
 
 
 def start(folder, *arguments):

@@ -9,7 +9,7 @@ from fedtune.errors import InputError
 from fedtune.server.trials import resolve_hyperparameters
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
 from fedtune.simulation.replay import Replay
-from fedtune.simulation.run_folder import locked, replacing
+from fedtune.simulation.run_folder import locked, replacing, settings_path
 from fedtune.simulation.study import extend
 from fedtune.tuning.trial import Extendable
 
@@ -21,8 +21,9 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
     for the journals hold them. Raises InputError, and leaves all as it is, unless every study has ended and its tuner
     can be asked for more.
     """
+    path = settings_path(folder)
     with locked(folder):
-        settings = resolve([read_settings(folder / "settings.toml")])
+        settings = resolve([read_settings(path)])
         if num_configs is None and total_rounds is None:
             raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
         before = settings.last_total_rounds
@@ -39,8 +40,8 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
         for seed in range(settings.seed, settings.seed + settings.seeds):
             for name in settings.tuners:
                 _check(name, seed, settings, longer.extensions[-1], folder)
-        with replacing(folder / "settings.toml") as path:
-            path.write_text(write_settings(longer))
+        with replacing(path) as longer_path:
+            longer_path.write_text(write_settings(longer))
             for name in ("results.csv", "rounds.parquet", "trials.parquet", "timings.csv"):
                 (folder / name).unlink(missing_ok=True)
 

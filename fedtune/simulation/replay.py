@@ -22,6 +22,7 @@ from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import record_as_row
 from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
 from fedtune.simulation.results import plan, result_row, trial_rows
+from fedtune.simulation.run_folder import settings_path
 from fedtune.simulation.study import digest, extend
 from fedtune.simulation.trial_store import TrialHistory, past_personalised, past_records
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
@@ -53,7 +54,7 @@ class ReplayedStudy:
 
 def replay(folder: Path) -> Iterator[ReplayedStudy]:
     """Each study of a run folder, once it is rebuilt. Raises InputError, one line, at the first thing that differs."""
-    settings = resolve([read_settings(folder / "settings.toml")])
+    settings = resolve([read_settings(settings_path(folder))])
     hyperparameters = resolve_hyperparameters(settings)
     check_tuners(settings, hyperparameters.space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))

@@ -9,6 +9,14 @@ from pathlib import Path
 from fedtune.errors import InputError
 
 
+def settings_path(folder: Path) -> Path:
+    """Where a run keeps its settings. Raises InputError where the folder is no run's."""
+    path = folder / "settings.toml"
+    if not path.is_file():
+        raise InputError(f"{folder} is no run folder: it has no settings.toml")
+    return path
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from running what is in the folder. Raises InputError where one does.
