@@ -158,7 +158,8 @@ def test_a_run_of_another_version_is_one_line(answer, searched, tmp_path, comman
     code, shown, errors = answer(command, folder)
     assert (code, shown) == (2, "")
     assert (
-        errors == f"fedtune: {path} must have format {FORMAT}, got {FORMAT - 1}: another version of fedtune wrote it\n"
+        errors
+        == f"fedtune: {path}, line 1, must have format {FORMAT}, got {FORMAT - 1}: another version of fedtune wrote it\n"
     )
 
 
