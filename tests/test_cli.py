@@ -171,9 +171,8 @@ def test_a_run_of_another_version_is_one_line(answer, searched, tmp_path, comman
     path.write_text(f'{line[:-1]}, "check": "{zlib.crc32(line.encode()):08x}"}}\n')
     code, shown, errors = answer(command, folder)
     assert (code, shown) == (2, "")
-    assert (
-        errors == f"fedtune: {path} must have format {FORMAT}, got {FORMAT - 1}: another version of fedtune wrote it\n"
-    )
+    said = f"{path}, line 1, must have format {FORMAT}, got {FORMAT - 1}: another version of fedtune wrote it"
+    assert errors == f"fedtune: {said}\n"
 
 
 @pytest.mark.parametrize("command", ["resume", "replay"])
