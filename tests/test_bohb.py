@@ -162,14 +162,14 @@ def test_with_the_fewest_points_both_densities_have_n_min_of_them(monkeypatch):
 # What the model is fitted to.
 
 
-@pytest.mark.parametrize("number", [4, 511, 512, 513, 600, 1024, 100_001])
-def test_at_most_512_observations_are_used_spread_evenly_over_the_ranking(number):
+@pytest.mark.parametrize("number", [4, 255, 256, 257, 300, 1024, 100_001])
+def test_at_most_256_observations_are_used_spread_evenly_over_the_ranking(number):
     ranks = ranks_used(number)
-    if number <= 512:
+    if number <= 256:
         assert ranks == list(range(number))
     else:
-        np.testing.assert_array_equal(ranks, np.floor(np.arange(512) * (number - 1) / 511 + 1e-9))
-        assert np.unique(ranks).size == 512
+        np.testing.assert_array_equal(ranks, np.floor(np.arange(256) * (number - 1) / 255 + 1e-9))
+        assert np.unique(ranks).size == 256
 
 
 def test_a_proposal_is_made_from_those(monkeypatch):

@@ -14,8 +14,8 @@ are kernel densities over configurations mapped to [0, 1]^d: a product of one ke
 options of a choice that of Aitchison and Aitken, which stays with probability 1 - b and else moves to any other. The
 bandwidth is b = 1.06 sigma N^(-1 / (4 + d)) in each dimension, and at least 1e-3.
 
-Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last; of more than 512
-observations 512 are used, evenly spread over their ranking, so that a decision's cost does not grow with them. Trial n
+Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last; of more than 256
+observations 256 are used, evenly spread over their ranking, so that a decision's cost does not grow with them. Trial n
 is the same as random search's trial n unless the model chose it.
 """
 
@@ -36,7 +36,7 @@ GOOD_FRACTION = 0.15
 NUM_SAMPLES = 64
 BANDWIDTH_FACTOR = 3.0
 MIN_BANDWIDTH = 1e-3
-MAX_POINTS = 512
+MAX_POINTS = 256
 
 
 class BOHB:
