@@ -1,23 +1,17 @@
-import importlib.util
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from experiment_script import load_script, script_path
 
 from fedtune import rng
-
-RUN = Path(__file__).parent.parent / "experiments" / "asha_stragglers" / "run.py"
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    specification = importlib.util.spec_from_file_location("asha_stragglers", RUN)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("asha_stragglers")
 
 
 @pytest.mark.parametrize(("resumes", "first", "trained"), [(False, 359, 33), (True, 272, 43)])
@@ -29,7 +23,7 @@ def test_synchronous_halving_without_noise(experiment, resumes, first, trained):
 
 def test_two_processes_write_what_one_computes(experiment, tmp_path):
     grid = ["--on-drop", "retry", "--stds", "1.33", "--drops", "0.01", "--repeats", "2"]
-    command = [sys.executable, str(RUN), *grid, "--processes", "2", "--out", str(tmp_path)]
+    command = [sys.executable, str(script_path("asha_stragglers")), *grid, "--processes", "2", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("figures/*")) == ["retry-afresh.png", "retry-resume.png"]

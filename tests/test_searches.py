@@ -1,22 +1,15 @@
 """The made-up federations of experiments/searches."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from experiment_script import load_script
 
 from fedtune import rng
 from fedtune.tuning.trial import Job, Trial
 
-RUN = Path(__file__).parent.parent / "experiments" / "searches" / "run.py"
-
 
 @pytest.fixture(scope="module")
 def experiment():
-    specification = importlib.util.spec_from_file_location("searches", RUN)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("searches")
 
 
 def test_training_is_the_closed_form_in_any_number_of_jobs(experiment):

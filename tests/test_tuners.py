@@ -21,6 +21,7 @@ from fedtune.tuning.tuners import (
     TUNERS,
     base_name,
     elimination_settings,
+    ends_after_num_configs,
     fedex_settings,
     make_policy,
     make_trial_pool,
@@ -82,6 +83,11 @@ def test_the_tuners_by_name(name, kind, base, fedex):
     assert base_name(name) == base
     assert uses_fedex(name) == fedex
     assert within_one_federation(name) == (kind is OneFederation)
+
+
+def test_whom_num_configs_ends():
+    names = ("random", "asha", "async_hyperband")
+    assert {name for name in TUNERS if ends_after_num_configs(name)} == {*names, *(f"{name}+fedex" for name in names)}
 
 
 def test_this_test_knows_every_tuner():

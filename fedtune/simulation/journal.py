@@ -100,7 +100,10 @@ class Order:
                 trial.round, trial.evaluated = record["round"], record["evaluation"] is not None
             case "checkpoint":
                 if not (trial.evaluated and line["round"] == (trial.round or line["round"]) <= trial.asked):
-                    return f"the checkpoint {about} must be of its last round, {trial.round}, and that evaluated"
+                    return (
+                        f"the checkpoint {about} must be of its last round, {trial.round}, and that evaluated, "
+                        f"got round {line['round']}"
+                    )
                 trial.round = trial.checkpoint = line["round"]
             case "lost" | "personalised" if line["round"] > trial.round:
                 return f"round {line['round']} {about} must come before it, got {trial.round} as the last"

@@ -87,7 +87,7 @@ def goes_on_without(tuner: Tuner) -> bool:
 
 def ends_after_num_configs(name: str) -> bool:
     """Whether `num_configs` is all that the tuner draws, and not the size of a bracket or a pool."""
-    return TUNERS.get(name) in (RandomSearch, ASHA, AsyncHyperband)
+    return hasattr(TUNERS.get(name), "raise_num_configs")  # as an Extendable has
 
 
 def within_one_federation(name: str) -> bool:
