@@ -6,18 +6,20 @@ The functions here do what the commands of the same names do:
     run.results  # a pandas DataFrame, a row a tuner and seed
 """
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.layers import resolve_settings
+from fedtune.layers import tune_settings as tune_settings
+
 if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
     from fedtune.report.frames import Run
+    from fedtune.runs.comparison import Comparison
+    from fedtune.runs.replay import ReplayedStudy
     from fedtune.settings import Settings
-    from fedtune.simulation.comparison import Comparison
-    from fedtune.simulation.replay import ReplayedStudy
 
 __all__ = ["compare", "extend", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
 
@@ -82,7 +84,8 @@ def run(
 ) -> "Run":
     """The run that resolved settings describe, with its figures drawn; see `compare`."""
     _start_workers_early(settings)
-    from fedtune.simulation.comparison import claim_folder, prepare
+    from fedtune.runs.prepare import prepare
+    from fedtune.runs.run_folder import claim_folder
 
     comparison = prepare(settings)
     folder = Path(out) if out is not None else new_folder(settings)
@@ -101,13 +104,13 @@ def resume(
     optuna: str | None = None,
 ) -> "Run":
     """The run in a folder, brought to its end after it was stopped: to the bit as if it had never been."""
-    from fedtune.simulation.run_folder import settings_path
+    from fedtune.runs.run_folder import settings_path
 
     folder = Path(folder)
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
     settings = resolve_settings(settings_path(folder), where)
     _start_workers_early(settings)
-    from fedtune.simulation.comparison import prepare
+    from fedtune.runs.prepare import prepare
 
     comparison = prepare(settings)
     with _mirrored(listener, optuna, comparison, folder) as listener:
@@ -127,7 +130,7 @@ def extend(
     `total_rounds` is each study's new budget; None is what so many configurations can use at most. The other keywords
     are those of `resume`.
     """
-    from fedtune.simulation.extension import extend_run
+    from fedtune.runs.extension import extend_run
 
     extend_run(Path(folder), num_configs, total_rounds)
     return resume(folder, **keywords)
@@ -138,7 +141,7 @@ def replay(folder: str | Path) -> "list[ReplayedStudy]":
 
     Raises InputError where a journal and its tuner, or the files of results, disagree.
     """
-    from fedtune.simulation.replay import replay
+    from fedtune.runs.replay import replay
 
     return list(replay(Path(folder)))
 
@@ -150,47 +153,8 @@ def read_run(folder: str | Path) -> "Run":
     return read_run(folder)
 
 
-def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings":
-    """The settings for a data set by name, or of a TOML file over those its data set ships, under further layers."""
-    from fedtune import plugins, settings
-
-    base: list[Mapping[str, Any]]
-    if str(what).endswith(".toml"):
-        table = settings.read_settings(Path(what))
-        name = table.get("data", {}).get("name")
-        base = [plugins.dataset_settings(name), table] if isinstance(name, str) else [table]
-    else:
-        base = [plugins.dataset_settings(str(what))]
-    tables = [*base, *layers]
-    if not any("space" in table for table in tables):  # as with data of one's own
-        client = next((t["client"]["name"] for t in reversed(tables) if "name" in t.get("client", {})), None)
-        tables.insert(0, {"space": plugins.default_space(client)})
-    return settings.resolve(tables)
-
-
-def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers: Mapping[str, Any]) -> "Settings":
-    """The settings of a search with one tuner; see `resolve_settings`.
-
-    Where it ends after so many configurations, n, and neither the file nor a layer sets `total_rounds`, that is n times
-    `max_rounds`, more than which they can't use: n and R are all that has to be given (thesis, section 3.5.1).
-    """
-    from fedtune.settings import read_settings
-    from fedtune.tuning.tuners import ends_after_num_configs
-
-    own: dict[str, Any] = {"tuners": [tuner]}
-    if num_configs is not None:
-        own["tuner"] = {tuner: {"num_configs": num_configs}}
-    given = [*([read_settings(Path(what))] if str(what).endswith(".toml") else []), *layers]
-    if ends_after_num_configs(tuner) and not any("total_rounds" in table for table in given):
-        any_budget = resolve_settings(what, *layers, own, {"total_rounds": sys.maxsize})
-        n = any_budget.tuner.get(tuner, {}).get("num_configs")
-        if isinstance(n, int):
-            own["total_rounds"] = max(n, 1) * any_budget.max_rounds
-    return resolve_settings(what, *layers, own)
-
-
 def _start_workers_early(settings: "Settings") -> None:
-    from fedtune.simulation.executors import start_forkserver
+    from fedtune.executors.processes import start_forkserver
 
     if settings.executor != "serial":
         start_forkserver()  # imports torch over there while we import it here
@@ -202,7 +166,7 @@ def _mirrored(
     if storage is None:
         return nullcontext(listener)
     from fedtune.report.optuna_mirror import OptunaMirror
-    from fedtune.simulation.study import digest
+    from fedtune.settings import digest
 
     settings = comparison.settings
     decided_by = f"{digest(settings)}, {settings.total_rounds} rounds"

@@ -161,7 +161,7 @@ def resume(
 @app.command()
 def replay(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Rebuild the tuners of a run from its journals and check them; nothing is trained or written."""
-    from fedtune.simulation.replay import replay
+    from fedtune.runs.replay import replay
 
     for study in replay(run):
         typer.echo(study)
@@ -223,7 +223,8 @@ def check(
 ) -> None:
     """Report every problem of a data set; the exit code is 0 for none, 1 for warnings alone, 2 for errors."""
     import fedtune
-    from fedtune.data.checks import BadDataError, errors_of, find_problems
+    from fedtune.data.checks import find_problems
+    from fedtune.data.problems import BadDataError, errors_of
     from fedtune.plugins import load_dataset
     from fedtune.report.tables import problem_lines
     from fedtune.settings import parse_assignment
@@ -250,7 +251,7 @@ def export(
 ) -> None:
     """Write a data set as LEAF's JSON files."""
     import fedtune
-    from fedtune.data.leaf_export import export_leaf
+    from fedtune.data.formats.leaf_export import export_leaf
     from fedtune.errors import UnknownNameError
     from fedtune.plugins import load_dataset
     from fedtune.settings import parse_assignment

@@ -14,40 +14,20 @@ from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
-from fedtune.data.folders import load_folder
-from fedtune.data.leaf import is_leaf_folder, load_leaf
-from fedtune.data.tables import SUFFIXES, load_table
+from fedtune.client.program import ClientProgram
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.folders import load_folder
+from fedtune.data.formats.leaf import is_leaf_folder, load_leaf
+from fedtune.data.formats.tables import SUFFIXES, load_table
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.space import Config, Hyperparameter
+from fedtune.settings import DEFAULT_CLIENT
+from fedtune.tuning.space import Hyperparameter
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
-
-    from fedtune.flat_model import Examples, FlatModel
-
-
-DEFAULT_CLIENT = "local_sgd"
-
-
-@runtime_checkable
-class ClientProgram(Protocol):
-    """What a module in the group `fedtune.clients` offers: local training and the hyperparameters it heeds."""
-
-    HYPERPARAMETERS: Mapping[str, Hyperparameter]
-
-    def train(
-        self,
-        model: "FlatModel",
-        weights: "Tensor",
-        examples: "Examples",
-        config: Config,
-        rng: "np.random.Generator",
-    ) -> "Tensor":
-        """The flat weights after local training on `examples` from `weights`."""
+    from torch import nn
 
 
 def known(kind: str) -> dict[str, EntryPoint]:

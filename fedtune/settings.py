@@ -3,15 +3,20 @@
 Settings come in layers, each over the one before: the defaults below, the data set's own, a file, the command line.
 """
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    pass
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -249,3 +254,25 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
     if not location:
         return InputError(message)
     return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")
+
+
+def digest(settings: Settings) -> str:
+    """A fingerprint of the settings that decide a study's numbers, other than its budget."""
+    fields = settings.model_dump(
+        mode="json",
+        exclude={
+            *("tuners", "seeds", "seed", "workers", "executor", "parallel_studies", "shares"),
+            *("total_rounds", "extensions"),
+        },
+    )
+    if settings.batches_clients:
+        fields["batched"] = True
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+DEFAULT_CLIENT = "local_sgd"
+
+
+def client_program(settings: Settings) -> str:
+    """The name of the client program."""
+    return str(settings.client.get("name", DEFAULT_CLIENT))

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
-from fedtune.flat_model import Examples, FlatModel, StoredExamples
-from fedtune.plugins import ClientProgram
+from fedtune.client.examples import Examples, StoredExamples
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.program import ClientProgram
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import DatasetSpec
 from fedtune.tuning.space import Config, Hyperparameter, Number
 
 

@@ -4,9 +4,9 @@ from unittest.mock import Mock
 
 from flwr.app import Error, Message
 
-from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
+from fedtune.client.tasks import Executor
 from fedtune.server.messages import CLIENT_ERROR
-from fedtune.tasks import Executor
+from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 
 
 class ClientAppGrid(ExecutorGrid):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.flat_model import Examples, FlatModel
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
 from fedtune_clients import local_sgd
 from fedtune_clients.backprop import Backprop, Client, Dropout, Flatten, Linear, Part, ReLU
 from fedtune_clients.descent import Descent

@@ -9,15 +9,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fedtune
-import fedtune.simulation.executors.batched as batched_module
-from fedtune import cli, client_work, plugins
-from fedtune.data.federated_dataset import IGNORED, DatasetSpec, FederatedDataset
+import fedtune.executors.batched as batched_module
+from fedtune import cli, plugins
+from fedtune.client import work as client_work
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import IGNORED, DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, FlatModel
+from fedtune.executors.batched import BatchedMachine
+from fedtune.executors.machine import Machine, MachineSettings
 from fedtune.settings import resolve
-from fedtune.simulation.executors.batched import BatchedMachine
-from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 from fedtune_clients import local_sgd
 from fedtune_clients.local_sgd import HYPERPARAMETERS, train_batched
 from fedtune_clients.models import cnn, logistic, mlp

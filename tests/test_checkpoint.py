@@ -3,7 +3,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.errors import InputError
-from fedtune.simulation import checkpoint
+from fedtune.runs import checkpoint
 
 
 def test_what_was_saved_is_loaded_to_the_bit(tmp_path):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from fedtune.data import checks, chunks
-from fedtune.data.checks import BadDataError, find_problems
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.data.checks import find_problems
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.problems import BadDataError
 from fedtune.data.repeats import find_repeats
+from fedtune.data.spec import DatasetSpec
 
 
 def data_set(x, y, ranges, num_classes=10):

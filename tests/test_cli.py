@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune import cli
-from fedtune.simulation.comparison import Comparison
-from fedtune.simulation.journal import FORMAT
+from fedtune.runs.comparison import Comparison
+from fedtune.runs.journal import FORMAT
 
 
 def fedtune(*arguments, cwd=None):

@@ -6,12 +6,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
 from fedtune import plugins
-from fedtune.client_work import evaluate_clients, generator
+from fedtune.client.examples import StoredExamples
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.tasks import TrainTask
+from fedtune.client.work import evaluate_clients, generator
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel, StoredExamples
+from fedtune.executors.machine import Machine, MachineSettings
 from fedtune.server.flower_compat import ensure_task_identity, stamp
-from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import TrainTask
 from fedtune_clients import local_sgd
 from fedtune_clients.app import app
 

@@ -9,10 +9,12 @@ import torch
 
 import fedtune
 from fedtune import rng
+from fedtune.client.examples import StoredExamples
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import StoredExamples
-from fedtune.simulation import comparison, federation
-from fedtune.simulation.comparison import claim_folder, prepare
+from fedtune.runs import comparison
+from fedtune.runs.prepare import prepare
+from fedtune.runs.run_folder import claim_folder
+from fedtune.simulation import federation
 from fedtune.simulation.evaluation import evaluation_tasks
 
 TUNERS = ["manual", "random", "asha", "fedex", "asha+fedex"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from fedtune.data.federated_dataset import PARTS, DatasetSpec
+from fedtune.data.spec import PARTS, DatasetSpec
 from fedtune.errors import InputError
 from fedtune_datasets import digits, mnist
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel
-from fedtune.simulation.executors import num_workers
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor, Worker
-from fedtune.simulation.executors.serial import SerialExecutor
-from fedtune.simulation.executors.worker import Answer
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
-from fedtune.tuning.fair_share import fair_share
+from fedtune.executors.fair_share import fair_share
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.pool import PoolExecutor, Worker
+from fedtune.executors.processes import num_workers
+from fedtune.executors.serial import SerialExecutor
+from fedtune.executors.worker import Answer
 from fedtune_clients.models import mlp
 
 MODEL = {"name": "mlp", "hidden": [8]}
@@ -70,9 +70,9 @@ import numpy as np
 import torch
 
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor, Worker
-from fedtune.tasks import TrainTask
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.pool import PoolExecutor, Worker
+from fedtune.client.tasks import TrainTask
 
 y = np.arange(30) % 3
 dataset = FederatedDataset.from_clients({"a": (np.eye(3)[y], y)}, name="made up", num_classes=3)
@@ -458,7 +458,7 @@ def test_control_c_is_the_parents_alone(tmp_path):
 def test_control_c_while_workers_are_being_prepared_is_the_parents_alone():
     code = """
 import time
-from fedtune.simulation.executors import start_forkserver
+from fedtune.executors.processes import start_forkserver
 start_forkserver()
 print("started", flush=True)
 time.sleep(600)

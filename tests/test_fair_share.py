@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
-from fedtune.tuning.fair_share import fair_share
+from fedtune.executors.fair_share import fair_share
 
 
 def test_the_example_of_section_3_5_3():

@@ -5,8 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fedtune.data.checks import BadDataError
-from fedtune.data.federated_dataset import PARTS, DatasetSpec, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.problems import BadDataError
+from fedtune.data.spec import PARTS, DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 
 

@@ -8,18 +8,18 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.run import Run
 
 from fedtune import plugins
+from fedtune.client.tasks import EvaluateTask, TrainTask, Update
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.serial import SerialExecutor
+from fedtune.hyperparameters import initial_weights
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.server.messages import CLIENT_ERROR
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.server.trials import initial_weights
 from fedtune.settings import ServerSettings, write_settings
 from fedtune.settings import resolve as resolve_settings
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.serial import SerialExecutor
-from fedtune.tasks import EvaluateTask, TrainTask, Update
+from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial

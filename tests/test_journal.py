@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 
 from fedtune.errors import InputError
+from fedtune.runs.journal import FORMAT, Journal, JournalEnds
 from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.federation import RoundRecord
-from fedtune.simulation.journal import FORMAT, Journal, JournalEnds
+from fedtune.simulation.records import RoundRecord
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ from typer.testing import CliRunner
 import fedtune
 from fedtune import cli
 from fedtune.data.checks import find_problems
-from fedtune.data.federated_dataset import PARTS, DatasetSpec, FederatedDataset
-from fedtune.data.leaf import is_leaf_folder, load_leaf
-from fedtune.data.leaf_export import export_leaf
-from fedtune.data.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.leaf import is_leaf_folder, load_leaf
+from fedtune.data.formats.leaf_export import export_leaf
+from fedtune.data.formats.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
+from fedtune.data.spec import PARTS, DatasetSpec
 from fedtune.errors import InputError
-from fedtune.simulation.comparison import prepare
+from fedtune.runs.prepare import prepare
 
 
 def content(users, /, **changes):
@@ -303,7 +304,7 @@ def test_a_client_without_examples_in_a_part_is_kept(tmp_path, part):
 
 
 def test_many_users_are_read_as_few_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedtune.data.leaf.LARGE", 1)  # so that the arrays grow often
+    monkeypatch.setattr("fedtune.data.formats.leaf.LARGE", 1)  # so that the arrays grow often
     rng = np.random.default_rng(0)
     clients = {f"c{n}": (rng.random((n, 3)), rng.integers(0, 9, n)) for n in range(3, 60)}
     dataset = FederatedDataset.from_clients(clients, name="made")
@@ -328,7 +329,7 @@ def test_an_existing_folder_is_left_alone_and_a_failure_leaves_nothing(tmp_path,
     def fail(*arguments):
         raise OSError("full")
 
-    monkeypatch.setattr("fedtune.data.leaf_export._write_file", fail)
+    monkeypatch.setattr("fedtune.data.formats.leaf_export._write_file", fail)
     with pytest.raises(OSError, match="full"):
         export_leaf(made(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

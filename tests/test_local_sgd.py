@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedtune.data.federated_dataset import DatasetSpec
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import Examples, FlatModel
 from fedtune_clients import local_sgd
 from fedtune_clients.local_sgd import HYPERPARAMETERS, MOST_TOGETHER, num_together, train, train_together
 from fedtune_clients.models import cnn, logistic, mlp

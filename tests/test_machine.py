@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import fedtune.simulation.executors.machine as machine_module
+import fedtune.executors.machine as machine_module
+from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
+from fedtune.executors.machine import Machine, MachineSettings
 
 SIZES = (40, 12, 33, 90, 12, 21)
 CONFIG = {"learning_rate": 0.3, "batch_size": 8, "epochs": 2, "dropout": 0.2}

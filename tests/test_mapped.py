@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.data.mapped import place_of
-from fedtune.simulation.executors.shared_memory import MappedFile, SharedArray, share
+from fedtune.executors.shared_memory import MappedFile, SharedArray, share
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.data.federated_dataset import PARTS, DatasetSpec
+from fedtune.data.spec import PARTS, DatasetSpec
 from fedtune.errors import InputError
 from fedtune_datasets import mnist
 

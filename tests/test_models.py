@@ -3,9 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.data.federated_dataset import DatasetSpec
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, FlatModel
 from fedtune_clients import local_sgd
 from fedtune_clients.models import cnn, logistic, lstm, mlp
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.data.federated_dataset import IGNORED, DatasetSpec, FederatedDataset
+from fedtune.client.objectives import OBJECTIVES
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import IGNORED, DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.objectives import OBJECTIVES
 from fedtune_clients.models import mlp
 
 

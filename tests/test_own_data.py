@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import datasets
 import fedtune
 from fedtune.cli import app
-from fedtune.data.federated_dataset import PARTS, FederatedDataset
-from fedtune.data.tables import from_frame
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.tables import from_frame
+from fedtune.data.spec import PARTS
 from fedtune.errors import InputError, UnknownNameError
 
 

@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from fedtune import plugins
-from fedtune.data.federated_dataset import DatasetSpec, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.space import Hyperparameter
 from fedtune_clients import local_sgd

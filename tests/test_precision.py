@@ -6,10 +6,10 @@ import torch
 
 import fedtune
 from fedtune import plugins
+from fedtune.client.tasks import EvaluateTask, TrainTask
 from fedtune.errors import InputError
-from fedtune.simulation.executors.batched import BatchedMachine
-from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import EvaluateTask, TrainTask
+from fedtune.executors.batched import BatchedMachine
+from fedtune.executors.machine import Machine, MachineSettings
 
 CONFIG = {"learning_rate": 0.1, "momentum": 0.5, "epochs": 1, "batch_size": 10, "weight_decay": 1e-3, "dropout": 0.0}
 TASKS = [TrainTask(client, CONFIG, seed=client) for client in (3, 0)]

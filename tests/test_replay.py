@@ -13,7 +13,8 @@ from killed_runs import Killed, kill_at_round
 import fedtune
 from fedtune import plugins
 from fedtune.errors import InputError
-from fedtune.simulation.comparison import claim_folder, prepare
+from fedtune.runs.prepare import prepare
+from fedtune.runs.run_folder import claim_folder
 from fedtune.simulation.federation import Federation
 from fedtune.tuning import bohb
 from fedtune.tuning.tuners import TUNERS

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
+from fedtune.runs.history import TrialHistory
+from fedtune.runs.results import result_row, runner_up, trial_rows
 from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.federation import RoundRecord
-from fedtune.simulation.results import result_row, runner_up, trial_rows
-from fedtune.simulation.trial_store import TrialHistory
+from fedtune.simulation.records import RoundRecord
 from fedtune.tuning.trial import Score, Trial, incumbent
 
 

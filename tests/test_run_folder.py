@@ -13,7 +13,7 @@ import pytest
 
 import fedtune
 from fedtune.errors import InputError
-from fedtune.simulation.run_folder import locked, replacing
+from fedtune.runs.run_folder import locked, replacing
 
 SETTINGS = {
     **{"tuners": ["random"], "max_rounds": 3, "total_rounds": 9, "executor": "serial", "cohort_size": 1},

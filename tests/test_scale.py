@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedtune.data.checks import repeated_ids
-from fedtune.data.federated_dataset import NumberedIds
+from fedtune.data.problems import repeated_ids
+from fedtune.data.spec import NumberedIds
+from fedtune.runs import comparison
 from fedtune.settings import resolve
-from fedtune.simulation import comparison
 from fedtune.simulation.evaluation import evaluation_clients
 
 NUM_CLIENTS, EXAMPLES = 1_000_000, 8  # examples are a client's

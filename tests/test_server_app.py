@@ -8,14 +8,14 @@ from safetensors.torch import load_file
 
 from fedtune import plugins
 from fedtune.errors import InputError
-from fedtune.server.app import app, nodes_in_client_order
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.serial import SerialExecutor
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import ExecutorGrid
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.server.trials import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.server_app import app, nodes_in_client_order
 from fedtune.settings import resolve
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.simulation.grid import ExecutorGrid
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune_clients.app import app as client_app

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.data.federated_dataset import PARTS, DatasetSpec
-from fedtune.data.text import VOCABULARY
+from fedtune.data.formats.text import VOCABULARY
+from fedtune.data.spec import PARTS, DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets import shakespeare
 from fedtune_datasets.plays import speeches

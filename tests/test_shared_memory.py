@@ -5,7 +5,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from fedtune.simulation.executors.shared_memory import SharedArray, receive
+from fedtune.executors.shared_memory import SharedArray, receive
 
 ARRAYS = [
     np.arange(6, dtype=np.uint8).reshape(2, 3),

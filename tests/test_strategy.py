@@ -8,18 +8,19 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
 from fedtune import rng
-from fedtune.client_work import generator, measure
+from fedtune.client.examples import StoredExamples
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.work import generator, measure
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
-from fedtune.flat_model import FlatModel, StoredExamples
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.serial import SerialExecutor
 from fedtune.server import messages as protocol
 from fedtune.server import optimizers
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.serial import SerialExecutor
+from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning import fedex
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from fedtune import plugins, rng
+from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import FlatModel
-from fedtune.server.trials import client_program, initial_weights, make_draw, resolve_hyperparameters
-from fedtune.settings import resolve
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.settings import client_program, resolve
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.pool import make_pool
 from fedtune.tuning.space import LogUniform, PowerOfTwo

@@ -12,9 +12,9 @@ from flwr.clientapp import ClientApp
 
 from fedtune import plugins
 from fedtune.errors import InputError
+from fedtune.executors.machine import Machine, MachineSettings, keep
 from fedtune.server import messages as protocol
-from fedtune.server.trials import client_program
-from fedtune.simulation.executors.machine import Machine, MachineSettings, keep
+from fedtune.settings import client_program
 
 app = ClientApp()
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 
-from fedtune.flat_model import Examples, FlatModel
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
 from fedtune_clients.descent import Descent
 
 ALIGNMENT = 16  # floats in 64 bytes; where memory begins can decide how a matrix product is computed

@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from fedtune.data.federated_dataset import IGNORED
+from fedtune.client.examples import Examples
+from fedtune.client.flat_model import FlatModel
+from fedtune.data.spec import IGNORED
 from fedtune.errors import InputError
-from fedtune.flat_model import Examples, FlatModel
 from fedtune.tuning.space import Config, Number
 from fedtune_clients.local_sgd import complete
 

@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedtune.client.examples import Examples, StoredExamples
+from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.flat_model import Examples, FlatModel, StoredExamples
 from fedtune.tuning.space import Config, Hyperparameter, Number
 from fedtune_clients.backprop import ALIGNMENT, Backprop, Client
 from fedtune_clients.descent import Descent

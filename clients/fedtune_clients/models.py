@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fedtune.data.federated_dataset import DatasetSpec
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 
 

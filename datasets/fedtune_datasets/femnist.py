@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from fedtune import rng
-from fedtune.data.checks import Problem
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.leaf import Form, pair
-from fedtune.data.leaf_files import Beside, part_files, read_users
+from fedtune.data.formats.leaf import Form, pair
+from fedtune.data.formats.leaf_files import Beside, part_files, read_users
+from fedtune.data.problems import Problem
 from fedtune.data.sources import cache_folder
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling

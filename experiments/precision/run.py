@@ -10,8 +10,8 @@ import pandas as pd
 
 import fedtune
 from fedtune import plugins
-from fedtune.simulation.executors.machine import Machine, MachineSettings
-from fedtune.tasks import TrainTask
+from fedtune.client.tasks import TrainTask
+from fedtune.executors.machine import Machine, MachineSettings
 
 FOLDER = Path(__file__).parent
 PRECISIONS = ("fp32", "bf16")

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedtune import resolve_settings, rng
-from fedtune.simulation.comparison import claim_folder, prepare
-from fedtune.simulation.executors import num_workers, start_forkserver
+from fedtune import rng
+from fedtune.executors.processes import num_workers, start_forkserver
+from fedtune.layers import resolve_settings
+from fedtune.runs.prepare import prepare
+from fedtune.runs.run_folder import claim_folder
 
 FOLDER = Path(__file__).parent
 POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000)

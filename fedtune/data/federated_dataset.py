@@ -1,80 +1,21 @@
 """Everybody's examples in two flat arrays, with index ranges for each client's train, validation and test part."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int64, Integer, Shaped
 
-from fedtune import rng
+from fedtune.data.parts import part_number, part_sizes, split_clients
+from fedtune.data.spec import DTYPE_KINDS, LABEL_DTYPES, DatasetSpec, NumberedIds
 from fedtune.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedtune.data.checks import Problem
-
-PARTS = ("train", "validation", "test")
-DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
-LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
-IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What a model must know about the examples. `fedtune.objectives` says what the objectives ask of it."""
-
-    input_shape: tuple[int, ...]  # of one example
-    input_kind: str  # "real": the model gets float32 x * scale; "token": the model gets int64
-    num_classes: int  # 0 for regression
-    scale: float = 1.0
-    objective: str = "classification"
-    target_shape: tuple[int, ...] = ()  # of one example's labels: (position,) for next_token
-    target_mean: tuple[float, ...] = ()  # what was taken off the targets of a regression, which were then divided by
-    target_std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.objective not in LABEL_DTYPES:
-            raise UnknownNameError("objective", self.objective, LABEL_DTYPES)
-        if self.input_kind not in DTYPE_KINDS:
-            raise UnknownNameError("input_kind", self.input_kind, DTYPE_KINDS)
-        if self.objective == "regression" and self.num_classes:
-            raise InputError(f"num_classes must be 0 with objective 'regression', got {self.num_classes}")
-        if self.objective != "regression" and self.num_classes < 1:
-            raise InputError(f"num_classes must be >= 1, got {self.num_classes}")
-        num_axes = {"classification": 0, "next_token": 1}.get(self.objective, len(self.target_shape))
-        if len(self.target_shape) != num_axes:
-            raise InputError(
-                f"the labels of one example must have {num_axes} axes with objective {self.objective!r}, got shape "
-                f"{self.target_shape}"
-            )
-        if not 0 < self.scale < np.inf:
-            raise InputError(f"scale must be a finite number > 0, got {self.scale}")
-
-    @property
-    def num_outputs(self) -> int:
-        """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
-        return self.num_classes or math.prod(self.target_shape)
-
-
-class NumberedIds(Sequence[str]):
-    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
-
-    def __init__(self, num_clients: int) -> None:
-        self._numbers = range(num_clients)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        return str(self._numbers[index]) if isinstance(index, int) else [str(number) for number in self._numbers[index]]
+    from fedtune.data.problems import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +32,7 @@ class FederatedDataset:
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
     text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
-    characters: bool = False  # whether the tokens are LEAF's characters, those of `fedtune.data.text`
+    characters: bool = False  # whether the tokens are LEAF's characters, those of `fedtune.data.formats.text`
     hierarchies: Sequence[Any] | None = None  # what LEAF's files say that each client belongs to, such as a play
     tolerated: "Sequence[Problem]" = ()  # warnings about the files it was read from
 
@@ -131,7 +72,8 @@ class FederatedDataset:
         x and y are arrays, tensors or lists, an example a row. num_classes None means the largest label + 1. The
         targets of a regression are brought to mean 0 and variance 1 over all train parts, each target by itself.
         """
-        from fedtune.data.checks import BadDataError, find_problems, form_problems, in_client_order, repeated_ids
+        from fedtune.data.checks import find_problems
+        from fedtune.data.problems import BadDataError, form_problems, in_client_order, repeated_ids
 
         if not clients:
             raise InputError("a data set must have at least one client, got none")
@@ -155,7 +97,7 @@ class FederatedDataset:
                 )
                 problems += find_problems(fitting)
             raise BadDataError(in_client_order(repeated_ids(client_ids) + problems, client_ids))
-        permutations, ranges = _split([len(y) for y in ys], fractions, seed)
+        permutations, ranges = split_clients([len(y) for y in ys], fractions, seed)
         total = sum(len(y) for y in ys)
         x = np.empty((total, *xs[0].shape[1:]), xs[0].dtype)
         y = np.empty((total, *ys[0].shape[1:]), LABEL_DTYPES[objective])
@@ -172,22 +114,22 @@ class FederatedDataset:
 
     @classmethod
     def from_frame(cls, frame: "pd.DataFrame", *, client: str, label: str, **options: Any) -> "FederatedDataset":
-        """A data set of a table, a row an example: see `fedtune.data.tables.from_frame`."""
-        from fedtune.data.tables import from_frame
+        """A data set of a table, a row an example: see `fedtune.data.formats.tables.from_frame`."""
+        from fedtune.data.formats.tables import from_frame
 
         return from_frame(frame, client=client, label=label, **options)
 
     @classmethod
     def from_folder(cls, path: str | Path, **options: Any) -> "FederatedDataset":
-        """A data set of a folder with a file or folder a client: see `fedtune.data.folders.load_folder`."""
-        from fedtune.data.folders import load_folder
+        """A data set of a folder with a file or folder a client: see `fedtune.data.formats.folders.load_folder`."""
+        from fedtune.data.formats.folders import load_folder
 
         return load_folder(path, **options)
 
     @classmethod
     def from_leaf(cls, path: str | Path, **options: Any) -> "FederatedDataset":
-        """A data set of a folder in LEAF's JSON form: see `fedtune.data.leaf.load_leaf`."""
-        from fedtune.data.leaf import load_leaf
+        """A data set of a folder in LEAF's JSON form: see `fedtune.data.formats.leaf.load_leaf`."""
+        from fedtune.data.formats.leaf import load_leaf
 
         return load_leaf(path, **options)
 
@@ -273,7 +215,7 @@ class FederatedDataset:
         """
         if not indices:
             raise InputError("a data set must have at least one client, got none")
-        permutations, ranges = _split([len(chosen) for chosen in indices], fractions, seed)
+        permutations, ranges = split_clients([len(chosen) for chosen in indices], fractions, seed)
         order = np.concatenate([chosen[shuffled] for chosen, shuffled in zip(indices, permutations, strict=True)])
         spec = DatasetSpec(x.shape[1:], input_kind, _num_classes(y, num_classes), scale)
         client_ids = [str(client) for client in range(len(indices))]
@@ -293,7 +235,7 @@ class FederatedDataset:
     ) -> "FederatedDataset":
         """Next-character prediction: example i is `text[i : i + window]`, its label `text[i + window]`.
 
-        `characters` says that the text's tokens are those of `fedtune.data.text`, which LEAF's files hold as strings.
+        `characters` says that the text's tokens are those of `fedtune.data.formats.text`, as LEAF's files hold them.
         x is a view of the text: copied whole, it would take `window` times as much memory.
         """
         if not 1 <= window < len(text):
@@ -322,13 +264,13 @@ class FederatedDataset:
 
     def num_examples(self, part: str) -> Int64[np.ndarray, "client"]:
         """How many examples each client has in one of PARTS."""
-        starts, stops = self.ranges[:, _part_number(part)].T
+        starts, stops = self.ranges[:, part_number(part)].T
         sizes: np.ndarray = stops - starts
         return sizes
 
     def examples(self, client: int, part: str) -> tuple[np.ndarray, np.ndarray]:
         """One client's (x, y) in one of PARTS: views, not copies."""
-        start, stop = self.ranges[client, _part_number(part)]
+        start, stop = self.ranges[client, part_number(part)]
         return self.x[start:stop], self.y[start:stop]
 
     def check(self) -> list[str]:
@@ -336,7 +278,8 @@ class FederatedDataset:
 
         `fedtune.data.checks` finds it, and what is only suspicious beside it.
         """
-        from fedtune.data.checks import errors_of, find_problems
+        from fedtune.data.checks import find_problems
+        from fedtune.data.problems import errors_of
 
         return [problem.message for problem in errors_of(find_problems(self))]
 
@@ -350,12 +293,6 @@ class FederatedDataset:
         """How many examples each client has in each of PARTS."""
         sizes: np.ndarray = self.ranges[..., 1] - self.ranges[..., 0]
         return sizes
-
-
-def _part_number(part: str) -> int:
-    if part not in PARTS:
-        raise UnknownNameError("part", part, PARTS)
-    return PARTS.index(part)
 
 
 def _standardise(
@@ -381,26 +318,3 @@ def _num_classes(y: Integer[np.ndarray, "example ..."], num_classes: int | None)
 def _windows(text: Integer[np.ndarray, "character"], window: int) -> Integer[np.ndarray, "example window"]:
     """Every window of the text that a character follows: a view, which cannot be written to."""
     return np.lib.stride_tricks.sliding_window_view(text[:-1], window)
-
-
-def part_sizes(
-    num_examples: Int64[np.ndarray, "client"], fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-) -> Int64[np.ndarray, "client 3"]:
-    """How many of its examples each client has in each of PARTS; where there are any, test and validation go first."""
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise InputError(f"fractions must be > 0 and sum to 1, got {fractions}")
-    wanted = [np.maximum(1, np.rint(fraction * num_examples).astype(np.int64)) for fraction in fractions[1:]]
-    validation = np.minimum(wanted[0], num_examples)
-    test = np.minimum(wanted[1], num_examples - validation)
-    return np.stack([num_examples - validation - test, validation, test], axis=1)
-
-
-def _split(
-    sizes: Sequence[int], fractions: tuple[float, float, float], seed: int
-) -> tuple[list[Int64[np.ndarray, "_"]], Int64[np.ndarray, "client 3 2"]]:
-    """Each client's examples in shuffled order, and where its parts lie once all clients stand in one row."""
-    n = np.array(sizes, np.int64)
-    parts = part_sizes(n, fractions)
-    starts = (n.cumsum() - n)[:, None] + parts.cumsum(axis=1) - parts
-    permutations = [rng.stream(seed, "split", client).permutation(size) for client, size in enumerate(sizes)]
-    return permutations, np.stack([starts, starts + parts], axis=2)

@@ -12,7 +12,8 @@ from jaxtyping import Int64, Shaped, UInt64
 
 from fedtune import rng
 from fedtune.data.chunks import positions, rows
-from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import PARTS
 
 
 class Repeats(NamedTuple):

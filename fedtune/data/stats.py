@@ -3,7 +3,8 @@
 import numpy as np
 from jaxtyping import Int64
 
-from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import PARTS
 from fedtune.errors import InputError
 
 

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from fedtune.errors import UnknownNameError
+from fedtune.events import EVENTS
 from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
 
-EVENTS = ("plan", "executor", "ask", "round", "lost", "tell", "drop", "incumbent", "study_end", "warning")
 REFRESHES_PER_SECOND = 5
 
 

@@ -13,7 +13,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from fedtune.data.federated_dataset import PARTS, FederatedDataset
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import PARTS
 from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for a line on white).

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.data.checks import Problem
+from fedtune.data.problems import Problem
 from fedtune.report.frames import FAULTS, READINGS, lead_line
 
 MISSING = "–"

@@ -17,10 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Met
 from jaxtyping import Float
 from torch import Tensor
 
+from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update
 from fedtune.errors import InputError
 from fedtune.server.flower_compat import fill, pack
 from fedtune.settings import Settings, resolve
-from fedtune.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update
 from fedtune.tuning.space import Config, Number
 
 CLIENT_ERROR = 1000  # the code in the reply of a client whose program raised; above Flower's own

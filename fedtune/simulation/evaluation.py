@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fedtune import rng
+from fedtune.client.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.tuning.trial import TAIL
 
 STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds

@@ -1,7 +1,7 @@
 """The event loop of a study: a tuner's jobs on the virtual clock, so many at once.
 
 A job's virtual duration is known before anything of it is computed. So what is computed, in whatever order, is
-delivered to the tuner in virtual order. What a job is, a workload says: real federations (`fedtune.simulation.study`),
+delivered to the tuner in virtual order. What a job is, a workload says: real federations (`fedtune.runs.study`),
 or made-up durations and errors.
 """
 

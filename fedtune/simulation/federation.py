@@ -5,7 +5,6 @@ federations in flight at once and the executor always has work of several to cho
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,38 +13,18 @@ from flwr.app import ConfigRecord
 from jaxtyping import Float, Int
 
 from fedtune import rng
+from fedtune.client.tasks import Executor, Failure, Metrics, PersonaliseTask
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.flower_compat import pack
-from fedtune.server.grid import ExecutorGrid
 from fedtune.server.optimizers import OptimizerState
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.simulation.devices import RoundPlan
 from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten
-from fedtune.tasks import Executor, Failure, Metrics, PersonaliseTask
+from fedtune.simulation.grid import ExecutorGrid
+from fedtune.simulation.records import RoundRecord
 from fedtune.tuning import fedex
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in one round; the evaluation is None in rounds that were not evaluated."""
-
-    round: int
-    asked: int  # clients that the server asked
-    late: int  # clients that would have answered after the round's end
-    left: int  # clients that dropped out
-    unavailable: int  # clients that were drawn and could not be asked
-    cohort: int  # clients in time: all asked but the late and those that left
-    lost: int  # clients whose program raised
-    dropped: int  # updates that were not finite
-    clipped: int  # updates that were scaled down
-    client_updates: int  # clients that answered
-    bytes: int  # weights moved, to the clients and back
-    error: float  # the cohort's mean validation error after local training
-    loss: float
-    entropy: float  # of theta, in nats; NaN where the pool has one configuration
-    evaluation: Evaluation | None
 
 
 class Federation:
@@ -194,24 +173,6 @@ class Federation:
             **{"num_validation": validation, "validation_error": error, "validation_loss": loss},
             **{"num_test": test, "test_error": error, "test_loss": loss},
         }
-
-
-def record_as_json(record: RoundRecord) -> dict[str, Any]:
-    """The record as the journal holds it."""
-    return {**asdict(record), "evaluation": record.evaluation and list(record.evaluation)}
-
-
-def record_from_json(fields: Mapping[str, Any]) -> RoundRecord:
-    """The record that `record_as_json` wrote."""
-    evaluation = fields["evaluation"]
-    return RoundRecord(**{**fields, "evaluation": evaluation and Evaluation(*evaluation)})
-
-
-def record_as_row(record: RoundRecord) -> dict[str, Any]:
-    """The record as columns of rounds.parquet, its evaluation's numbers NaN where there is none."""
-    row = asdict(record)
-    evaluation = row.pop("evaluation")
-    return row | (evaluation._asdict() if evaluation else dict.fromkeys(Evaluation._fields, float("nan")))
 
 
 def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

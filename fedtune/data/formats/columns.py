@@ -1,0 +1,71 @@
+"""The columns of a table: features, labels, and what is wrong with them."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.data.problems import Problem
+from fedtune.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def column_problems(frame: "pd.DataFrame", client: str, label: str, features: Iterable[str]) -> list[Problem]:
+    """Every column that does not hold what it must."""
+    import pandas as pd
+
+    problems = []
+    for column in features:
+        if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
+            texts = frame[column][frame[column].map(lambda value: isinstance(value, str))]
+            wrong = texts[pd.to_numeric(texts, errors="coerce").isna()]
+            message = (
+                f"features must be numbers, got column {column!r} of type {frame[column].dtype}"
+                f"{f', such as {wrong.iloc[0]!r}' if len(wrong) else ''}; name the columns to use in features"
+            )
+            problems.append(Problem(message, "features that are no numbers"))
+    for column in (client, label):
+        if (missing := frame[column].isna()).any():
+            message = (
+                f"column {column!r} must have a value in every row, got none in {missing.sum()} of {len(frame)}, "
+                f"first in row {missing.argmax() + 1}"
+            )
+            problems.append(Problem(message, "missing values"))
+    return problems
+
+
+def feature_columns(columns: Iterable[str], client: str, label: str, features: Sequence[str] | None) -> list[str]:
+    """The features among the columns of a table: those chosen, or all but the other two."""
+    columns = [*columns]
+    for column in (client, label, *(features or ())):
+        if column not in columns:
+            raise UnknownNameError("column", column, columns)
+    chosen = [column for column in columns if column not in (client, label)] if features is None else [*features]
+    if taken := {client, label} & {*chosen}:
+        raise InputError(f"features must be other columns than the client and the label, got {min(taken)!r}")
+    if not chosen:
+        raise InputError(f"a table must have a column beside {client!r} and {label!r}, got none")
+    return chosen
+
+
+def labels_of(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
+    """The labels as numbers, and how many classes there are; None leaves that to the largest."""
+    import pandas as pd
+
+    if objective == "regression":
+        if not pd.api.types.is_numeric_dtype(column):
+            raise InputError(f"the labels of a regression must be numbers, got column of type {column.dtype}")
+        return column.to_numpy(np.float32), None
+    if objective != "classification":
+        raise InputError(f"objective of a table must be 'classification' or 'regression', got {objective!r}")
+    if pd.api.types.is_integer_dtype(column) and column.min() >= 0:
+        return column.to_numpy(np.int64), None
+    if pd.api.types.is_float_dtype(column):
+        raise InputError(
+            f"labels of a classification must be whole numbers or names, got column {column.name!r} of type "
+            f"{column.dtype}; for real targets set objective = 'regression'"
+        )
+    codes, names = pd.factorize(column, sort=True)
+    return codes.astype(np.int64), len(names)

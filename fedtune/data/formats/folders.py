@@ -1,0 +1,145 @@
+"""Folders as data sets: one file, or one folder of images, a client; or arrays that are too large for the memory.
+
+site_a.npz, site_b.npz …                 arrays x and y
+site_a.csv, site_b.csv … (or .parquet)   tables with a label column
+site_a/cat/1.png, site_a/dog/2.png …     images, in a folder a class
+x.npy, y.npy, sizes.npy                  all clients' examples one after another, memory-mapped; how many each has
+"""
+
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.tables import SUFFIXES, from_frame, read_frame
+from fedtune.errors import InputError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp")
+ARRAYS = ("x.npy", "y.npy", "sizes.npy")
+
+
+def load_folder(
+    path: str | Path,
+    *,
+    label: str = "label",
+    features: Sequence[str] | None = None,
+    objective: str = "classification",
+    input_kind: str = "real",
+    num_classes: int | None = None,
+    scale: float | None = None,
+    standardize: bool = True,
+    seed: int = 0,
+) -> FederatedDataset:
+    """The data set of a folder; the client's id is the name of its file or folder.
+
+    `label`, `features` and `standardize` are for tables, as in `fedtune.data.formats.tables`. `scale` None means
+    1 / 255 for images and 1 for everything else.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"the folder {folder} does not exist")
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = {entry.name for entry in entries}
+    form: dict[str, Any] = {"objective": objective, "input_kind": input_kind, "num_classes": num_classes}
+    if names >= set(ARRAYS):
+        x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
+        return FederatedDataset.from_arrays(
+            x, y, sizes, name=folder.name, scale=1.0 if scale is None else scale, **form
+        )
+    if entries and all(entry.is_dir() for entry in entries):
+        clients, classes = _read_images(entries)
+        form["num_classes"] = len(classes) if num_classes is None else num_classes
+        return FederatedDataset.from_clients(
+            clients,
+            name=folder.name,
+            scale=1 / 255 if scale is None else scale,
+            seed=seed,
+            **form,
+        )
+    kinds = {entry.suffix for entry in entries}
+    if kinds == {".npz"}:
+        arrays = {entry.stem: _read_npz(entry) for entry in entries}
+        return FederatedDataset.from_clients(
+            arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
+        )
+    if len(kinds) == 1 and kinds <= set(SUFFIXES):
+        import pandas as pd  # not above: worker processes never need it
+
+        frames = {entry.stem: read_frame(entry) for entry in entries}
+        if taken := [entry.name for entry in entries if "client" in frames[entry.stem].columns]:
+            raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")
+        frame = pd.concat([part.assign(client=client) for client, part in frames.items()], ignore_index=True)
+        return from_frame(
+            frame,
+            client="client",
+            label=label,
+            features=features,
+            objective=objective,
+            standardize=standardize,
+            name=folder.name,
+            seed=seed,
+        )
+    # The rarest kind first, since it is what does not belong.
+    kind_of = {entry.name: "/" if entry.is_dir() else entry.suffix for entry in entries}
+    count = Counter(kind_of.values())
+    odd_first = sorted(names, key=lambda name: (count[kind_of[name]], name))
+    raise InputError(
+        f"a folder of clients must hold only .npz files, only tables ({' or '.join(SUFFIXES)}), only folders of "
+        f"images, or {', '.join(ARRAYS)}, got {', '.join(odd_first[:5]) or 'nothing'} in {folder}"
+    )
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} can't be read as an array: {' '.join(str(error).split())}") from error
+    return array
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path) as arrays:
+            return arrays["x"], arrays["y"]
+    except KeyError as error:
+        raise InputError(f"{path} must hold the arrays x and y, got no {error.args[0].split()[0]}") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} can't be read as arrays: {' '.join(str(error).split())}") from error
+
+
+def _read_images(clients: Sequence[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+    """The images of each client and the names of the classes, which are all clients' folders in alphabetical order."""
+    found = {client.name: list(_images(client)) for client in clients}
+    classes = sorted({path.parent.name for paths in found.values() for path in paths})
+    if not classes:
+        raise InputError(f"a client's folder must hold a folder of images a class, got none in {clients[0].parent}")
+    data = {}
+    for client, paths in found.items():
+        images = [_read_image(path) for path in paths]
+        if len({image.shape for image in images}) > 1:
+            first = next(path for path, image in zip(paths, images, strict=True) if image.shape != images[0].shape)
+            raise InputError(f"all images must have the shape {images[0].shape} of {paths[0]}, got another in {first}")
+        x = np.stack(images) if images else np.empty(0, np.uint8)
+        data[client] = (x, np.array([classes.index(path.parent.name) for path in paths], np.int64))
+    return data, classes
+
+
+def _images(client: Path) -> Iterator[Path]:
+    return (path for path in sorted(client.glob("*/*")) if path.suffix.lower() in IMAGES)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """Grey levels of shape (height, width), or colours of shape (3, height, width)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("1", "L", "I;16", "LA"):
+                return np.asarray(image.convert("L"))
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"the image {path} can't be read: {' '.join(str(error).split())}") from error

@@ -1,0 +1,111 @@
+"""Tables as data sets, a row an example and a client column: a pandas DataFrame, or a CSV, Parquet or Arrow file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.columns import column_problems, feature_columns, labels_of
+from fedtune.data.problems import BadDataError
+from fedtune.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARROW_SUFFIXES = (".arrow", ".feather")
+SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
+
+
+def load_table(
+    path: str | Path,
+    *,
+    client: str,
+    label: str,
+    features: Sequence[str] | None = None,
+    objective: str = "classification",
+    standardize: bool | None = None,
+    mapped: bool = False,
+    seed: int = 0,
+) -> FederatedDataset:
+    """The data set of a file; the options are those of `from_frame`.
+
+    With `mapped` an Arrow file is mapped into memory, not read: see `fedtune.data.formats.arrow`. Its features then
+    stay as they are, and a client's parts are its first rows, the next and the last. `standardize` None means unless
+    mapped.
+    """
+    path = Path(path)
+    if mapped:
+        from fedtune.data.formats.arrow import map_table
+
+        if path.suffix not in ARROW_SUFFIXES:
+            raise InputError(f"a mapped table must be a file that ends in {' or '.join(ARROW_SUFFIXES)}, got {path}")
+        if standardize:
+            raise InputError("standardize must be false for a mapped table, whose numbers stay in the file, got true")
+        return map_table(path, client=client, label=label, features=features, objective=objective)
+    return from_frame(
+        read_frame(path),
+        client=client,
+        label=label,
+        features=features,
+        objective=objective,
+        standardize=standardize is not False,
+        seed=seed,
+        name=path.stem,
+    )
+
+
+def read_frame(path: Path) -> "pd.DataFrame":
+    """The table in a file. Raises InputError where it can't be read."""
+    import pandas as pd  # not above: worker processes never need it
+
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"a table must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
+    try:
+        if path.suffix in ARROW_SUFFIXES:
+            return pd.read_feather(path)
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
+        raise InputError(f"the table {path} can't be read: {' '.join(str(error).split())}") from error
+
+
+def from_frame(
+    frame: "pd.DataFrame",
+    *,
+    client: str,
+    label: str,
+    features: Sequence[str] | None = None,
+    objective: str = "classification",
+    standardize: bool = True,
+    name: str = "table",
+    **options: Any,
+) -> FederatedDataset:
+    """The data set of a table: its clients by the column `client`, in order of their names, what to predict in `label`.
+
+    `features` None means all other columns, which must hold numbers. With `standardize` each is brought to mean 0 and
+    variance 1 over the whole table. Labels of a classification that are whole numbers from 0 are classes as they stand;
+    others, such as strings, are numbered in their order. The further options are those of
+    `FederatedDataset.from_clients`.
+    """
+    import pandas as pd
+
+    chosen = feature_columns(frame.columns, client, label, features)
+    if frame.empty:
+        raise InputError("a table must have at least one row, got none")
+    if problems := column_problems(frame, client, label, chosen):
+        raise BadDataError(problems)
+    x = frame[chosen].to_numpy(np.float32, na_value=np.nan, copy=standardize)
+    if standardize:
+        for feature in x.T:
+            finite = feature[np.isfinite(feature)].astype(np.float64)  # of the rest the check says whose it is
+            if len(finite):
+                feature[...] = (feature - finite.mean()) / (finite.std() or 1.0)
+    y, num_classes = labels_of(frame[label], objective)
+    codes, names = pd.factorize(frame[client], sort=True)
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    clients = {client_id: (x[rows], y[rows]) for client_id, rows in zip(names.tolist(), groups, strict=True)}
+    return FederatedDataset.from_clients(
+        clients, name=name, objective=objective, **{"num_classes": num_classes, **options}
+    )

@@ -1,0 +1,79 @@
+"""What a model must know about a data set's examples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from fedtune.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    pass
+
+
+PARTS = ("train", "validation", "test")
+
+
+DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
+
+
+LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
+
+
+IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a model must know about the examples. `fedtune.client.objectives` says what the objectives ask of it."""
+
+    input_shape: tuple[int, ...]  # of one example
+    input_kind: str  # "real": the model gets float32 x * scale; "token": the model gets int64
+    num_classes: int  # 0 for regression
+    scale: float = 1.0
+    objective: str = "classification"
+    target_shape: tuple[int, ...] = ()  # of one example's labels: (position,) for next_token
+    target_mean: tuple[float, ...] = ()  # what was taken off the targets of a regression, which were then divided by
+    target_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objective not in LABEL_DTYPES:
+            raise UnknownNameError("objective", self.objective, LABEL_DTYPES)
+        if self.input_kind not in DTYPE_KINDS:
+            raise UnknownNameError("input_kind", self.input_kind, DTYPE_KINDS)
+        if self.objective == "regression" and self.num_classes:
+            raise InputError(f"num_classes must be 0 with objective 'regression', got {self.num_classes}")
+        if self.objective != "regression" and self.num_classes < 1:
+            raise InputError(f"num_classes must be >= 1, got {self.num_classes}")
+        num_axes = {"classification": 0, "next_token": 1}.get(self.objective, len(self.target_shape))
+        if len(self.target_shape) != num_axes:
+            raise InputError(
+                f"the labels of one example must have {num_axes} axes with objective {self.objective!r}, got shape "
+                f"{self.target_shape}"
+            )
+        if not 0 < self.scale < np.inf:
+            raise InputError(f"scale must be a finite number > 0, got {self.scale}")
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
+        return self.num_classes or math.prod(self.target_shape)
+
+
+class NumberedIds(Sequence[str]):
+    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
+
+    def __init__(self, num_clients: int) -> None:
+        self._numbers = range(num_clients)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return str(self._numbers[index]) if isinstance(index, int) else [str(number) for number in self._numbers[index]]

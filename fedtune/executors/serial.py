@@ -1,0 +1,66 @@
+"""The serial executor: everything in this process, in the order of submission."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fedtune.client.tasks import Result, Task
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.executors.machine import Machine, MachineSettings
+
+
+class RunsAll(Protocol):
+    """A machine that does several tasks from the same weights."""
+
+    def describe(self) -> str:
+        """Where clients train."""
+
+    def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
+        """The results of the tasks, their weights in memory of their own."""
+
+
+class SerialExecutor:
+    """See `fedtune.client.tasks.Executor`."""
+
+    def __init__(
+        self,
+        settings: MachineSettings,
+        dataset: FederatedDataset,
+        make_machine: Callable[[MachineSettings, FederatedDataset], RunsAll] = Machine,
+    ) -> None:
+        self._machine = make_machine(settings, dataset)
+        self._waiting: deque[tuple[int, Tensor, Sequence[Task]]] = deque()
+        self._results: dict[int, list[Result]] = {}
+        self._num_submitted = 0
+
+    def describe(self) -> str:
+        """Where clients train."""
+        return self._machine.describe()
+
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+        """A ticket for this batch; `order` is not heeded."""
+        self._num_submitted += 1
+        self._waiting.append((self._num_submitted, weights, tasks))
+        return self._num_submitted
+
+    def step(self) -> None:
+        """Computes the oldest batch."""
+        if self._waiting:
+            ticket, weights, tasks = self._waiting.popleft()
+            self._results[ticket] = self._machine.run_all(weights, tasks)
+
+    def finished(self, ticket: int) -> bool:
+        """True once the batch was computed."""
+        return ticket in self._results
+
+    def collect(self, ticket: int) -> list[Result]:
+        """The results of a finished ticket, in the order of its tasks."""
+        return self._results.pop(ticket)
+
+    def release(self, ticket: int) -> None:
+        """Nothing: the updates belong to whoever holds them."""
+
+    def close(self) -> None:
+        """Nothing: there are no workers."""

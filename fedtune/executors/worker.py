@@ -1,0 +1,85 @@
+"""A worker process of the pool: reads tasks, writes updates into shared memory, answers with metrics."""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from fedtune.client.tasks import Failure, Metrics, Task, Update
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import DatasetSpec
+from fedtune.executors.machine import Machine, MachineSettings
+from fedtune.executors.shared_memory import receive
+
+NewBlock = int  # a block's number; its memory follows
+Chunk = list[tuple[int, int, Task]]  # block, row for the update, task
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a chunk. Where a task gave an Update, only its metrics are here: the weights lie in its row."""
+
+    seconds: float
+    results: list[Metrics | Failure | list[Metrics]]
+
+
+def main(
+    connection: Connection,
+    folder: str,
+    settings: MachineSettings,
+    spec: DatasetSpec,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """Serves until the parent is gone, in `folder`. It first answers its `num_together`, or why it can't start."""
+    blocks: dict[int, torch.Tensor] = {}
+    chunks: SimpleQueue[Chunk] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
+    try:
+        os.chdir(folder)  # plug-ins may be named by a path relative to it
+        machine = Machine(settings, FederatedDataset.from_shared(spec, arrays))
+    except Exception as error:
+        connection.send(Failure(f"{type(error).__name__}: {error}"))
+        return
+    connection.send(machine.num_together)
+    while True:
+        chunk = chunks.get()
+        started = time.perf_counter()
+        results = [
+            result
+            for block, pieces in itertools.groupby(chunk, lambda piece: piece[0])
+            for result in _run(machine, blocks[block], [piece[1:] for piece in pieces])
+        ]
+        connection.send(Answer(time.perf_counter() - started, results))
+
+
+def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "SimpleQueue[Chunk]") -> None:
+    """Takes in what the parent sends, so that it never waits for a task's end; ends the process when it is gone."""
+    try:
+        while True:
+            message = connection.recv()
+            if isinstance(message, NewBlock):
+                blocks[message] = torch.from_numpy(receive(connection))
+            else:
+                chunks.put(message)
+    finally:
+        # However the parent died, this read ends: only the parent holds the other end.
+        os._exit(1)
+
+
+def _run(
+    machine: Machine, rows: torch.Tensor, pieces: Sequence[tuple[int, Task]]
+) -> Iterator[Metrics | Failure | list[Metrics]]:
+    results = machine.run_each(rows[0], [task for _, task in pieces])
+    for (row, _), result in zip(pieces, results, strict=True):
+        if isinstance(result, Update):
+            rows[row].copy_(result.weights)
+            yield result.metrics
+        else:
+            yield result

@@ -1,0 +1,1 @@
+"""Everything about a run folder: comparisons, studies, the journal, results."""

@@ -1,0 +1,58 @@
+"""What a run was computed with: versions, commit and machine."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.errors import InputError
+from fedtune.events import Listener
+
+VERSIONED = ("fedtune", "torch", "numpy", "flwr", "pandas", "flwr-datasets")
+
+
+def check_versions(folder: Path, listener: Listener) -> None:
+    """Warns where a run was begun with other versions. Raises InputError where its environment.json is damaged."""
+    path = folder / "environment.json"
+    try:
+        begun = json.loads(path.read_text())["versions"]
+        different = [f"{name} {begun[name]}, now {now}" for name in VERSIONED if (now := version(name)) != begun[name]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} must say which versions the run was begun with, got {reason}") from None
+    if different:
+        message = f"the run was begun with {'; '.join(different)}: its numbers may not be those of either version"
+        listener({"event": "warning", "message": message})
+
+
+def environment() -> dict[str, Any]:
+    """What a run was computed with."""
+    return {
+        "versions": {name: version(name) for name in VERSIONED},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": {
+            **{"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+            **{"torch": torch.backends.cpu.get_cpu_capability()},
+        },
+    }
+
+
+def _commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,57 @@
+"""A trial so far: its rounds, their times, and the scores that the tuner was told."""
+
+from dataclasses import dataclass, field
+
+from fedtune.runs.journal import Journal
+from fedtune.simulation.evaluation import Evaluation, tail_mean
+from fedtune.simulation.records import RoundRecord, record_from_json
+from fedtune.tuning.trial import Trial
+
+# Which of a trial's personalised evaluations (at_max_rounds, sampled or argmax), its number, and its round then.
+Reading = tuple[str, int, int]
+
+
+@dataclass
+class TrialHistory:
+    """A trial so far: its rounds, the virtual times at which they ended, and by round what the tuner was told."""
+
+    trial: Trial
+    start: int = 0  # the round at which it took over its parent's state
+    records: list[RoundRecord] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def told(self) -> int:
+        """The round at the end of its last told job."""
+        return max(self.scores, default=self.start)
+
+    def tail(self, error: str, up_to: int | None = None) -> float:
+        """The tail mean of a field of the evaluations up to a round; None is the last one."""
+        evaluations = self._evaluations(up_to)
+        return tail_mean(list(evaluations), [getattr(evaluation, error) for evaluation in evaluations.values()])
+
+    def last_test_error(self, up_to: int | None = None) -> float:
+        """The test error at the last evaluation up to a round; NaN before the first."""
+        evaluations = list(self._evaluations(up_to).values())
+        return evaluations[-1].test_error if evaluations else float("nan")
+
+    def _evaluations(self, up_to: int | None) -> dict[int, Evaluation]:
+        rounds = [record for record in self.records if up_to is None or record.round <= up_to]
+        return {record.round: record.evaluation for record in rounds if record.evaluation is not None}
+
+
+def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
+    """The rounds that a journal noted, by trial and round; of one that was trained again after a stop, the later."""
+    records: dict[int, dict[int, RoundRecord]] = {}
+    for line in journal.notes("round"):
+        records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
+    return records
+
+
+def past_personalised(journal: Journal) -> dict[Reading, Evaluation]:
+    """The personalised evaluations that a journal noted."""
+    return {
+        (line["reading"], line["trial"], line["round"]): Evaluation(*line["evaluation"])
+        for line in journal.notes("personalised")
+    }

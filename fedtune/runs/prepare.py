@@ -1,0 +1,75 @@
+"""Every check of a comparison that needs no training."""
+
+import torch
+
+from fedtune import plugins
+from fedtune.client.examples import StoredExamples
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.objectives import check_outputs
+from fedtune.data.checks import find_problems
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.problems import errors_of, first_of
+from fedtune.errors import InputError
+from fedtune.hyperparameters import check_tuners, initial_weights, resolve_hyperparameters
+from fedtune.runs.comparison import Comparison
+from fedtune.settings import Settings
+from fedtune.simulation.devices import check_jobs_can_end, quantities
+from fedtune.tuning.tuners import within_one_federation
+
+
+def prepare(settings: Settings) -> Comparison:
+    """The comparison, after every check that needs no training. Raises InputError, one line; writes nothing."""
+    hyperparameters = resolve_hyperparameters(settings)
+    check_device(settings)
+    check_tuners(settings, hyperparameters.space)
+    check_devices(settings)
+    dataset = plugins.load_dataset(settings.data)
+    problems = find_problems(dataset, quick=True)
+    if errors := errors_of(problems):
+        raise InputError(f"data set {settings.data['name']}: {first_of(errors)}")
+    if settings.cohort_size > dataset.num_clients:
+        raise InputError(
+            f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
+        )
+    check_model(settings, dataset)
+    return Comparison(settings, dataset, hyperparameters, first_of(problems) if problems else None)
+
+
+def check_model(settings: Settings, dataset: FederatedDataset) -> None:
+    """Raises InputError unless the model can be made, takes the data set's examples and returns what they need."""
+    spec, name = dataset.spec, settings.model["name"]
+    stored_x, stored_y = dataset.examples(0, "train")
+    x, y = StoredExamples(stored_x[:2], stored_y[:2], spec, "cpu").all()
+    weights = initial_weights(settings, spec, settings.seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = FlatModel(plugins.make_model(settings.model, spec), "cpu", spec.objective)
+        model.module.eval()
+        try:
+            outputs = model.outputs(weights, x)
+            check_outputs(spec.objective, outputs, y, spec.num_outputs)
+        except InputError as error:
+            raise InputError(f"model {name!r} does not fit data set {dataset.name!r}: {error}") from None
+        except Exception as error:  # a model is anybody's code
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"model {name!r} can't take an example of data set {dataset.name!r}: {reason}") from None
+
+
+def check_devices(settings: Settings) -> None:
+    """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
+    quantities(settings.devices)
+    within = any(within_one_federation(name) for name in settings.tuners)
+    if within:
+        check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
+    elif settings.devices.on_drop == "retry":
+        check_jobs_can_end(settings.devices, settings.max_rounds)
+
+
+def check_device(settings: Settings) -> None:
+    """Raises InputError unless torch can use the device."""
+    try:
+        torch.empty(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device must be one that torch can use here, got {settings.device!r}: {reason}") from None
+    if settings.executor == "pool" and settings.device != "cpu":
+        raise InputError(f"executor 'pool' must be used with device 'cpu', got device {settings.device!r}")

@@ -1,0 +1,172 @@
+"""A finished study as rows: of rounds.parquet, trials.parquet and results.csv."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedtune.runs.history import Reading, TrialHistory
+from fedtune.runs.run_folder import replacing
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.records import record_as_row
+from fedtune.tuning.trial import Pool, Score, Trial, rank_key
+
+TOTALS = (
+    "client_updates",
+    "bytes",
+    "lost",
+    "dropped",
+    "clipped",
+    "late",
+    "left",
+)  # summed over all rounds of all trials
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study's rows of the three files."""
+
+    rounds: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def round_rows(
+    tuner: str,
+    seed: int,
+    trials: Mapping[int, TrialHistory],
+    incumbents: Sequence[tuple[float, int]],
+    *,
+    one_federation: bool,
+) -> list[dict[str, Any]]:
+    """A row a round of a trial, in virtual order. `incumbents` are (virtual time, trial) of each tell, in their order.
+
+    `spent` counts the rounds up to and with the row. `incumbent` is the trial one would pick just after it, -1 before
+    the first tell, unless there is only one to pick.
+    """
+    rows = sorted(
+        (
+            {**record_as_row(record), "trial": number, "virtual_time": time}
+            | {"score": history.scores.get(record.round, math.nan)}
+            for number, history in trials.items()
+            for record, time in zip(history.records, history.times, strict=True)
+        ),
+        key=lambda row: (row["virtual_time"], row["trial"]),
+    )
+    tells = iter([*incumbents, (math.inf, -1)])
+    time, trial = next(tells)
+    current = 0 if one_federation else -1
+    for spent, row in enumerate(rows, start=1):
+        while time <= row["virtual_time"]:
+            current = trial
+            time, trial = next(tells)
+        row |= {"tuner": tuner, "seed": seed, "spent": spent, "incumbent": current}
+    return rows
+
+
+def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> list[dict[str, Any]]:
+    """A row a trial: its rounds, its last score ± standard error, its test error, its configuration as JSON."""
+    return [
+        {
+            **{"tuner": tuner, "seed": seed, "trial": number, "rounds": history.told},
+            "score": history.scores.get(history.told, math.nan),
+            "score_se": history.tail("validation_error_se", history.told) if history.scores else math.nan,
+            "test_error": history.last_test_error(),
+            "config": json.dumps(plan(history.trial)),
+        }
+        for number, history in sorted(trials.items())
+    ]
+
+
+def result_row(
+    trials: Mapping[int, TrialHistory], best: Score, max_rounds: int, personalised: Mapping[Reading, Evaluation]
+) -> dict[str, Any]:
+    """What was spent over all trials, and the errors of the best one at both readings of an equal budget.
+
+    `best` may have been told again since, and worse: a trial that diverged is the best where it had not.
+    """
+    history = trials[best.trial]
+    records = [record for each in trials.values() for record in each.records]
+    sampled = personalised["sampled", best.trial, best.rounds]
+    argmax = personalised.get(("argmax", best.trial, best.rounds), sampled)
+    # Beyond max_rounds, which an infinite horizon allows, a search is not evaluated in between.
+    beyond = math.nan if best.rounds > max_rounds else sampled.test_error
+    at_max_rounds = personalised.get(("at_max_rounds", best.trial, max_rounds))
+    return {
+        **{"rounds": len(records), "rounds_of_trial": best.rounds},
+        **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
+        "validation_error": history.tail("validation_error", best.rounds),
+        "validation_error_se": history.tail("validation_error_se", best.rounds),
+        **runner_up(trials, best),
+        "test_error": history.tail("test_error", best.rounds),
+        "test_error_last": history.last_test_error(best.rounds),
+        "test_error_personalised": sampled.test_error,
+        "test_error_personalised_argmax": argmax.test_error,
+        "test_error_at_max_rounds": history.tail("test_error", max_rounds),
+        "test_error_personalised_at_max_rounds": at_max_rounds.test_error if at_max_rounds else beyond,
+    }
+
+
+def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]:
+    """The second-best trial among those told at the best one's last round, and how far it lies behind.
+
+    `runner_up` is its number, -1 where there is none; `lead` its score less the best one's; `lead_se` the root of the
+    sum of both scores' squared standard errors. A score is a mean over several evaluations of the same clients, whose
+    errors go up and down together, so its standard error is taken as their mean: an upper bound. `lead_se` is one too
+    where what is hard for one model is hard for the other.
+    """
+    rounds = best.rounds
+    others = [number for number, history in trials.items() if number != best.trial and rounds in history.scores]
+    if not others:
+        return {"runner_up": -1, "lead": math.nan, "lead_se": math.nan}
+    second = min(others, key=lambda number: rank_key(trials[number].scores[rounds], number))
+    standard_errors = [trials[number].tail("validation_error_se", rounds) for number in (best.trial, second)]
+    lead = trials[second].scores[rounds] - best.error
+    return {"runner_up": second, "lead": lead, "lead_se": math.hypot(*standard_errors)}
+
+
+def plan(trial: Trial) -> dict[str, Any]:
+    """The trial's configurations as JSON holds them."""
+    return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
+
+
+def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
+    """The configurations of each factor as JSON holds them."""
+    return [[dict(config) for config in factor] for factor in pool]
+
+
+def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
+    """Writes rounds.parquet, trials.parquet, results.csv and timings.csv, the last of which alone holds real times."""
+    with replacing(folder / "rounds.parquet") as path:
+        pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(path)
+    with replacing(folder / "trials.parquet") as path:
+        pd.DataFrame([row for result in results for row in result.trials]).to_parquet(path)
+    with replacing(folder / "timings.csv") as path:
+        pd.DataFrame(timings).to_csv(path, index=False)
+    with replacing(folder / "results.csv") as path:
+        pd.DataFrame([result.result for result in results]).to_csv(path, index=False)
+
+
+ROUND_COLUMNS = [
+    *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
+    *(
+        "asked",
+        "late",
+        "left",
+        "unavailable",
+        "cohort",
+        "lost",
+        "dropped",
+        "clipped",
+        "client_updates",
+        "bytes",
+        "error",
+        "loss",
+        "entropy",
+    ),
+    *("validation_error", "validation_error_se", "validation_loss", "test_error", "test_loss"),
+]

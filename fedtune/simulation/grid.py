@@ -1,0 +1,123 @@
+"""A Flower grid that lives in this process, over an executor.
+
+A node's id is its client's number + FIRST_NODE_ID: fixed, where Flower's own are random in each run.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedtune.client.tasks import Executor
+from fedtune.server import messages as protocol
+from fedtune.server.flower_compat import empty_run, ensure_task_identity, stamp
+
+FIRST_NODE_ID = 2  # 1 is the server
+
+
+class ExecutorGrid(Grid):
+    """The grid of a simulation: a push hands the clients' work to an executor, which several grids may share.
+
+    All work of one push must be of one type, for the same weights. What a pull returned holds views that stay valid
+    until the next push.
+    """
+
+    def __init__(self, executor: Executor, num_clients: int) -> None:
+        ensure_task_identity()
+        self._run = empty_run()
+        self._num_clients = num_clients
+        self._next_id = itertools.count()
+        self._replies: dict[str, Message] = {}  # that were not pulled yet, by the id of the message that they answer
+        self._executor = executor
+        self._under_way: dict[int, list[Message]] = {}  # by ticket
+        self._tickets: dict[str, int] = {}  # of the messages whose replies were not pulled yet, by id
+        self._collected: set[int] = set()
+        self.order = 0.0  # which grid's work goes first in the shared executor
+
+    def set_run(self, run: Run) -> None:
+        """Remembers the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message, in the way that Flower deprecated but still asks a Grid to offer."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> range:
+        """All nodes, in client order; a range, so that a million clients cost nothing."""
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + self._num_clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """The messages' ids; their work is under way."""
+        sent = list(messages)
+        self.release()
+        message_ids = self._stamp(sent)
+        work = []
+        for message in sent:
+            if message.metadata.message_type == MessageType.QUERY:
+                self._replies[message.metadata.message_id] = protocol.answer(message, [{"client": _client(message)}])
+            else:
+                work.append(message)
+        if work:
+            _check_alike(work)
+            tasks = [protocol.task(message, _client(message)) for message in work]
+            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self.order)
+            self._under_way[ticket] = work
+            self._tickets |= {message.metadata.message_id: ticket for message in work}
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to those messages whose push is wholly done, each of them once; does not wait."""
+        for ticket in [ticket for ticket in self._under_way if self._executor.finished(ticket)]:
+            for message, result in zip(self._under_way.pop(ticket), self._executor.collect(ticket), strict=True):
+                self._replies[message.metadata.message_id] = protocol.answer(message, result)
+            self._collected.add(ticket)
+        replies = [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        for reply in replies:
+            self._tickets.pop(reply.metadata.reply_to_message_id, None)  # a query has none
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: int | float | None = None) -> list[Message]:
+        """The replies to all messages. `timeout` has no meaning here: nobody is slow in real time."""
+        message_ids = self.push_messages(messages)
+        for ticket in {self._tickets[message_id] for message_id in message_ids if message_id in self._tickets}:
+            while not self._executor.finished(ticket):
+                self._executor.step()
+        return self.pull_messages(message_ids)
+
+    def ticket(self, message_ids: list[str]) -> int:
+        """The executor's ticket of the push that returned these ids, until the replies are pulled."""
+        return self._tickets[message_ids[0]]
+
+    def release(self) -> None:
+        """Gives back the memory of the updates whose replies were all pulled."""
+        done = self._collected - set(self._tickets.values())
+        for ticket in done:
+            self._executor.release(ticket)
+        self._collected -= done
+
+    def _stamp(self, messages: list[Message]) -> list[str]:
+        """The ids that the messages now have."""
+        for message in messages:
+            stamp(message, str(next(self._next_id)))
+        return [message.metadata.message_id for message in messages]
+
+
+def _client(message: Message) -> int:
+    return message.metadata.dst_node_id - FIRST_NODE_ID
+
+
+def _check_alike(work: list[Message]) -> None:
+    arrays = work[0].content["arrays"]
+    if any(message.content["arrays"] is not arrays for message in work):
+        raise ValueError("all messages of a push must carry the same ArrayRecord, got several")
+    if len({message.metadata.message_type for message in work}) > 1:
+        raise ValueError("all work of a push must be of one message type, got several")
