@@ -1,8 +1,8 @@
-"""The event loop of a study: a tuner's jobs on the virtual clock, so many at once.
+"""The event loop of a study: it runs up to `parallel_jobs` of a tuner's jobs in virtual time.
 
-A job's virtual duration is known before anything of it is computed. So what is computed, in whatever order, is
-delivered to the tuner in virtual order. What a job is, a workload says: real federations (`fedtune.runs.study`),
-or made-up durations and errors.
+The virtual duration of a job is known before any of it is computed. So jobs can be computed in any order, and are
+delivered to the tuner in virtual order. A workload says what a job is: the training of a federation (`fedtune.runs`),
+or a made-up duration and error.
 """
 
 from collections import deque
@@ -19,12 +19,12 @@ OnDrop = Literal["retry", "lose", "worst"]
 
 @dataclass(eq=False)
 class Attempt:
-    """One attempt at a job: when it ends, and whether by being dropped rather than done."""
+    """One attempt at a job: when it finishes, and whether it fails then."""
 
     job: Job
-    number: int  # of attempts at this job that were dropped before
-    ends: float
-    dropped: bool
+    number: int  # of failed attempts at this job before this one
+    finish_time: float
+    failed: bool
 
 
 Running = TypeVar("Running", bound=Attempt)
@@ -35,27 +35,27 @@ class Workload(Protocol[Running]):
     """What the jobs of a study are."""
 
     def start(self, job: Job, number: int, now: float) -> Running | None:
-        """The attempt, under way; None where the job no longer fits into the budget: then nothing more is asked for."""
+        """The running attempt; None if the job no longer fits into the budget: then no more jobs are asked for."""
 
     def ready(self, attempt: Running) -> bool:
-        """Whether everything of the attempt is computed; if not, more of it is once the loop has yielded."""
+        """Whether everything of the attempt is computed. If not, the loop yields and asks again."""
 
     def deliver(self, attempt: Running) -> float:
-        """The error of a job that is done, which the tuner is told next."""
+        """The error of a job that is done, which is reported to the tuner next."""
 
-    def drop(self, attempt: Running, then: OnDrop) -> None:
-        """Takes note that the attempt was dropped, and of what becomes of its job."""
+    def fail(self, attempt: Running, then: OnDrop) -> None:
+        """Takes note that the attempt failed, and what happens to its job then."""
 
 
 class EventLoop(Generic[Running]):
-    """Asks a tuner for jobs, and tells it of them as they end.
+    """Asks a tuner for jobs, and reports their errors to it as they finish.
 
-    `on_drop` is what becomes of the job of a dropped attempt: `retry`, it is attempted again before anything new is
-    asked for; `lose`, the tuner never hears of it; `worst`, the tuner is told NaN. Where a tuner waits for every job
-    that it asked for, to lose one is to be told NaN.
+    `on_drop` says what happens to a job when an attempt at it fails. `retry`: it is attempted again, before a new job
+    is asked for. `lose`: the job is forgotten, and nothing is reported. `worst`: the error NaN is reported. If the
+    tuner waits for every job that it asked for, `lose` is the same as `worst`.
 
-    With `tells_first` all that ends at one moment is told before anything is asked for; else each tell is followed by
-    asks.
+    With `tells_first`, all jobs that finish at one moment are reported before new jobs are asked for. Without it, new
+    jobs are asked for after each report.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class EventLoop(Generic[Running]):
         self._tells_first = tells_first
         self._clock: Clock[Running] = Clock()
         self._retries: deque[tuple[Job, int]] = deque()
-        self._refused: Job | None = None  # what no longer fitted into the budget
+        self._refused: Job | None = None  # the job that no longer fitted into the budget
 
     @property
     def time(self) -> float:
-        """The present."""
+        """The virtual time."""
         return self._clock.time
 
     def run(self) -> Iterator[None]:
-        """Runs until nothing is under way and nothing can be started; yields where it waits for what is computed.
+        """Runs until no job is running and none can be started; yields whenever it waits for a job to be computed.
 
-        Run again, it goes on, with what the workload had refused first.
+        It can be run again, after an extension: then the job that the workload had refused comes first.
         """
         if self._refused:
             self._retries.append((self._refused, 0))
@@ -94,7 +94,7 @@ class EventLoop(Generic[Running]):
             while not self._workload.ready(self._clock.peek()):
                 yield
             self._end(self._clock.take())
-            if not (self._tells_first and self._clock and self._clock.peek().ends == self._clock.time):
+            if not (self._tells_first and self._clock and self._clock.peek().finish_time == self._clock.time):
                 self._start_jobs()
 
     def _start_jobs(self) -> None:
@@ -109,13 +109,13 @@ class EventLoop(Generic[Running]):
             if attempt is None:
                 self._refused = job
             else:
-                self._clock.schedule(attempt.ends, attempt)
+                self._clock.schedule(attempt.finish_time, attempt)
 
     def _end(self, attempt: Running) -> None:
-        if not attempt.dropped:
+        if not attempt.failed:
             self._tuner.tell(attempt.job, self._workload.deliver(attempt))
             return
-        self._workload.drop(attempt, self._on_drop)
+        self._workload.fail(attempt, self._on_drop)
         if self._on_drop == "retry":
             self._retries.append((attempt.job, attempt.number + 1))
         elif self._on_drop == "worst":
