@@ -40,8 +40,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_is_an_os_error(tmp_path):
     """As on a full disk; the command line shows it as one line."""
-    (tmp_path / "trial-0.tmp").mkdir()  # in the way of the temporary file
-    with pytest.raises(OSError, match=r"^checkpoint .*trial-0.safetensors cannot be written: [^\n]+$"):
+    (tmp_path / "trial-0.safetensors.tmp").mkdir()  # in the way of the temporary file
+    with pytest.raises(OSError, match=r"^.*trial-0.safetensors cannot be written: [^\n]+$"):
         checkpoint.save(tmp_path / "trial-0.safetensors", {"round": np.array(1)})
 
 

@@ -58,7 +58,7 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(in_use):
     ):
         with pytest.raises(InputError) as caught:
             use()
-        assert str(caught.value) == f"run must be gone on with by one process at a time, got {folder}, in use"
+        assert str(caught.value) == f"another process is using run folder {folder}"
     assert everything(folder) == before
     assert fedtune.replay(folder)[0].finished  # which only reads
     os.kill(process.pid, signal.SIGKILL)
@@ -164,4 +164,4 @@ def test_a_run_of_another_torch_is_gone_on_with_and_says_so(finished, tmp_path):
     heard = []
     fedtune.resume(folder, executor="serial", listener=heard.append)
     (warning,) = (event["message"] for event in heard if event["event"] == "warning")
-    assert warning == f"the run was begun with torch 1.0, now {now}: its numbers may not be those of either version"
+    assert warning == f"the run was begun with torch 1.0, now {now}: its results may equal those of neither"

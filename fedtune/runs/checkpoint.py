@@ -1,9 +1,5 @@
-"""Checkpoints: the arrays of a federation's state in a safetensors file, written under a temporary name and renamed.
+"""Checkpoints: the arrays of a federation's state in a safetensors file, with a checksum of them in its metadata."""
 
-The file's metadata hold a checksum of the arrays.
-"""
-
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +9,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedtune.errors import InputError
+from fedtune.runs.run_folder import replacing
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays; at every moment `path` holds either the old checkpoint or the new one, whole.
 
-    OSError where they cannot be written, as on a full disk.
+    Raises OSError if they can't be written, as on a full disk.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        save_file(contiguous, temporary, metadata={"checksum": _checksum(contiguous)})
-    except SafetensorError as error:
-        raise OSError(f"checkpoint {path} cannot be written: {error}") from error
-    os.replace(temporary, path)
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata={"checksum": _checksum(contiguous)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays that were saved. Raises InputError where the file is damaged."""
+    """The arrays that were saved. Raises InputError if the file is damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping

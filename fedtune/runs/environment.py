@@ -17,7 +17,7 @@ VERSIONED = ("fedtune", "torch", "numpy", "flwr", "pandas", "flwr-datasets")
 
 
 def check_versions(folder: Path, listener: Listener) -> None:
-    """Warns where a run was begun with other versions. Raises InputError where its environment.json is damaged."""
+    """Warns if a run was begun with other versions. Raises InputError if its environment.json is damaged."""
     path = folder / "environment.json"
     try:
         begun = json.loads(path.read_text())["versions"]
@@ -26,19 +26,21 @@ def check_versions(folder: Path, listener: Listener) -> None:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} must say which versions the run was begun with, got {reason}") from None
     if different:
-        message = f"the run was begun with {'; '.join(different)}: its numbers may not be those of either version"
+        message = f"the run was begun with {'; '.join(different)}: its results may equal those of neither"
         listener({"event": "warning", "message": message})
 
 
 def environment() -> dict[str, Any]:
-    """What a run was computed with."""
+    """Versions of the packages that decide the results, Python, the commit of the source, and the machine."""
     return {
         "versions": {name: version(name) for name in VERSIONED},
         "python": platform.python_version(),
         "commit": _commit(),
         "machine": {
-            **{"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-            **{"torch": torch.backends.cpu.get_cpu_capability()},
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
 

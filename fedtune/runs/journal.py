@@ -1,117 +1,33 @@
 """The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, written before it is acted on.
 
-A study that is resumed runs the same event loop from the start. What it decides again is compared with the journal, and
-what it had computed is answered from it, so that it goes on where it stopped and ends with the numbers of a run that
-never stopped.
+A study that is resumed runs the same event loop from the start. Each decision that it takes again is compared with the
+journal, and what was computed before comes from the journal, so the study goes on at the point where it stopped and
+ends with the same numbers as a study that was never stopped.
 """
 
 import json
 import os
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import ValidationError
 
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.runs.journal_lines import LINES, NOTES, Order
 from fedtune.settings import input_error
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import RoundRecord
 
-FORMAT = 3  # of the lines; a journal of another format is refused
-
-
-_Whole = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-def _fields(**kinds: Any) -> type[BaseModel]:
-    """A model of what must be there, of these types, and nothing else."""
-    definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
-    model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
-    return model
-
-
-_JOB = {"event": str, "trial": int, "rung": int, "rounds": int}
-LINES = {  # by event
-    "study": _fields(event=str, format=int, tuner=str, seed=int, settings=str),
-    "ask": _fields(
-        **_JOB,
-        **{"attempt": int, "started": float, "finishes": float, "dropped": bool},
-        **{"server": dict[str, Any], "pool": list[list[dict[str, Any]]]},
-    ),
-    "tell": _fields(**_JOB, time=float, score=float),
-    "drop": _fields(**_JOB, time=float, then=str),
-    "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
-    "end": _fields(event=str, incumbent=int, time=float),
-    "round": _fields(event=str, trial=int, record=_fields(**{each.name: each.type for each in fields(RoundRecord)})),
-    "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
-    "checkpoint": _fields(event=str, trial=int, round=int),
-    "personalised": _fields(
-        **{"event": str, "reading": Literal["at_max_rounds", "sampled", "argmax"]},
-        **{"trial": int, "round": int, "evaluation": Evaluation},
-    ),
-}
-NOTES = ("round", "lost", "checkpoint", "personalised")
+FORMAT = 3  # of the lines; a study of another format can't be resumed
 
 
 class JournalEnds(Exception):
     """A journal that is only read holds no further decision."""
 
 
-@dataclass
-class _Trial:
-    """A trial as the lines so far have it."""
-
-    asked: int = 0  # its rounds at the end of its last job, other than dropped ones
-    round: int = 0  # its last one
-    evaluated: bool = True  # whether that was
-    checkpoint: int = 0  # the round of its last checkpoint
-
-
-class Order:
-    """What may follow the lines so far, whatever the tuner decides.
-
-    A trial's rounds come one after another, up to what was asked for, and its checkpoints after rounds that were
-    evaluated; a trial whose first note is a checkpoint has it from another one. From a trial's last checkpoint on its
-    rounds may come again, as after a stop.
-    """
-
-    def __init__(self) -> None:
-        self._trials: dict[int, _Trial] = defaultdict(_Trial)
-
-    def take(self, line: Mapping[str, Any]) -> str | None:
-        """What must be where the line can't stand here; None where it can."""
-        if "trial" not in line:
-            return None
-        trial, about = self._trials[line["trial"]], f"of trial {line['trial']}"
-        match line["event"]:
-            case "ask" if not line["dropped"]:
-                trial.asked = line["rounds"]
-            case "round":
-                record = line["record"]
-                if record["round"] not in (trial.round + 1, trial.checkpoint + 1) or record["round"] > trial.asked:
-                    return (
-                        f"round {record['round']} {about} must be asked for and follow the one before, "
-                        f"got {trial.asked} rounds asked for and {trial.round} as the last"
-                    )
-                trial.round, trial.evaluated = record["round"], record["evaluation"] is not None
-            case "checkpoint":
-                if not (trial.evaluated and line["round"] == (trial.round or line["round"]) <= trial.asked):
-                    return (
-                        f"the checkpoint {about} must be of its last round, {trial.round}, and that evaluated, "
-                        f"got round {line['round']}"
-                    )
-                trial.round = trial.checkpoint = line["round"]
-            case "lost" | "personalised" if line["round"] > trial.round:
-                return f"round {line['round']} {about} must come before it, got {trial.round} as the last"
-        return None
-
-
 class Journal:
-    """The journal at `path`, with what it already holds. Raises InputError where that is damaged or was edited.
+    """The journal at `path`, with the lines that it holds already. Raises InputError if it is damaged or was edited.
 
     Each line carries a checksum of itself and all lines before it. A torn last line, as a killed process leaves it, is
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
@@ -123,7 +39,7 @@ class Journal:
         self.path = path
         self._checksum = 0
         self._order = Order()
-        self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not decided again yet
+        self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not taken again yet
         self._notes: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by event
         if path.exists():
             torn_at = self._read()
@@ -131,27 +47,39 @@ class Journal:
                 os.truncate(path, torn_at)
         self._file = None if read_only else path.open("ab", buffering=0)
 
+    def begin(self, tuner: str, seed: int, settings: str) -> None:
+        """The first decision: whose study it is, and the digest of its settings."""
+        if self._decisions:
+            _, line = self._decisions[0]
+            if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != settings:
+                raise InputError(
+                    f"{self.path.parent.parent / 'settings.toml'} must hold the settings of {self.path} (digest "
+                    f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited"
+                )
+        self.decide("study", format=FORMAT, tuner=tuner, seed=seed, settings=settings)
+
     def decide(self, event: str, **fields: Any) -> None:
-        """Writes a decision, or finds that it is the one that was taken here before."""
+        """Writes a decision. If the journal holds one here already, raises InputError unless the two are the same."""
         line = {"event": event, **fields}
         if not self._decisions:
             if self._file is None:
                 raise JournalEnds
             self._write(line)
             return
-        number, expected = self._decisions.popleft()
-        if json.dumps(line) != json.dumps(expected):
-            raise InputError(
-                f"{self.path}, line {number}, does not fit this run: it says {json.dumps(expected)} "
-                f"where {json.dumps(line)} follows"
-            )
+        number, found = self._decisions[0]
+        if not same(line, found):
+            wanted_leaves, found_leaves = dict(_leaves(line)), dict(_leaves(found))
+            names = {**wanted_leaves, **found_leaves}
+            different = next(name for name in names if not same(wanted_leaves.get(name), found_leaves.get(name)))
+            raise self.misfit(number, _words(wanted_leaves, different), _words(found_leaves, different))
+        self._decisions.popleft()
 
     def note(self, event: str, **fields: Any) -> None:
         """Writes what was computed."""
         self._write({"event": event, **fields})
 
     def notes(self, event: str) -> list[dict[str, Any]]:
-        """What the past noted under this event, in the order of writing."""
+        """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
 
     @property
@@ -160,10 +88,20 @@ class Journal:
         return bool(self._decisions)
 
     def coming(self) -> tuple[int, dict[str, Any]]:
-        """The decision of the past that comes next, after its line's number. Raises JournalEnds after the last one."""
+        """The next decision of the past, after the number of its line. Raises JournalEnds if there is none."""
         if not self._decisions:
             raise JournalEnds
         return self._decisions[0]
+
+    def check_that_it_ends_here(self) -> None:
+        """Raises InputError if decisions of the past are still to come."""
+        if self._decisions:
+            number, line = self._decisions[0]
+            raise self.misfit(number, "no more lines", _words(line, "time"))
+
+    def misfit(self, line_number: int, expected: str, found: str) -> InputError:
+        """The error to raise if a line of the past is not what the tuner decides."""
+        return InputError(f"{self.path}, line {line_number}, does not fit the tuner: expected {expected}, got {found}")
 
     def close(self) -> None:
         """Closes the file."""
@@ -182,7 +120,7 @@ class Journal:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _read(self) -> int | None:
-        """Takes in all whole lines; the place in the file at which a torn one begins, if there is one."""
+        """Takes in all whole lines. Returns the place in the file at which a torn line begins, None if none is torn."""
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for number, text in enumerate(data[:whole].decode(errors="replace").split("\n")[:-1], start=1):
@@ -195,6 +133,7 @@ class Journal:
         return whole if whole < len(data) else None
 
     def _parse(self, text: str, number: int) -> dict[str, Any]:
+        """The line, after every check that needs no tuner."""
         body, separator, check = text.rpartition(', "check": ')
         body += "}"
         self._checksum = zlib.crc32(body.encode(), self._checksum)
@@ -222,3 +161,24 @@ class Journal:
 
     def _damaged(self, number: int, why: str) -> InputError:
         return InputError(f"{self.path}, line {number}, is damaged or was edited: {why}")
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values have the same JSON text: NaN is the same as NaN, and 1 is not the same as 1.0."""
+    return json.dumps(one) == json.dumps(other)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number, text and None within a value from JSON, with its dotted name."""
+    if isinstance(value, dict | list):
+        for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(member, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _words(line: Mapping[str, Any], name: str) -> str:
+    """A decision in words, with the field of that name: "ask, trial 3, rung 1, rounds 3, started 2.0"."""
+    names = dict.fromkeys(("trial", "rung", "rounds", name))
+    shown = [f"{field} {line[field]}" for field in names if field != "event" and line.get(field) is not None]
+    return ", ".join([str(line["event"]), *shown])

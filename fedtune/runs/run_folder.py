@@ -1,4 +1,4 @@
-"""A run folder's safety: one process at a time goes on with a run, and no file of it is ever half written."""
+"""A run folder: how it is made, that one process at a time uses it, and that no file in it is ever half written."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from fedtune.settings import Settings, write_settings
 
 
 def settings_path(folder: Path) -> Path:
-    """Where a run keeps its settings. Raises InputError where the folder is no run's."""
+    """The file with the settings of a run. Raises InputError if the folder is no run folder."""
     path = folder / "settings.toml"
     if not path.is_file():
         raise InputError(f"{folder} is no run folder: it has no settings.toml")
@@ -23,16 +23,16 @@ def settings_path(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from running what is in the folder. Raises InputError where one does.
+    """Keeps other processes away from the run. Raises InputError if another process is using the folder.
 
-    The lock goes with the process, however that ends.
+    The lock ends with the process, however the process ends.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"run must be gone on with by one process at a time, got {folder}, in use") from None
+            raise InputError(f"another process is using run folder {folder}") from None
         yield
     finally:
         os.close(descriptor)
@@ -40,22 +40,26 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write the file: at every moment `path` holds the old one or the new one, whole.
+    """A temporary path to write to; the file there then replaces `path`, which is never half written.
 
-    OSError names the file where that can't be written, as on a full disk.
+    Raises OSError, which names `path`, if the file can't be written, as on a full disk.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # after a failure: a file that was replaced is no longer there
+            temporary.unlink(missing_ok=True)
 
 
 def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
-    """Makes a run folder with its settings; never overwrites one without `force`, nor anything that is no run."""
+    """Makes a run folder with its settings and environment. With `force` an older run there is deleted first.
+
+    Raises InputError if the folder exists and `force` is not given, or if it exists and is no run folder.
+    """
     if folder.exists():
         if not force:
             raise InputError(f"--out {folder} exists; choose another, or give --force to overwrite it")

@@ -1,0 +1,122 @@
+"""What a journal may hold: the fields of each line, and which line may follow which."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.records import RoundRecord
+
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _fields(**kinds: Any) -> type[BaseModel]:
+    """A model of fields that must be there, of these types, and no others."""
+    definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
+    model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
+    return model
+
+
+_Record = _fields(**{field.name: field.type for field in fields(RoundRecord)})
+LINES = {  # by event
+    "study": _fields(
+        event=str,
+        format=int,
+        tuner=str,
+        seed=int,
+        settings=str,
+    ),
+    "ask": _fields(
+        event=str,
+        trial=int,
+        rung=int,
+        rounds=int,
+        attempt=int,
+        started=float,
+        finishes=float,
+        dropped=bool,
+        server=dict[str, Any],
+        pool=list[list[dict[str, Any]]],
+    ),
+    "tell": _fields(
+        event=str,
+        trial=int,
+        rung=int,
+        rounds=int,
+        time=float,
+        score=float,
+    ),
+    "drop": _fields(
+        event=str,
+        trial=int,
+        rung=int,
+        rounds=int,
+        time=float,
+        then=str,
+    ),
+    "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
+    "end": _fields(event=str, incumbent=int, time=float),
+    "round": _fields(event=str, trial=int, record=_Record),
+    "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
+    "checkpoint": _fields(event=str, trial=int, round=int),
+    "personalised": _fields(
+        event=str,
+        reading=Literal["at_max_rounds", "sampled", "argmax"],
+        trial=int,
+        round=int,
+        evaluation=Evaluation,
+    ),
+}
+NOTES = ("round", "lost", "checkpoint", "personalised")  # what was computed; all other lines are decisions
+
+
+@dataclass
+class _Trial:
+    """A trial as the lines so far have it."""
+
+    asked: int = 0  # its rounds at the end of its last job; a failed attempt does not count
+    round: int = 0  # its last one
+    evaluated: bool = True  # whether that was
+    checkpoint: int = 0  # the round of its last checkpoint
+
+
+class Order:
+    """What may follow the lines so far, whatever the tuner decides.
+
+    The rounds of a trial come one after another, up to the number that was asked for. A checkpoint comes after a round
+    that was evaluated; a trial whose first note is a checkpoint inherited it from another trial. After a stop, rounds
+    may come again from the trial's last checkpoint on.
+    """
+
+    def __init__(self) -> None:
+        self._trials: dict[int, _Trial] = defaultdict(_Trial)
+
+    def take(self, line: Mapping[str, Any]) -> str | None:
+        """Takes the next line. Returns what must stand there if the line can't; None if it can."""
+        if "trial" not in line:
+            return None
+        trial, about = self._trials[line["trial"]], f"of trial {line['trial']}"
+        match line["event"]:
+            case "ask" if not line["dropped"]:
+                trial.asked = line["rounds"]
+            case "round":
+                record = line["record"]
+                if record["round"] not in (trial.round + 1, trial.checkpoint + 1) or record["round"] > trial.asked:
+                    return (
+                        f"round {record['round']} {about} must be asked for and follow the one before, "
+                        f"got {trial.asked} rounds asked for and {trial.round} as the last"
+                    )
+                trial.round, trial.evaluated = record["round"], record["evaluation"] is not None
+            case "checkpoint":
+                if not (trial.evaluated and line["round"] == (trial.round or line["round"]) <= trial.asked):
+                    return (
+                        f"the checkpoint {about} must be of its last round, {trial.round}, and that evaluated, "
+                        f"got round {line['round']}"
+                    )
+                trial.round = trial.checkpoint = line["round"]
+            case "lost" | "personalised" if line["round"] > trial.round:
+                return f"round {line['round']} {about} must come before it, got {trial.round} as the last"
+        return None
