@@ -163,6 +163,11 @@ class Settings(Table):
         return self.extensions[-1].total_rounds if self.extensions else self.total_rounds
 
     @property
+    def studies(self) -> list[tuple[str, int]]:
+        """Each study's tuner and seed, seed by seed."""
+        return [(tuner, seed) for seed in range(self.seed, self.seed + self.seeds) for tuner in self.tuners]
+
+    @property
     def batches_clients(self) -> bool:
         """Whether clients train in one tensor program, whose numbers differ from the other executors' by rounding."""
         return self.executor == "batched" or (self.executor == "auto" and self.device != "cpu")

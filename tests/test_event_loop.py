@@ -33,10 +33,10 @@ class Synthetic:
 
     def deliver(self, attempt):
         self.trained[attempt.job.trial.number] = attempt.job.rounds
-        self.done.append((attempt.ends, attempt.job))
+        self.done.append((attempt.finish_time, attempt.job))
         return rng.stream(0, "error", attempt.job.trial.number).random()
 
-    def drop(self, attempt, then):
+    def fail(self, attempt, then):
         self.log.append(("dropped", attempt.job.trial.number, then))
 
 

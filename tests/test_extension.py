@@ -108,10 +108,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     [
         ([], "--extend needs --num-configs, --total-rounds or both, got neither"),
         (["--num-configs", "2"], "num_configs must be a whole number >= 11, got 2"),
-        (["--total-rounds", "27"], "total_rounds must be more than the 27 that there were, got 27"),
+        (["--total-rounds", "27"], "total_rounds must be more than the 27 of before, got 27"),
         (
             ["--num-configs", "90", "--total-rounds", "3"],
-            "total_rounds must be more than the 27 that there were, got 3",
+            "total_rounds must be more than the 27 of before, got 3",
         ),
         (["--num-configs", "90", "--seeds", "2"], "--extend keeps the settings of its run, got --seeds"),
         (["--num-configs", "90", "--tuner", "sha"], "--extend keeps the settings of its run, got --tuner"),

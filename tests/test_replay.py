@@ -263,7 +263,7 @@ def test_a_score_that_was_changed(copy):
         edited = [dict(line) for line in lines]
         right, edited[index]["score"] = edited[index]["score"], 0.987
         seal(path, edited)
-        refused(copy, misfit(path, index + 1, f"score {right}, as the trial's rounds have it,", f"score {0.987}"))
+        refused(copy, misfit(path, index + 1, ask(lines[index], score=right), ask(lines[index], score=0.987)))
 
 
 def test_a_line_that_was_taken_out(copy):

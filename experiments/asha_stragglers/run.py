@@ -83,14 +83,14 @@ class SimulatedJobs:
     def deliver(self, attempt: Attempt) -> float:
         job = attempt.job
         if job.rounds == MAX_ROUNDS:
-            self.finished.append(attempt.ends)
+            self.finished.append(attempt.finish_time)
         if self.cell.resumes:
             self._trained[job.trial.number] = job.rounds
         while job.trial.number >= len(self._errors):
             self._errors += self._error_draws.random(BLOCK).tolist()
         return self._errors[job.trial.number]
 
-    def drop(self, attempt: Attempt, then: OnDrop) -> None:
+    def fail(self, attempt: Attempt, then: OnDrop) -> None:
         """What it has trained since the trial's last job is lost."""
 
 

@@ -80,7 +80,7 @@ class MadeUpFederations:
         if trial.number not in self._state:
             self._state[trial.number] = (0, GUESSING) if trial.parent is None else self._state[trial.parent]
         ends = now + job.rounds - self._state[trial.number][0]
-        return Attempt(job, number, ends, dropped=False) if ends <= TIMES[-1] else None
+        return Attempt(job, number, ends, failed=False) if ends <= TIMES[-1] else None
 
     def ready(self, attempt: Attempt) -> bool:
         return True
@@ -95,11 +95,11 @@ class MadeUpFederations:
         scores = [Score(number, job.rounds, score), *([self._best] if self._best else [])]
         self._best = incumbent(scores)
         if self._best == scores[0]:
-            self.errors.append((attempt.ends, error))
+            self.errors.append((attempt.finish_time, error))
         return score
 
-    def drop(self, attempt: Attempt, then: OnDrop) -> None:
-        raise AssertionError("nothing is dropped here")
+    def fail(self, attempt: Attempt, then: OnDrop) -> None:
+        raise AssertionError("no attempt fails here")
 
 
 def simulate(landscape: str, search: str, seed: int) -> list[float]:

@@ -1,10 +1,13 @@
 """A comparison: several studies, paired by seed, in one run folder. `train` and `tune` are comparisons of one tuner."""
 
+import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,19 +15,32 @@ from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
-from fedtune.hyperparameters import (
-    Hyperparameters,
-    initial_weights,
-    study_tuner,
-)
+from fedtune.hyperparameters import Hyperparameters, initial_weights, study_tuner
 from fedtune.runs.environment import check_versions
-from fedtune.runs.results import StudyResult, write_frames
+from fedtune.runs.history import past_personalised
+from fedtune.runs.journal import Journal
+from fedtune.runs.ledger import Ledger
+from fedtune.runs.results import StudyResult, pool_as_json, round_rows, trial_rows, write_frames
 from fedtune.runs.run_folder import locked
 from fedtune.runs.study import Study
+from fedtune.runs.training import Chosen, TrainedJobs, TrainingSetup
+from fedtune.runs.trial_store import TrialStore
 from fedtune.settings import Settings
+from fedtune.simulation.devices import Devices
+from fedtune.simulation.evaluation import evaluation_clients
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
-from fedtune.tuning.tuners import make_policy, within_one_federation
+from fedtune.tuning.tuners import ends_at_max_rounds, make_policy, within_one_federation
+
+Key = tuple[str, int]  # a study: its tuner and its seed
+
+
+@dataclass
+class RunningStudy:
+    """A study that is not finished: its steps, and the moment in real time at which it began."""
+
+    steps: Generator[None, None, StudyResult]
+    started: float
 
 
 @dataclass(frozen=True)
@@ -37,17 +53,19 @@ class Comparison:
     warning: str | None = None  # what the check of the data set found, if it found anything
 
     def run(self, folder: Path, listener: Listener) -> None:
-        """Runs every study, each tuner under each seed, in a folder from `claim_folder`; goes on with a stopped run."""
+        """Runs every study, each tuner under each seed, in a folder from `claim_folder`, and writes the results there.
+
+        A run that was stopped is resumed.
+        """
         with locked(folder):
             check_versions(folder, listener)
             self._run(folder, listener)
 
     def _run(self, folder: Path, listener: Listener) -> None:
         settings = self.settings
-        studies = [
-            (name, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for name in settings.tuners
+        plan = [
+            {"tuner": name, "seed": seed, "total_rounds": settings.last_total_rounds} for name, seed in settings.studies
         ]
-        plan = [{"tuner": name, "seed": seed, "total_rounds": settings.last_total_rounds} for name, seed in studies]
         listener({"event": "plan", "studies": plan})
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
@@ -57,65 +75,121 @@ class Comparison:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
         try:
-            ended = self._run_studies(studies, executor, folder, listener)
+            results, seconds = self._run_studies(executor, folder, listener)
         finally:
             executor.close()
             torch.set_num_threads(threads)
-        results = [ended[study][0] for study in studies]
-        timings = [{"tuner": name, "seed": seed, "wall_seconds": ended[name, seed][1]} for name, seed in studies]
-        write_frames(folder, results, timings)
+        timings = [
+            {"tuner": name, "seed": seed, "wall_seconds": seconds[name, seed]} for name, seed in settings.studies
+        ]
+        write_frames(folder, [results[study] for study in settings.studies], timings)
 
     def _run_studies(
-        self, studies: list[tuple[str, int]], executor: Executor, folder: Path, listener: Listener
-    ) -> dict[tuple[str, int], tuple[StudyResult, float]]:
-        """Each study's result and the seconds it took, `parallel_studies` of them at a time."""
-        waiting = deque(studies)
-        told = False
-        running: dict[tuple[str, int], tuple[Generator[None, None, StudyResult], float]] = {}
-        ended: dict[tuple[str, int], tuple[StudyResult, float]] = {}
+        self, executor: Executor, folder: Path, listener: Listener
+    ) -> tuple[dict[Key, StudyResult], dict[Key, float]]:
+        """The result of each study and the seconds it took. `parallel_studies` of them run at a time."""
+        waiting = deque(self.settings.studies)
+        running: dict[Key, RunningStudy] = {}
+        results: dict[Key, StudyResult] = {}
+        seconds: dict[Key, float] = {}
+        said_where_clients_train = False
         while waiting or running:
+            # Start as many studies as may run at once.
             while waiting and len(running) < self.settings.parallel_studies:
                 name, seed = waiting.popleft()
                 share = for_study(executor, self.settings, name)
-                running[name, seed] = self._study(name, seed, share, folder, listener).steps(), time.perf_counter()
-            before = len(ended)
-            for study, (steps, started) in list(running.items()):
+                running[name, seed] = RunningStudy(
+                    self._study(name, seed, share, folder, listener), time.perf_counter()
+                )
+            # Let each study decide and submit until it waits for the executor.
+            num_ended = 0
+            for key, study in list(running.items()):
                 try:
-                    next(steps)
+                    next(study.steps)
                 except StopIteration as end:
-                    ended[study] = end.value, time.perf_counter() - started
-                    del running[study]
-            if len(ended) == before:
-                if not told:  # only now, for a run folder that can't be gone on with has its own line
+                    results[key], seconds[key] = end.value, time.perf_counter() - study.started
+                    del running[key]
+                    num_ended += 1
+            # If all of them wait, let the executor compute.
+            if num_ended == 0:
+                if not said_where_clients_train:  # not before: if the run can't be resumed, its error must come first
                     listener({"event": "executor", "message": f"clients train {executor.describe()}"})
-                    told = True
+                    said_where_clients_train = True
                 executor.step()
-        return ended
+        return results, seconds
 
-    def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
+    def _study(
+        self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener
+    ) -> Generator[None, None, StudyResult]:
+        """Runs a study to its end. Yields whenever it waits for the executor."""
+
+        def say(event: str, **fields: Any) -> None:
+            listener({"event": event, "tuner": name, "seed": seed, **fields})
+
         settings, options = self.settings, self.settings.tuner.get(name, {})
+        study_folder = folder / f"{name}-seed{seed}"
+        study_folder.mkdir(exist_ok=True)
+        with contextlib.closing(Journal(study_folder / "journal.jsonl")) as journal:
+            ledger = Ledger(settings)
+            ledger.personalised = past_personalised(journal)
+            one_federation = within_one_federation(name)
+            jobs = TrainedJobs(
+                self._setup(name, seed, executor),
+                ledger,
+                journal,
+                TrialStore(journal, study_folder / "checkpoints"),
+                say,
+                one_federation=one_federation,
+                ends_at_max_rounds=ends_at_max_rounds(name, options),
+            )
+            tuner = study_tuner(name, seed, settings, self.hyperparameters)
+            study = Study(name, seed, tuner, settings, ledger, journal, jobs, say, one_federation=one_federation)
+            yield from study.steps()
+            assert ledger.best is not None
+            chosen = yield from jobs.chosen(ledger.best)
+            say("study_end")
+            return StudyResult(
+                round_rows(name, seed, ledger.trials, ledger.incumbents, one_federation=one_federation),
+                trial_rows(name, seed, ledger.trials),
+                _result_row(name, seed, ledger, study.time, chosen),
+            )
+
+    def _setup(self, name: str, seed: int, executor: Executor) -> TrainingSetup:
+        settings, dataset = self.settings, self.dataset
 
         def policy(trial: Trial) -> Policy:
             return make_policy(
                 name,
-                options,
+                settings.tuner.get(name, {}),
                 trial,
                 max_rounds=settings.max_rounds,
-                num_classes=self.dataset.spec.num_classes,
+                num_classes=dataset.spec.num_classes,
                 domains=self.hyperparameters.space.client,
                 seed=seed,
             )
 
-        return Study(
-            name,
-            seed,
-            study_tuner(name, seed, settings, self.hyperparameters),
+        weights = initial_weights(settings, dataset.spec, seed)
+        return TrainingSetup(
             settings,
-            policy,
-            self.dataset,
+            seed,
+            dataset,
             executor,
-            initial_weights(settings, self.dataset.spec, seed),
-            folder / f"{name}-seed{seed}",
-            listener,
-            one_federation=within_one_federation(name),
+            weights,
+            evaluation_clients(dataset.num_clients, settings.evaluation.clients, seed),
+            Devices(settings, seed, dataset.num_examples("train"), weights.nbytes),
+            policy,
         )
+
+
+def _result_row(name: str, seed: int, ledger: Ledger, time: float, chosen: Chosen) -> dict[str, Any]:
+    """The study's row of results.csv."""
+    assert ledger.best is not None
+    server = ledger.trials[ledger.best.trial].trial.server
+    return {
+        "tuner": name,
+        "seed": seed,
+        **ledger.result(time),
+        "config": json.dumps({"server": dict(server), "client": dict(chosen.config)}),
+        "theta": json.dumps([theta.tolist() for theta in chosen.theta]),
+        "pool": json.dumps(pool_as_json(chosen.pool)),
+    }

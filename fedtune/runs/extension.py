@@ -1,4 +1,4 @@
-"""More of a finished run: its studies go on where they ended, with more configurations or a larger budget.
+"""The extension of a finished run: each study resumes where it ended, with more configurations or a larger budget.
 
 Thesis, section 3.5.4: a bracket that is finished can be asked for more configurations.
 """
@@ -7,43 +7,48 @@ from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.hyperparameters import resolve_hyperparameters
-from fedtune.runs.ledger import extend
 from fedtune.runs.replay import Replay
+from fedtune.runs.results import FILES
 from fedtune.runs.run_folder import locked, replacing, settings_path
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
 from fedtune.tuning.trial import Extendable
 
 
 def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) -> None:
-    """Writes an extension into a run's settings, so that `fedtune.resume` goes on.
+    """Writes an extension into the settings of a run, so that `fedtune.resume` runs it.
 
-    A `total_rounds` of None is what `num_configs` configurations can use at most. The results of before are removed,
-    for the journals hold them. Raises InputError, and leaves all as it is, unless every study has ended and its tuner
-    can be asked for more.
+    A `total_rounds` of None is as many rounds as `num_configs` configurations can use. The results so far are removed;
+    the journals hold them. Raises InputError, and changes nothing, unless every study has ended and its tuner can be
+    extended.
     """
     path = settings_path(folder)
     with locked(folder):
         settings = resolve([read_settings(path)])
-        if num_configs is None and total_rounds is None:
-            raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
-        before = settings.last_total_rounds
-        if total_rounds is None:
-            assert num_configs is not None
-            total_rounds = max(before, num_configs * settings.max_rounds)
-        elif total_rounds < before or (num_configs is None and total_rounds == before):
-            raise InputError(f"total_rounds must be more than the {before} that there were, got {total_rounds}")
-        tables = settings.model_dump(exclude_none=True)
-        tables["extensions"].append(
-            {"total_rounds": total_rounds} | ({} if num_configs is None else {"num_configs": num_configs})
-        )
-        longer = resolve([tables])
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            for name in settings.tuners:
-                _check(name, seed, settings, longer.extensions[-1], folder)
+        longer = _extended(settings, num_configs, total_rounds)
+        for name, seed in settings.studies:
+            _check(name, seed, settings, longer.extensions[-1], folder)
         with replacing(path) as longer_path:
             longer_path.write_text(write_settings(longer))
-            for name in ("results.csv", "rounds.parquet", "trials.parquet", "timings.csv"):
+            for name in FILES:
                 (folder / name).unlink(missing_ok=True)
+
+
+def _extended(settings: Settings, num_configs: int | None, total_rounds: int | None) -> Settings:
+    """The settings with one more extension."""
+    if num_configs is None and total_rounds is None:
+        raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
+    before = settings.last_total_rounds
+    if total_rounds is None:
+        assert num_configs is not None
+        total_rounds = max(before, num_configs * settings.max_rounds)
+    elif total_rounds < before or (num_configs is None and total_rounds == before):
+        raise InputError(f"total_rounds must be more than the {before} of before, got {total_rounds}")
+    extension = {"total_rounds": total_rounds}
+    if num_configs is not None:
+        extension["num_configs"] = num_configs
+    tables = settings.model_dump(exclude_none=True)
+    tables["extensions"].append(extension)
+    return resolve([tables])
 
 
 def _check(name: str, seed: int, settings: Settings, extension: ExtensionSettings, folder: Path) -> None:
@@ -53,4 +58,4 @@ def _check(name: str, seed: int, settings: Settings, extension: ExtensionSetting
         raise InputError(f"only studies of random, asha, async_hyperband and their like can be extended, got {name}")
     if not study.run().finished:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got {study} that is not")
-    extend(study.tuner, extension)
+    study.ledger.extend(study.tuner, extension)

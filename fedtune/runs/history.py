@@ -1,4 +1,4 @@
-"""A trial so far: its rounds, their times, and the scores that the tuner was told."""
+"""A trial so far: its rounds, their virtual times, and the scores that were reported to the tuner."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ Reading = tuple[str, int, int]
 
 @dataclass
 class TrialHistory:
-    """A trial so far: its rounds, the virtual times at which they ended, and by round what the tuner was told."""
+    """A trial so far: its rounds, the virtual times at which they ended, and by round the score that was reported."""
 
     trial: Trial
     start: int = 0  # the round at which it took over its parent's state
@@ -22,8 +22,8 @@ class TrialHistory:
     scores: dict[int, float] = field(default_factory=dict)
 
     @property
-    def told(self) -> int:
-        """The round at the end of its last told job."""
+    def reported_rounds(self) -> int:
+        """The round at the end of the trial's last job that was reported to the tuner."""
         return max(self.scores, default=self.start)
 
     def tail(self, error: str, up_to: int | None = None) -> float:
@@ -42,7 +42,7 @@ class TrialHistory:
 
 
 def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
-    """The rounds that a journal noted, by trial and round; of one that was trained again after a stop, the later."""
+    """The rounds that a journal holds, by trial and round. If a round was trained twice, the later record counts."""
     records: dict[int, dict[int, RoundRecord]] = {}
     for line in journal.notes("round"):
         records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
@@ -50,7 +50,7 @@ def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
 
 
 def past_personalised(journal: Journal) -> dict[Reading, Evaluation]:
-    """The personalised evaluations that a journal noted."""
+    """The personalised evaluations that a journal holds."""
     return {
         (line["reading"], line["trial"], line["round"]): Evaluation(*line["evaluation"])
         for line in journal.notes("personalised")

@@ -1,13 +1,91 @@
-"""What a study has asked, spent, retried, scored and extended."""
+"""The book of a study: what it asked for and spent, which attempts failed, what was scored, and which trial is best.
 
-from fedtune.settings import ExtensionSettings
-from fedtune.tuning.trial import Extendable, Tuner
+A study that is trained and a study that is rebuilt from its journal keep the same book, so each rule stands here once:
+a job is charged to the budget when it is first attempted, and never again; a copy of a trial starts at the round at
+which its parent was; an extension raises the budget and the number of configurations.
+"""
+
+from typing import Any
+
+from fedtune.errors import InputError
+from fedtune.runs.history import Reading, TrialHistory
+from fedtune.runs.results import result_row
+from fedtune.settings import ExtensionSettings, Settings
+from fedtune.simulation.evaluation import Evaluation
+from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
 
 MOST_ATTEMPTS = 1000  # at one job
 
 
-def extend(tuner: Tuner, extension: ExtensionSettings) -> None:
-    """Lets a tuner draw as many configurations in all as the extension says. Raises InputError where it can't."""
-    if extension.num_configs is not None:
-        assert isinstance(tuner, Extendable)
-        tuner.raise_num_configs(extension.num_configs)
+class Ledger:
+    """What has happened in a study so far. `personalised` holds the evaluations after local training that were read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.trials: dict[int, TrialHistory] = {}
+        self.personalised: dict[Reading, Evaluation] = {}
+        self.best: Score | None = None  # of the incumbent; None before the first score
+        self.incumbents: list[tuple[float, int]] = []  # (virtual time, trial) after each score
+        self.started_attempts = 0
+        self.failed_attempts = 0
+        self.wasted_rounds = 0  # that failed attempts had done
+        self._settings = settings
+        self._total_rounds = settings.total_rounds
+        self._spent = 0  # rounds of all jobs that were attempted
+
+    def charge(self, job: Job, attempt: int) -> TrialHistory | None:
+        """The history of the job's trial, with the job charged; None if the budget has too few rounds left for it.
+
+        `attempt` counts the failed attempts at this job before this one. Raises InputError after MOST_ATTEMPTS.
+        """
+        history = self.trials.get(job.trial.number) or self._new_history(job.trial)
+        num_rounds = job.rounds - history.reported_rounds
+        if attempt == 0:
+            if self._spent + num_rounds > self._total_rounds:
+                return None
+            self._spent += num_rounds
+        elif attempt == MOST_ATTEMPTS:
+            raise InputError(
+                f"devices.drop_probability must let every job end, got {self._settings.devices.drop_probability}: "
+                f"{attempt:,} attempts at a job of {num_rounds} rounds failed"
+            )
+        self.trials[job.trial.number] = history
+        return history
+
+    def score(self, job: Job, time: float) -> float:
+        """The score of the job's trial after its last round, a tail mean; it may make the trial the incumbent."""
+        history = self.trials[job.trial.number]
+        score = history.scores[job.rounds] = history.tail("validation_error")
+        candidates = [Score(job.trial.number, job.rounds, score)]
+        if self.best is not None:
+            candidates.append(self.best)
+        self.best = incumbent(candidates)
+        assert self.best is not None
+        self.incumbents.append((time, self.best.trial))
+        return score
+
+    def extend(self, tuner: Tuner, extension: ExtensionSettings) -> None:
+        """Raises the budget and, if the extension says so, the number of configurations that the tuner draws.
+
+        Raises InputError if the tuner can't draw as many.
+        """
+        self._total_rounds = extension.total_rounds
+        if extension.num_configs is not None:
+            assert isinstance(tuner, Extendable)
+            tuner.raise_num_configs(extension.num_configs)
+
+    def result(self, time: float) -> dict[str, Any]:
+        """The row of results.csv, as far as the journal of the study decides it; `time` is the end in virtual time."""
+        assert self.best is not None
+        return {
+            "trials": len(self.trials),
+            "trial": self.best.trial,
+            "max_rounds": self._settings.max_rounds,
+            "virtual_time": time,
+            "dropped_jobs": self.failed_attempts,
+            "wasted_rounds": self.wasted_rounds,
+            **result_row(self.trials, self.best, self._settings.max_rounds, self.personalised),
+        }
+
+    def _new_history(self, trial: Trial) -> TrialHistory:
+        start = 0 if trial.parent is None else self.trials[trial.parent].reported_rounds
+        return TrialHistory(trial, start)

@@ -26,6 +26,9 @@ TOTALS = (
 )  # summed over all rounds of all trials
 
 
+FILES = ("rounds.parquet", "trials.parquet", "timings.csv", "results.csv")  # in the order of writing
+
+
 @dataclass(frozen=True)
 class StudyResult:
     """A study's rows of the three files."""
@@ -43,10 +46,10 @@ def round_rows(
     *,
     one_federation: bool,
 ) -> list[dict[str, Any]]:
-    """A row a round of a trial, in virtual order. `incumbents` are (virtual time, trial) of each tell, in their order.
+    """A row for each round of each trial, in virtual order. `incumbents` are (virtual time, trial) after each score.
 
-    `spent` counts the rounds up to and with the row. `incumbent` is the trial one would pick just after it, -1 before
-    the first tell, unless there is only one to pick.
+    `spent` counts the rounds up to and with the row. `incumbent` is the trial one would pick just after it. It is -1
+    before the first score, unless there is only one trial to pick.
     """
     rows = sorted(
         (
@@ -69,14 +72,17 @@ def round_rows(
 
 
 def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> list[dict[str, Any]]:
-    """A row a trial: its rounds, its last score ± standard error, its test error, its configuration as JSON."""
+    """A row for each trial: its rounds, its last score ± standard error, its test error, its configuration as JSON."""
     return [
         {
-            **{"tuner": tuner, "seed": seed, "trial": number, "rounds": history.told},
-            "score": history.scores.get(history.told, math.nan),
-            "score_se": history.tail("validation_error_se", history.told) if history.scores else math.nan,
+            "tuner": tuner,
+            "seed": seed,
+            "trial": number,
+            "rounds": history.reported_rounds,
+            "score": history.scores.get(history.reported_rounds, math.nan),
+            "score_se": history.tail("validation_error_se", history.reported_rounds) if history.scores else math.nan,
             "test_error": history.last_test_error(),
-            "config": json.dumps(plan(history.trial)),
+            "config": json.dumps(trial_as_json(history.trial)),
         }
         for number, history in sorted(trials.items())
     ]
@@ -85,19 +91,20 @@ def trial_rows(tuner: str, seed: int, trials: Mapping[int, TrialHistory]) -> lis
 def result_row(
     trials: Mapping[int, TrialHistory], best: Score, max_rounds: int, personalised: Mapping[Reading, Evaluation]
 ) -> dict[str, Any]:
-    """What was spent over all trials, and the errors of the best one at both readings of an equal budget.
+    """What was spent over all trials, and the errors of the best trial at both readings of an equal budget.
 
-    `best` may have been told again since, and worse: a trial that diverged is the best where it had not.
+    A trial may diverge after the round at which it was best; its errors are reported at the round of `best`.
     """
     history = trials[best.trial]
-    records = [record for each in trials.values() for record in each.records]
+    records = [record for any_history in trials.values() for record in any_history.records]
     sampled = personalised["sampled", best.trial, best.rounds]
     argmax = personalised.get(("argmax", best.trial, best.rounds), sampled)
     # Beyond max_rounds, which an infinite horizon allows, a search is not evaluated in between.
     beyond = math.nan if best.rounds > max_rounds else sampled.test_error
     at_max_rounds = personalised.get(("at_max_rounds", best.trial, max_rounds))
     return {
-        **{"rounds": len(records), "rounds_of_trial": best.rounds},
+        "rounds": len(records),
+        "rounds_of_trial": best.rounds,
         **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
         "validation_error": history.tail("validation_error", best.rounds),
         "validation_error_se": history.tail("validation_error_se", best.rounds),
@@ -112,12 +119,12 @@ def result_row(
 
 
 def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]:
-    """The second-best trial among those told at the best one's last round, and how far it lies behind.
+    """The second-best trial of those with a score at the best trial's last round, and how far it lies behind.
 
-    `runner_up` is its number, -1 where there is none; `lead` its score less the best one's; `lead_se` the root of the
-    sum of both scores' squared standard errors. A score is a mean over several evaluations of the same clients, whose
-    errors go up and down together, so its standard error is taken as their mean: an upper bound. `lead_se` is one too
-    where what is hard for one model is hard for the other.
+    `runner_up` is its number, -1 if there is none. `lead` is its score minus the best score. `lead_se` is the root of
+    the sum of both scores' squared standard errors. A score is a mean over several evaluations of the same clients.
+    Their errors go up and down together, so the mean of their standard errors is taken: an upper bound. `lead_se` is
+    an upper bound too if examples that are hard for one model are hard for the other.
     """
     rounds = best.rounds
     others = [number for number, history in trials.items() if number != best.trial and rounds in history.scores]
@@ -129,18 +136,18 @@ def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]
     return {"runner_up": second, "lead": lead, "lead_se": math.hypot(*standard_errors)}
 
 
-def plan(trial: Trial) -> dict[str, Any]:
-    """The trial's configurations as JSON holds them."""
+def trial_as_json(trial: Trial) -> dict[str, Any]:
+    """The trial's configurations as the journal holds them."""
     return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
 
 
 def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
-    """The configurations of each factor as JSON holds them."""
+    """The configurations of each factor as the journal holds them."""
     return [[dict(config) for config in factor] for factor in pool]
 
 
 def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
-    """Writes rounds.parquet, trials.parquet, results.csv and timings.csv, the last of which alone holds real times."""
+    """Writes FILES. Only timings.csv holds real times; the other files are the same each time a run is repeated."""
     with replacing(folder / "rounds.parquet") as path:
         pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(path)
     with replacing(folder / "trials.parquet") as path:

@@ -1,22 +1,24 @@
-"""What a study keeps of its trials: the rounds' records in the journal, the state in checkpoints.
+"""What a study keeps of its trials on disk: records of rounds in the journal, the state of federations in checkpoints.
 
-A trial's files are `trial-<number>-round-<round>.safetensors`: its latest checkpoint, and the one at the end of its
-last told job where that is an older one; none once it will not go on, unless it is the best. So disk use is at most
-two checkpoints a live trial, whatever the number of rounds.
+A trial's files are `trial-<number>-round-<round>.safetensors`. The store keeps a trial's latest checkpoint, and the one
+at the end of its last reported job if that is an older one. Finished trials keep no checkpoint, except the best. So a
+live trial takes the disk space of two checkpoints at most, whatever the number of rounds.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from fedtune.errors import InputError
 from fedtune.runs import checkpoint
 from fedtune.runs.history import past_records
 from fedtune.runs.journal import Journal
-from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_json
 
 
 class TrialStore:
-    """Writes rounds and checkpoints as they come, and finds again what a study that was stopped had written."""
+    """Writes rounds and checkpoints as they come, and finds again what a study had written before it was stopped."""
 
     def __init__(self, journal: Journal, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -24,73 +26,71 @@ class TrialStore:
         self._folder = folder
         self._past_records = past_records(journal)
         self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
-        self._told: dict[int, int] = {}  # the round at the end of each trial's last told job
+        self._reported: dict[int, int] = {}  # the round at the end of each trial's last reported job
 
     def latest(self, trial: int) -> int:
-        """The round of the trial's latest checkpoint; 0 where it has none."""
+        """The round of the trial's latest checkpoint; 0 if it has none."""
         return self._latest.get(trial, 0)
 
     def past_records(self, trial: int, after: int, up_to: int) -> list[RoundRecord]:
-        """The trial's records of rounds after + 1 to up_to, written before this study was stopped."""
+        """The trial's records of rounds after + 1 to up_to, from before the study was stopped."""
         known = self._past_records.get(trial, {})
         if missing := [number for number in range(after + 1, up_to + 1) if number not in known]:
             raise InputError(f"{self._journal.path} must have a line of round {missing[0]} of trial {trial}, got none")
         return [known[number] for number in range(after + 1, up_to + 1)]
 
-    def write(self, federation: Federation, record: RoundRecord) -> None:
-        """Notes a round, and after an evaluation the federation's state."""
-        number = federation.trial.number
-        self._journal.note("round", trial=number, record=record_as_json(record))
-        if record.evaluation is not None:
-            previous = self.latest(number)
-            checkpoint.save(self._path(number, record.round), federation.arrays())
-            self._journal.note("checkpoint", trial=number, round=record.round)
-            self._latest[number] = record.round
-            if previous != self._told.get(number):
-                self._path(number, previous).unlink(missing_ok=True)
+    def write(self, trial: int, record: RoundRecord, arrays: Mapping[str, np.ndarray] | None) -> None:
+        """Notes a round; with the arrays of the federation's state, writes a checkpoint of that round."""
+        self._journal.note("round", trial=trial, record=record_as_json(record))
+        if arrays is not None:
+            previous = self.latest(trial)
+            self._save(trial, record.round, arrays)
+            if previous != self._reported.get(trial):
+                self._path(trial, previous).unlink(missing_ok=True)
 
-    def inherit(self, parent: Federation, trial: int) -> None:
-        """Gives a new trial its parent's state."""
-        checkpoint.save(self._path(trial, parent.round), parent.heritage())
-        self._journal.note("checkpoint", trial=trial, round=parent.round)
-        self._latest[trial] = parent.round
+    def inherit(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Gives a new trial the state that its parent had after a round."""
+        self._save(trial, server_round, arrays)
 
-    def told(self, trial: int, server_round: int) -> None:
-        """The job that ended with this round was told: its state is kept until the next one is."""
-        previous, self._told[trial] = self._told.get(trial, 0), server_round
+    def report(self, trial: int, server_round: int) -> None:
+        """The job that ended with this round was reported: its state is kept until the next job is."""
+        previous, self._reported[trial] = self._reported.get(trial, 0), server_round
         if previous not in (server_round, self.latest(trial)):
             self._path(trial, previous).unlink(missing_ok=True)
 
-    def restore(self, federation: Federation, server_round: int) -> bool:
-        """Puts the federation into the state of its trial's checkpoint of that round; False where there is none.
+    def load(self, trial: int, server_round: int) -> dict[str, np.ndarray] | None:
+        """The arrays of the trial's checkpoint of that round; None if there is none.
 
-        Those of all but the incumbent go at a study's end. Raises InputError where it is damaged or another's.
+        Raises InputError if the checkpoint is damaged, or belongs to another round.
         """
-        path = self._path(federation.trial.number, server_round)
+        path = self._path(trial, server_round)
         if not path.is_file():
-            return False
+            return None
         arrays = checkpoint.load(path)
         if arrays["round"] != server_round:
             raise InputError(f"checkpoint {path} must be of round {server_round}, got {arrays['round']}")
-        federation.restore(arrays)
-        return True
+        return arrays
 
-    def replace(self, federation: Federation) -> None:
-        """Writes a checkpoint anew that was gone, if it is one that is kept."""
-        number = federation.trial.number
-        if federation.round in (self.latest(number), self._told.get(number)):
-            checkpoint.save(self._path(number, federation.round), federation.arrays())
+    def replace(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a checkpoint again that was lost, if it is one that is kept."""
+        if server_round in (self.latest(trial), self._reported.get(trial)):
+            checkpoint.save(self._path(trial, server_round), arrays)
 
     def remove(self, trial: int) -> None:
-        """Removes the checkpoints of a trial that will not go on."""
-        for server_round in (self.latest(trial), self._told.get(trial, 0)):
+        """Removes the checkpoints of a trial that will not be trained on."""
+        for server_round in (self.latest(trial), self._reported.get(trial, 0)):
             self._path(trial, server_round).unlink(missing_ok=True)
 
     def keep_only(self, trial: int) -> None:
-        """Removes all other trials' checkpoints, and what a killed process left half written."""
+        """Removes all other trials' checkpoints, and files that a killed process left half written."""
         for path in self._folder.iterdir():
             if not path.match(f"trial-{trial}-round-*.safetensors"):
                 path.unlink()
+
+    def _save(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        checkpoint.save(self._path(trial, server_round), arrays)
+        self._journal.note("checkpoint", trial=trial, round=server_round)
+        self._latest[trial] = server_round
 
     def _path(self, trial: int, server_round: int) -> Path:
         return self._folder / f"trial-{trial}-round-{server_round}.safetensors"

@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Int
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
+from fedtune.simulation.stragglers import attempt_duration, dropped_after
 from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Job, Trial
 
 FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time
 LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does
@@ -111,6 +112,13 @@ class Devices:
     def ends(self, trial: Trial, after: int, up_to: int) -> Float[np.ndarray, "round"]:
         """The times at which the trial's rounds after + 1 to up_to end, counted from the first one's begin."""
         return np.cumsum([self.plan(trial, server_round).duration for server_round in range(after + 1, up_to + 1)])
+
+    def fate(self, job: Job, number: int, after: int) -> tuple[float | None, Float[np.ndarray, "round"]]:
+        """When the attempt fails, None if it does not, and when each of its rounds ends, counted from its start."""
+        draws = rng.stream(self._seed, "attempt", job.trial.number, job.rounds, number)
+        slowdown = attempt_duration(1.0, self._settings.straggler_std, draws)
+        ends = slowdown * self.ends(job.trial, after, job.rounds)
+        return dropped_after(float(ends[-1]), self._settings.drop_probability, draws), ends
 
     def _ask(self, server_round: int) -> Asked:
         num_clients = len(self._num_train)
