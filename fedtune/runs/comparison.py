@@ -23,7 +23,8 @@ from fedtune.runs.ledger import Ledger
 from fedtune.runs.results import StudyResult, pool_as_json, round_rows, trial_rows, write_frames
 from fedtune.runs.run_folder import locked
 from fedtune.runs.study import Study
-from fedtune.runs.training import Chosen, TrainedJobs, TrainingSetup
+from fedtune.runs.trained_jobs import Chosen, TrainedJobs
+from fedtune.runs.training import TrainingSetup
 from fedtune.runs.trial_store import TrialStore
 from fedtune.settings import Settings
 from fedtune.simulation.devices import Devices

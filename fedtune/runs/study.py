@@ -1,8 +1,8 @@
 """A study: one tuner with one seed, from its first ask until the next job no longer fits into its budget.
 
 A study is the workload of the event loop (`fedtune.simulation.event_loop`). It writes each decision into the journal
-before it acts on it, and keeps a ledger. Who carries out the jobs is not its business: `fedtune.runs.training` trains
-them, `fedtune.runs.replay` takes what became of them from the journal of the past.
+before it acts on it, and keeps a ledger. Who carries out the jobs is not its business: `fedtune.runs.trained_jobs`
+trains them, `fedtune.runs.replay` takes what became of them from the journal of the past.
 
 A generator of None yields whenever it waits for the executor; whoever runs it then lets the executor compute.
 """

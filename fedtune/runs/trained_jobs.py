@@ -1,0 +1,208 @@
+"""A study's jobs as they are trained: many federations at once, which share one executor."""
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from fedtune.errors import InputError
+from fedtune.runs.history import TrialHistory
+from fedtune.runs.journal import Journal
+from fedtune.runs.ledger import Ledger
+from fedtune.runs.study import JobAttempt
+from fedtune.runs.training import TrainingSetup, ignore, train
+from fedtune.runs.trial_store import TrialStore
+from fedtune.simulation.federation import Federation
+from fedtune.simulation.records import RoundRecord, record_as_row
+from fedtune.tuning.space import Config
+from fedtune.tuning.trial import Job, Pool, Score, Trial
+
+Made = TypeVar("Made")
+
+
+class Chosen(NamedTuple):
+    """What the incumbent of a finished study ends with."""
+
+    config: Config  # the client configuration of largest probability
+    theta: tuple[Float[np.ndarray, "_"], ...]
+    pool: Pool
+
+
+class TrainedJobs:
+    """Carries out the jobs of a study by training. See `fedtune.runs.study.Jobs`."""
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        ledger: Ledger,
+        journal: Journal,
+        store: TrialStore,
+        say: Callable[..., None],
+        *,
+        one_federation: bool,
+        ends_at_max_rounds: bool,
+    ) -> None:
+        self._setup = setup
+        self._settings = setup.settings
+        self._ledger = ledger
+        self._journal = journal
+        self._store = store
+        self._say = say
+        self._one_federation = one_federation
+        self._ends_at_max_rounds = ends_at_max_rounds
+        self._trained: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
+        self._running: dict[JobAttempt, Generator[int, None, None]] = {}
+        self._tickets: dict[JobAttempt, int] = {}  # that the running jobs wait for
+
+    def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
+        """The attempt that starts now. An attempt that will fail is never computed."""
+        after = history.reported_rounds
+        failure_time, round_ends = self._setup.devices.fate(job, number, after)
+        failed = failure_time is not None
+        lasts = failure_time if failure_time is not None else float(round_ends[-1])
+        return JobAttempt(
+            job,
+            number,
+            finish_time=now + lasts,
+            failed=failed,
+            history=history,
+            round_times=(now + round_ends).tolist(),
+            wasted_rounds=int((round_ends <= lasts).sum()) if failed else 0,
+        )
+
+    def start(self, attempt: JobAttempt) -> None:
+        """Trains the job as far as it can go without waiting."""
+        if not attempt.failed:
+            self._running[attempt] = self._train(attempt)
+            self._train_on(attempt)
+
+    def ready(self, attempt: JobAttempt) -> bool:
+        """Whether the job is trained. Every federation whose ticket is finished is trained on first."""
+        while attempt in self._running:
+            finished = [running for running, ticket in self._tickets.items() if self._setup.executor.finished(ticket)]
+            if not finished:
+                return False
+            for running in finished:
+                self._train_on(running)
+        return True
+
+    def finish(self, attempt: JobAttempt) -> None:
+        """Does nothing: each round entered the trial's history when it was trained."""
+
+    def reported(self, job: Job, best: Score) -> None:
+        """Removes the checkpoints that nobody will need: of trials that had all their rounds, except the incumbent."""
+        self._store.report(job.trial.number, job.rounds)
+        if self._ends_at_max_rounds and job.rounds == self._settings.max_rounds:
+            self._trained.add(job.trial.number)
+            for trial in self._trained - {best.trial}:
+                self._store.remove(trial)
+            self._trained &= {best.trial}
+
+    def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
+        """Enters the evaluation of the trial after local training into the ledger. See `Jobs.personalise`."""
+        yield from self._waiting(self._personalise(reading, trial, rounds))
+
+    def chosen(self, best: Score) -> Generator[None, None, Chosen]:
+        """What the incumbent ends with. Its checkpoint is the only one that is kept."""
+        trial = self._ledger.trials[best.trial].trial
+        federation = yield from self._waiting(self._federation(trial, best.rounds, order=0.0))
+        self._store.keep_only(best.trial)
+        return Chosen(federation.best_config(), federation.theta(), federation.pool())
+
+    def _train_on(self, attempt: JobAttempt) -> None:
+        """Trains the job on until it waits for another ticket, or to its end."""
+        ticket = next(self._running[attempt], None)
+        if ticket is None:
+            del self._running[attempt]
+            self._tickets.pop(attempt, None)
+        else:
+            self._tickets[attempt] = ticket
+
+    def _train(self, attempt: JobAttempt) -> Generator[int, None, None]:
+        """Brings the trial to the last round of the job: as far as the journal knows the rounds, then by training."""
+        job, history = attempt.job, attempt.history
+        trial, first, order = job.trial, history.reported_rounds, attempt.finish_time
+
+        def enter(record: RoundRecord) -> None:
+            history.records.append(record)
+            history.times.append(attempt.round_times[record.round - first - 1])
+            self._say("round", trial=trial.number, **record_as_row(record))
+
+        def on_round(federation: Federation, record: RoundRecord) -> None:
+            self._write(federation, record)
+            enter(record)
+
+        # A copy of a trial starts with the state that its parent had.
+        if trial.parent is not None and not self._store.latest(trial.number):
+            parent = yield from self._federation(self._ledger.trials[trial.parent].trial, first, order)
+            self._store.inherit(trial.number, parent.round, parent.heritage())
+        # A study that was stopped had trained some of the rounds already.
+        latest = self._store.latest(trial.number)
+        for record in self._store.past_records(trial.number, first, min(latest, job.rounds)):
+            enter(record)
+        if latest < job.rounds:
+            checkpoint = yield from self._checkpoint(trial, latest, order)
+            yield from train(self._setup, trial, checkpoint, job.rounds, order, on_round)
+        if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
+            yield from self._personalise("at_max_rounds", trial, job.rounds)
+
+    def _write(self, federation: Federation, record: RoundRecord) -> None:
+        """Writes a new round down, with the federation's state if the round was evaluated."""
+        trial = federation.trial.number
+        self._store.write(trial, record, None if record.evaluation is None else federation.arrays())
+        if reasons := federation.strategy.lost_reasons:
+            self._journal.note("lost", trial=trial, round=record.round, reasons=reasons)
+            self._say("lost", reasons=reasons)
+
+    def _federation(self, trial: Trial, server_round: int, order: float) -> Generator[int, None, Federation]:
+        """The trial's federation after a round."""
+        checkpoint = yield from self._checkpoint(trial, server_round, order)
+        return (yield from train(self._setup, trial, checkpoint, server_round, order, ignore))
+
+    def _checkpoint(
+        self, trial: Trial, server_round: int, order: float
+    ) -> Generator[int, None, Mapping[str, np.ndarray] | None]:
+        """The trial's checkpoint of a round; None for round 0. If it is lost, it is trained again, to the same bits."""
+        if server_round == 0:
+            return None
+        try:
+            arrays = self._store.load(trial.number, server_round)
+        except InputError as error:
+            self._say("warning", message=f"{error}; trial {trial.number} is trained again")
+            arrays = None
+        if arrays is not None:
+            return arrays
+        start = None
+        if trial.parent is not None:
+            inherited_round = self._ledger.trials[trial.number].start
+            parent = yield from self._federation(self._ledger.trials[trial.parent].trial, inherited_round, order)
+            start = parent.heritage()
+        federation = yield from train(self._setup, trial, start, server_round, order, ignore)
+        arrays = federation.arrays()
+        self._store.replace(trial.number, server_round, arrays)
+        return arrays
+
+    def _personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[int, None, None]:
+        """Evaluates the trial after local training on each evaluation client, unless the ledger has that reading."""
+        key = reading, trial.number, rounds
+        if key in self._ledger.personalised:
+            return
+        federation = yield from self._federation(trial, rounds, order=0.0)
+        best = federation.best_config()
+        config_of = (lambda client: best) if reading == "argmax" else federation.sampled_config
+        into: list[Any] = []
+        yield from federation.personalise(config_of, into)
+        self._ledger.personalised[key] = into[0]
+        self._journal.note("personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(into[0]))
+
+    def _waiting(self, work: Generator[int, None, Made]) -> Generator[None, None, Made]:
+        """What `work` returns. Yields as long as a ticket that `work` waits for is not finished."""
+        while True:
+            try:
+                ticket = next(work)
+            except StopIteration as end:
+                made: Made = end.value
+                return made
+            while not self._setup.executor.finished(ticket):
+                yield
