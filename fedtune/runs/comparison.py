@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from fedtune.runs.results import StudyResult, write_frames
 from fedtune.runs.run_folder import locked
 from fedtune.runs.study import Study
 from fedtune.settings import Settings
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
-from fedtune.tuning.tuners import make_policy, within_one_federation
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Comparison:
     settings: Settings
     dataset: FederatedDataset
     hyperparameters: Hyperparameters
+    tuners: Mapping[str, TunerSettings]
     warning: str | None = None  # what the check of the data set found, if it found anything
 
     def run(self, folder: Path, listener: Listener) -> None:
@@ -93,23 +94,16 @@ class Comparison:
         return ended
 
     def _study(self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener) -> Study:
-        settings, options = self.settings, self.settings.tuner.get(name, {})
+        settings, tuner = self.settings, self.tuners[name]
 
         def policy(trial: Trial) -> Policy:
-            return make_policy(
-                name,
-                options,
-                trial,
-                max_rounds=settings.max_rounds,
-                num_classes=self.dataset.spec.num_classes,
-                domains=self.hyperparameters.space.client,
-                seed=seed,
-            )
+            num_classes, domains = self.dataset.spec.num_classes, self.hyperparameters.space.client
+            return tuner.policy.make_policy(trial, num_classes, domains, seed)
 
         return Study(
-            name,
+            tuner,
             seed,
-            study_tuner(name, seed, settings, self.hyperparameters),
+            study_tuner(tuner, seed, self.hyperparameters),
             settings,
             policy,
             self.dataset,
@@ -117,5 +111,4 @@ class Comparison:
             initial_weights(settings, self.dataset.spec, seed),
             folder / f"{name}-seed{seed}",
             listener,
-            one_federation=within_one_federation(name),
         )

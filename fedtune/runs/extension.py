@@ -11,7 +11,7 @@ from fedtune.runs.ledger import extend
 from fedtune.runs.replay import Replay
 from fedtune.runs.run_folder import locked, replacing, settings_path
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
-from fedtune.tuning.trial import Extendable
+from fedtune.tuning.tuners import tuner_kind
 
 
 def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) -> None:
@@ -49,7 +49,7 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
 def _check(name: str, seed: int, settings: Settings, extension: ExtensionSettings, folder: Path) -> None:
     """Raises InputError unless the study has ended and its tuner, rebuilt from the journal, can be extended."""
     study = Replay(name, seed, settings, resolve_hyperparameters(settings), folder)
-    if not isinstance(study.tuner, Extendable):
+    if not tuner_kind(name).extendable:
         raise InputError(f"only studies of random, asha, async_hyperband and their like can be extended, got {name}")
     if not study.run().finished:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got {study} that is not")

@@ -15,7 +15,13 @@ from typing import Any
 import pandas as pd
 
 from fedtune.errors import InputError
-from fedtune.hyperparameters import Hyperparameters, check_tuners, resolve_hyperparameters, study_tuner
+from fedtune.hyperparameters import (
+    Hyperparameters,
+    resolve_hyperparameters,
+    resolve_tuners,
+    study_tuner,
+    tuner_settings,
+)
 from fedtune.runs.history import TrialHistory, past_personalised, past_records
 from fedtune.runs.journal import FORMAT, Journal, JournalEnds
 from fedtune.runs.ledger import extend
@@ -25,7 +31,6 @@ from fedtune.settings import Settings, digest, read_settings, resolve
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.records import record_as_row
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
-from fedtune.tuning.tuners import within_one_federation
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     """Each study of a run folder, once it is rebuilt. Raises InputError, one line, at the first thing that differs."""
     settings = resolve([read_settings(settings_path(folder))])
     hyperparameters = resolve_hyperparameters(settings)
-    check_tuners(settings, hyperparameters.space)
+    resolve_tuners(settings, hyperparameters.space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
     if results is not None:  # it is written last, of studies that ended
         for name in ("rounds.parquet", "trials.parquet"):
@@ -91,9 +96,12 @@ class Replay:
         self._run = run
         self._journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
         self._records = past_records(self._journal)
-        self.tuner = study_tuner(name, seed, settings, hyperparameters)
-        on_drop: OnDrop = "retry" if within_one_federation(name) else settings.devices.on_drop
-        self._loop = EventLoop(self.tuner, self, settings.parallel_trials, on_drop)
+        tuner = tuner_settings(name, settings)
+        self.tuner = study_tuner(tuner, seed, hyperparameters)
+        on_drop: OnDrop = settings.devices.on_drop if tuner.kind.searches else "retry"
+        self._loop = EventLoop(
+            self.tuner, self, settings.parallel_trials, on_drop, forgets_jobs=tuner.kind.forgets_jobs
+        )
         self._scores: list[Score] = []
         self._started = 0  # jobs
         self._dropped = 0  # attempts

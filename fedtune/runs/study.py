@@ -33,10 +33,10 @@ from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_row
 from fedtune.simulation.stragglers import attempt_duration, dropped_after
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
-from fedtune.tuning.tuners import ends_at_max_rounds
 
 Made = TypeVar("Made")
 
@@ -55,7 +55,7 @@ class Study:
 
     def __init__(
         self,
-        name: str,
+        tuner_settings: TunerSettings,
         seed: int,
         tuner: Tuner,
         settings: Settings,
@@ -65,10 +65,9 @@ class Study:
         initial_weights: Float[torch.Tensor, "weight"],
         folder: Path,
         listener: Listener,
-        *,
-        one_federation: bool,
     ) -> None:
-        self.name = name
+        one_federation = not tuner_settings.kind.searches
+        self.name = tuner_settings.name
         self.seed = seed
         self._settings = settings
         self._make_policy = make_policy
@@ -85,7 +84,11 @@ class Study:
         self._one_federation = one_federation
         self._tuner = tuner
         self._loop = EventLoop(
-            tuner, self, settings.parallel_trials, "retry" if one_federation else settings.devices.on_drop
+            tuner,
+            self,
+            settings.parallel_trials,
+            "retry" if one_federation else settings.devices.on_drop,
+            forgets_jobs=tuner_settings.kind.forgets_jobs,
         )
         self._devices = Devices(settings, seed, dataset.num_examples("train"), initial_weights.nbytes)
         self._tickets: dict[RunningJob, int] = {}  # that jobs in training wait for
@@ -97,7 +100,7 @@ class Study:
         self._spent = 0  # rounds of all jobs that were started
         self._dropped_jobs = 0
         self._wasted_rounds = 0
-        self._ends_at_max_rounds = ends_at_max_rounds(name, settings.tuner.get(name, {}))
+        self._ends_at_max_rounds = tuner_settings.ends_at_max_rounds
         self._ended: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
 
     def steps(self) -> Generator[None, None, StudyResult]:

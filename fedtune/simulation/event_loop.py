@@ -12,7 +12,6 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from fedtune.simulation.clock import Clock
 from fedtune.tuning.trial import Job, Tuner
-from fedtune.tuning.tuners import goes_on_without
 
 OnDrop = Literal["retry", "lose", "worst"]
 
@@ -51,8 +50,8 @@ class EventLoop(Generic[Running]):
     """Asks a tuner for jobs, and tells it of them as they end.
 
     `on_drop` is what becomes of the job of a dropped attempt: `retry`, it is attempted again before anything new is
-    asked for; `lose`, the tuner never hears of it; `worst`, the tuner is told NaN. Where a tuner waits for every job
-    that it asked for, to lose one is to be told NaN.
+    asked for; `lose`, the tuner never hears of it; `worst`, the tuner is told NaN. `lose` means `worst` unless
+    `forgets_jobs` is set: the tuner would wait for the job for ever.
 
     With `tells_first` all that ends at one moment is told before anything is asked for; else each tell is followed by
     asks.
@@ -65,12 +64,13 @@ class EventLoop(Generic[Running]):
         parallel_jobs: int,
         on_drop: OnDrop = "retry",
         *,
+        forgets_jobs: bool = False,
         tells_first: bool = False,
     ) -> None:
         self._tuner = tuner
         self._workload = workload
         self._parallel_jobs = parallel_jobs
-        self._on_drop: OnDrop = "worst" if on_drop == "lose" and not goes_on_without(tuner) else on_drop
+        self._on_drop: OnDrop = "worst" if on_drop == "lose" and not forgets_jobs else on_drop
         self._tells_first = tells_first
         self._clock: Clock[Running] = Clock()
         self._retries: deque[tuple[Job, int]] = deque()
