@@ -1,8 +1,6 @@
 """From settings to trials: which hyperparameters are fixed, which are searched, and how trial number n is drawn."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +11,10 @@ from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.server import optimizers
 from fedtune.settings import Settings, client_program
+from fedtune.tuning.kinds import Budget, TrialSource, TunerSettings
 from fedtune.tuning.space import Config, SearchSpace, check_space, parse_domain, sample
 from fedtune.tuning.trial import Compose, Draw, Trial, Tuner
-from fedtune.tuning.tuners import checked_options, make_trial_pool, make_tuner, within_one_federation
+from fedtune.tuning.tuners import tuner_kind
 
 
 @dataclass(frozen=True)
@@ -45,29 +44,29 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     return Hyperparameters(client, server, space)
 
 
-def make_compose(tuner: str, seed: int, hyperparameters: Hyperparameters, options: Mapping[str, Any]) -> Compose:
-    """Makes the trials of a tuner, whose `[tuner.NAME]` table is `options`, from the values of what is searched."""
+def make_compose(tuner: TunerSettings, seed: int, hyperparameters: Hyperparameters) -> Compose:
+    """Makes the trials of a tuner from values of the hyperparameters that are searched."""
 
     def compose(number: int, server: Config, client: Config) -> Trial:
         centre = {**hyperparameters.client, **client}
         draws = rng.stream(seed, "pool", number)
-        pool = make_trial_pool(tuner, options, centre, hyperparameters.space.client, draws)
+        pool = tuner.policy.make_pool(centre, hyperparameters.space.client, draws)
         return Trial(number, {**hyperparameters.server, **server}, pool)
 
     return compose
 
 
-def make_draw(tuner: str, seed: int, hyperparameters: Hyperparameters, options: Mapping[str, Any]) -> Draw:
+def make_draw(tuner: TunerSettings, seed: int, hyperparameters: Hyperparameters) -> Draw:
     """Makes the trials of a tuner, each from random streams of its own.
 
-    Tuners within one federation start from the fixed values; the others draw. Trial n has the same centre under every
-    one that draws.
+    A tuner within one federation starts from the fixed values. A search draws values, and trial n has the same centre
+    under every search.
     """
-    compose = make_compose(tuner, seed, hyperparameters, options)
+    compose = make_compose(tuner, seed, hyperparameters)
     space = hyperparameters.space
 
     def draw(number: int) -> Trial:
-        if within_one_federation(tuner):
+        if not tuner.kind.searches:
             return compose(number, {}, {})
         server = sample(space.server, rng.stream(seed, "server config", number))
         return compose(number, server, sample(space.client, rng.stream(seed, "client config", number)))
@@ -82,39 +81,33 @@ def initial_weights(settings: Settings, spec: DatasetSpec, seed: int) -> Float[t
         return FlatModel(plugins.make_model(settings.model, spec)).flat.clone()
 
 
-def study_tuner(name: str, seed: int, settings: Settings, hyperparameters: Hyperparameters) -> Tuner:
+def tuner_settings(name: str, settings: Settings) -> TunerSettings:
+    """The settings of a run's tuner, from its `[tuner.NAME]` table and the budget. Raises InputError."""
+    budget = Budget(settings.max_rounds, settings.total_rounds)
+    return tuner_kind(name).parse(name, settings.tuner.get(name, {}), budget)
+
+
+def study_tuner(tuner: TunerSettings, seed: int, hyperparameters: Hyperparameters) -> Tuner:
     """The tuner of a study, before its first ask."""
-    options = settings.tuner.get(name, {})
-    return make_tuner(
-        name,
-        make_draw(name, seed, hyperparameters, options),
-        max_rounds=settings.max_rounds,
-        total_rounds=settings.total_rounds,
-        options=options,
-        compose=make_compose(name, seed, hyperparameters, options),
-        space=hyperparameters.space,
-        seed=seed,
-    )
+    draw, compose = make_draw(tuner, seed, hyperparameters), make_compose(tuner, seed, hyperparameters)
+    return tuner.make_tuner(TrialSource(draw, compose, hyperparameters.space, seed))
 
 
-def check_tuners(settings: Settings, space: SearchSpace) -> None:
-    """Raises InputError unless every tuner can be made from its table and has something to search."""
-    for name, options in settings.tuner.items():
-        checked_options(name, options)  # a table of a tuner that is not run must be right all the same
+def resolve_tuners(settings: Settings, space: SearchSpace) -> dict[str, TunerSettings]:
+    """The settings of every tuner of a run, by name.
+
+    Raises InputError unless every tuner can be made from its table and has something to search.
+    """
+    for name, table in settings.tuner.items():
+        tuner_kind(name).checked_options(name, table)  # also the table of a tuner that is not run
     for name in settings.shares:
         if name not in settings.tuners:
             raise UnknownNameError("tuner in shares", name, settings.tuners)
+    tuners = {}
     for name in settings.tuners:
         try:
-            make_tuner(
-                name,
-                lambda number: Trial(number, {}, (({},),)),
-                max_rounds=settings.max_rounds,
-                total_rounds=settings.total_rounds,
-                options=settings.tuner.get(name, {}),
-                compose=lambda number, server, client: Trial(number, {}, (({},),)),
-                space=space,
-            )
+            tuners[name] = tuner_settings(name, settings)
+            tuners[name].check(space)
         except UnknownNameError:
             raise
         except InputError as error:
@@ -122,3 +115,4 @@ def check_tuners(settings: Settings, space: SearchSpace) -> None:
     searching = [name for name in settings.tuners if name != "manual"]
     if searching and not space.client and not space.server:
         raise InputError(f"[space.client] or [space.server] must name what {searching[0]} may search, got neither")
+    return tuners

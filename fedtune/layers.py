@@ -34,13 +34,14 @@ def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers
     `max_rounds`, more than which they can't use: n and R are all that has to be given (thesis, section 3.5.1).
     """
     from fedtune.settings import read_settings
-    from fedtune.tuning.tuners import ends_after_num_configs
+    from fedtune.tuning.tuners import TUNERS
 
     own: dict[str, Any] = {"tuners": [tuner]}
     if num_configs is not None:
         own["tuner"] = {tuner: {"num_configs": num_configs}}
     given = [*([read_settings(Path(what))] if str(what).endswith(".toml") else []), *layers]
-    if ends_after_num_configs(tuner) and not any("total_rounds" in table for table in given):
+    ends_after_num_configs = tuner in TUNERS and TUNERS[tuner].extendable
+    if ends_after_num_configs and not any("total_rounds" in table for table in given):
         any_budget = resolve_settings(what, *layers, own, {"total_rounds": sys.maxsize})
         n = any_budget.tuner.get(tuner, {}).get("num_configs")
         if isinstance(n, int):

@@ -15,12 +15,11 @@ from safetensors.torch import save_file
 from fedtune import plugins
 from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import DevicesSettings
-from fedtune.tuning.tuners import make_policy, within_one_federation
 
 app = ServerApp()
 
@@ -30,24 +29,17 @@ def main(grid: Grid, context: Context) -> None:
     """Trains the federation, and writes its weights where `out` says."""
     torch.set_num_threads(1)  # two threads add in another order than one
     settings = protocol.run_settings(context.run_config.get("settings"))
-    name = settings.tuners[0]
-    if not within_one_federation(name):
-        raise InputError(f"a ServerApp trains one federation: tuners must begin with one such as fedex, got {name!r}")
+    tuner = tuner_settings(settings.tuners[0], settings)
+    if tuner.kind.searches:
+        raise InputError(
+            f"a ServerApp trains one federation: tuners must begin with one such as fedex, got {tuner.name!r}"
+        )
     if settings.devices != DevicesSettings():
         raise InputError("[devices] must be left out for a ServerApp: it simulates devices, and these are real")
-    options = settings.tuner.get(name, {})
     spec = plugins.load_dataset(settings.data).spec
     hyperparameters = resolve_hyperparameters(settings)
-    trial = make_draw(name, settings.seed, hyperparameters, options)(0)
-    policy = make_policy(
-        name,
-        options,
-        trial,
-        max_rounds=settings.max_rounds,
-        num_classes=spec.num_classes,
-        domains=hyperparameters.space.client,
-        seed=settings.seed,
-    )
+    trial = make_draw(tuner, settings.seed, hyperparameters)(0)
+    policy = tuner.policy.make_policy(trial, spec.num_classes, hyperparameters.space.client, settings.seed)
     strategy = FedTuneStrategy(
         trial,
         settings.server,

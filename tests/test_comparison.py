@@ -125,7 +125,7 @@ def test_shuffling_the_test_labels_changes_no_decision(tmp_path, monkeypatch):
         start, stop = plain.dataset.ranges[client, 2]
         labels[start:stop] = (labels[start:stop] + 1) % 10
     spoilt = comparison.Comparison(
-        settings, type(plain.dataset)(**{**vars(plain.dataset), "y": labels}), plain.hyperparameters
+        settings, type(plain.dataset)(**{**vars(plain.dataset), "y": labels}), plain.hyperparameters, plain.tuners
     )
     frames = []
     for name, each in (("plain", plain), ("spoilt", spoilt)):

@@ -72,7 +72,8 @@ def test_a_dropped_job_is_retried_before_anything_new():
 
 
 def test_a_lost_job_is_never_told():
-    workload = run(ASHA(draw, 9, 1, 3, num_configs=9), Synthetic(drops=[(4, 0)]), 1, on_drop="lose")
+    tuner = ASHA(draw, 9, 1, 3, num_configs=9)
+    workload = run(tuner, Synthetic(drops=[(4, 0)]), 1, on_drop="lose", forgets_jobs=True)
     assert ("dropped", 4, "lose") in workload.log
     assert 4 not in {job.trial.number for _, job in workload.done}
     assert len([job for _, job in workload.done if job.rung == 0]) == 8

@@ -10,7 +10,7 @@ from fedtune import plugins
 from fedtune.errors import InputError
 from fedtune.executors.machine import MachineSettings
 from fedtune.executors.serial import SerialExecutor
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server_app import app, nodes_in_client_order
@@ -88,7 +88,7 @@ def by_hand(table):
     dataset = plugins.load_dataset(settings.data)
     name = settings.tuners[0]
     options = settings.tuner.get(name, {})
-    trial = make_draw(name, settings.seed, resolve_hyperparameters(settings), options)(0)
+    trial = make_draw(tuner_settings(name, settings), settings.seed, resolve_hyperparameters(settings))(0)
     strategy = FedTuneStrategy(
         trial,
         settings.server,

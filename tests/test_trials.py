@@ -4,7 +4,7 @@ import torch
 from fedtune import plugins, rng
 from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
 from fedtune.settings import client_program, resolve
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.pool import make_pool
@@ -26,6 +26,11 @@ FIXED_SERVER = {"learning_rate": 0.5, "momentum": 0.0, "decay": 0.0, "beta1": 0.
 
 def hyperparameters(**change):
     return resolve_hyperparameters(resolve([TABLE, change]))
+
+
+def draw_of(tuner, seed=4, **options):
+    settings = resolve([TABLE, {"tuners": [tuner], "tuner": {tuner: options}}])
+    return make_draw(tuner_settings(tuner, settings), seed, hyperparameters())
 
 
 def test_fixed_values_are_completed_by_the_defaults():
@@ -70,12 +75,12 @@ def test_hyperparameters_that_are_not_allowed(change, said):
 
 
 def test_manual_is_the_fixed_values():
-    trial = make_draw("manual", 4, hyperparameters(), {})(0)
+    trial = draw_of("manual")(0)
     assert (trial.number, trial.server, trial.pool) == (0, FIXED_SERVER, ((FIXED_CLIENT,),))
 
 
 def test_fedex_weighs_a_pool_around_the_fixed_values():
-    trial = make_draw("fedex", 4, hyperparameters(), {"pool_size": 5, "perturbation": 0.2})(0)
+    trial = draw_of("fedex", pool_size=5, perturbation=0.2)(0)
     settings = FedExSettings(pool_size=5, perturbation=0.2)
     domains = {"learning_rate": LogUniform(1e-3, 1.0), "batch_size": PowerOfTwo(8, 128)}
     assert trial.server == FIXED_SERVER
@@ -87,17 +92,17 @@ def test_fedex_weighs_a_pool_around_the_fixed_values():
 def test_every_trial_of_a_search_perturbs_on_its_own():
     settings, domains = FedExSettings(), {"learning_rate": LogUniform(1e-3, 1.0), "batch_size": PowerOfTwo(8, 128)}
     for number in (0, 3):
-        pool = make_draw("asha+fedex", 4, hyperparameters(), {})(number).pool
+        pool = draw_of("asha+fedex")(number).pool
         assert pool == make_pool(settings, pool[0][0], domains, rng.stream(4, "pool", number))
 
 
 def test_a_product_has_a_factor_for_each_searched_hyperparameter():
-    trial = make_draw("fedex", 4, hyperparameters(), {"form": "product", "pool_size": 3})(0)
+    trial = draw_of("fedex", form="product", pool_size=3)(0)
     assert [set(factor[0]) for factor in trial.pool[1:]] == [{"batch_size"}, {"learning_rate"}]
 
 
 def test_a_search_draws_what_is_searched_and_keeps_the_rest():
-    trials = [make_draw("random", 4, hyperparameters(), {})(number) for number in range(30)]
+    trials = [draw_of("random")(number) for number in range(30)]
     for trial in trials:
         ((client,),) = trial.pool
         assert LogUniform(1e-3, 1.0).contains(client["learning_rate"])
@@ -113,20 +118,18 @@ def test_a_search_draws_what_is_searched_and_keeps_the_rest():
 
 @pytest.mark.parametrize("number", [0, 7])
 def test_trial_n_has_the_same_centre_under_every_search(number):
-    trials = [
-        make_draw(tuner, 4, hyperparameters(), {})(number) for tuner in ("random", "asha", "random+fedex", "asha+fedex")
-    ]
+    trials = [draw_of(tuner)(number) for tuner in ("random", "asha", "random+fedex", "asha+fedex")]
     assert len({(tuple(trial.server.items()), tuple(trial.pool[0][0].items())) for trial in trials}) == 1
     assert [trial.num_configs for trial in trials] == [1, 1, 9, 9]
     assert trials[2] == trials[3]
 
 
 def test_a_trial_depends_on_seed_and_number_only():
-    draw = make_draw("random+fedex", 4, hyperparameters(), {})
+    draw = draw_of("random+fedex")
     in_order = [draw(number) for number in (0, 1, 2)]
-    again = make_draw("random+fedex", 4, hyperparameters(), {})
+    again = draw_of("random+fedex")
     assert [again(number) for number in (2, 0, 1)] == [in_order[2], in_order[0], in_order[1]]
-    assert make_draw("random+fedex", 5, hyperparameters(), {})(1) != in_order[1]
+    assert draw_of("random+fedex", seed=5)(1) != in_order[1]
 
 
 def test_the_initial_weights_depend_on_the_seed_alone():

@@ -7,8 +7,8 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
-from fedtune.tuning.elimination import EliminationSettings
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.kinds import Budget, TrialSource
 from fedtune.tuning.one_federation import OneFederation
 from fedtune.tuning.pbt import PBT
 from fedtune.tuning.policy import EliminationPolicy, EliminationThenFedEx, FedExPolicy, Policy, RSWSPolicy
@@ -16,21 +16,11 @@ from fedtune.tuning.pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.space import LogUniform, SearchSpace
 from fedtune.tuning.successive_halving import SynchronousBrackets
-from fedtune.tuning.trial import Job, Trial, Tuner
-from fedtune.tuning.tuners import (
-    TUNERS,
-    base_name,
-    elimination_settings,
-    ends_after_num_configs,
-    fedex_settings,
-    make_policy,
-    make_trial_pool,
-    make_tuner,
-    uses_fedex,
-    within_one_federation,
-)
+from fedtune.tuning.trial import Extendable, Job, Trial, Tuner
+from fedtune.tuning.tuners import TUNERS, tuner_kind
 
 DOMAINS = {"learning_rate": LogUniform(1e-3, 1.0)}
+SPACE = SearchSpace(DOMAINS, {})
 CENTRE = {"learning_rate": 0.1, "epochs": 2}
 
 
@@ -38,60 +28,89 @@ def draw(number):
     return Trial(number, {}, (({"learning_rate": 0.1},),))
 
 
+def compose(number, server, client):
+    return Trial(number, server, ((client,),))
+
+
+def parse(name, **options):
+    max_rounds = 64 if name.startswith("async_hyperband") else 81
+    return tuner_kind(name).parse(name, options, Budget(max_rounds, total_rounds=405))
+
+
 def make(name, **options):
-    def compose(number, server, client):
-        return Trial(number, server, ((client,),))
-
-    rounds = {"max_rounds": 64 if name.startswith("async_hyperband") else 81, "total_rounds": 405}
-    return make_tuner(name, draw, **rounds, options=options, compose=compose, space=SearchSpace(DOMAINS, {}))
+    return parse(name, **options).make_tuner(TrialSource(draw, compose, SPACE, seed=0))
 
 
-def make_policy_of(name, trial=None, **options):
-    trial = trial or Trial(0, {}, make_trial_pool(name, options, CENTRE, DOMAINS, np.random.default_rng(0)))
-    return make_policy(name, options, trial, max_rounds=81, num_classes=10, domains=DOMAINS, seed=0)
+def make_pool(name, **options):
+    return parse(name, **options).policy.make_pool(CENTRE, DOMAINS, np.random.default_rng(0))
+
+
+def make_policy(name, **options):
+    trial = Trial(0, {}, make_pool(name, **options))
+    return parse(name, **options).policy.make_policy(trial, 10, DOMAINS, 0)
 
 
 KINDS = [
-    ("manual", OneFederation, "manual", False),
-    ("fedex", OneFederation, "fedex", True),
-    ("uniform", OneFederation, "uniform", False),
-    ("rsws", OneFederation, "rsws", False),
-    ("elimination", OneFederation, "elimination", False),
-    ("elimination+fedex", OneFederation, "elimination", True),
-    ("random", RandomSearch, "random", False),
-    ("sha", SynchronousBrackets, "sha", False),
-    ("asha", ASHA, "asha", False),
-    ("hyperband", SynchronousBrackets, "hyperband", False),
-    ("async_hyperband", AsyncHyperband, "async_hyperband", False),
-    ("pbt", PBT, "pbt", False),
-    ("bohb", BOHB, "bohb", False),
-    ("random+fedex", RandomSearch, "random", True),
-    ("sha+fedex", SynchronousBrackets, "sha", True),
-    ("asha+fedex", ASHA, "asha", True),
-    ("hyperband+fedex", SynchronousBrackets, "hyperband", True),
-    ("async_hyperband+fedex", AsyncHyperband, "async_hyperband", True),
-    ("pbt+fedex", PBT, "pbt", True),
-    ("bohb+fedex", BOHB, "bohb", True),
+    ("manual", OneFederation),
+    ("fedex", OneFederation),
+    ("uniform", OneFederation),
+    ("rsws", OneFederation),
+    ("elimination", OneFederation),
+    ("elimination+fedex", OneFederation),
+    ("random", RandomSearch),
+    ("sha", SynchronousBrackets),
+    ("asha", ASHA),
+    ("hyperband", SynchronousBrackets),
+    ("async_hyperband", AsyncHyperband),
+    ("pbt", PBT),
+    ("bohb", BOHB),
+    ("random+fedex", RandomSearch),
+    ("sha+fedex", SynchronousBrackets),
+    ("asha+fedex", ASHA),
+    ("hyperband+fedex", SynchronousBrackets),
+    ("async_hyperband+fedex", AsyncHyperband),
+    ("pbt+fedex", PBT),
+    ("bohb+fedex", BOHB),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "base", "fedex"), KINDS)
-def test_the_tuners_by_name(name, kind, base, fedex):
+@pytest.mark.parametrize(("name", "made"), KINDS)
+def test_the_tuners_by_name(name, made):
     tuner = make(name)
     assert isinstance(tuner, Tuner)
-    assert type(tuner) is kind
-    assert base_name(name) == base
-    assert uses_fedex(name) == fedex
-    assert within_one_federation(name) == (kind is OneFederation)
+    assert type(tuner) is made
+    assert tuner_kind(name).searches == (made is not OneFederation)
 
 
-def test_whom_num_configs_ends():
+def test_which_tuners_forget_jobs_and_can_be_extended():
     names = ("random", "asha", "async_hyperband")
-    assert {name for name in TUNERS if ends_after_num_configs(name)} == {*names, *(f"{name}+fedex" for name in names)}
+    expected = {*names, *(f"{name}+fedex" for name in names)}
+    assert {name for name, kind in TUNERS.items() if kind.forgets_jobs} == expected
+    assert {name for name, kind in TUNERS.items() if kind.extendable} == expected
+    assert {name for name in TUNERS if isinstance(make(name), Extendable)} == expected
+
+
+def test_whose_trials_end_at_max_rounds():
+    assert [name for name, made in KINDS if not parse(name).ends_at_max_rounds] == [
+        name for name, made in KINDS if made is OneFederation
+    ]
+    assert not parse("asha", infinite_horizon=True).ends_at_max_rounds
+    assert not parse("asha+fedex", infinite_horizon=True).ends_at_max_rounds
+    assert parse("asha", infinite_horizon=False).ends_at_max_rounds
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_tuner_is_checked_without_drawing_a_trial(name):
+    parse(name).check(SPACE)
+
+
+def test_a_check_finds_what_making_the_tuner_finds():
+    with pytest.raises(InputError, match="reduction_factor must be a whole number >= 2, got 1"):
+        parse("asha", reduction_factor=1).check(SPACE)
 
 
 def test_this_test_knows_every_tuner():
-    assert list(TUNERS) == [name for name, *_ in KINDS]
+    assert list(TUNERS) == [name for name, made in KINDS]
 
 
 @pytest.mark.parametrize("name", TUNERS)
@@ -101,11 +120,11 @@ def test_every_tuner_trains_within_the_rounds_and_takes_any_error(name):
         job = tuner.ask()
         if job is None:
             break
-        assert job.rounds <= (405 if within_one_federation(name) else 81)
+        assert job.rounds <= (81 if tuner_kind(name).searches else 405)
         tuner.tell(job, error)
 
 
-@pytest.mark.parametrize("name", [name for name, kind, *_ in KINDS if kind not in (OneFederation, RandomSearch)])
+@pytest.mark.parametrize("name", [name for name, made in KINDS if made not in (OneFederation, RandomSearch)])
 def test_a_tuner_that_stops_trials_is_told_of_a_job_once_and_only_if_it_asked_for_it(name):
     tuner = make(name)
     job = tuner.ask()
@@ -119,42 +138,53 @@ def test_a_tuner_that_stops_trials_is_told_of_a_job_once_and_only_if_it_asked_fo
 
 @pytest.mark.parametrize("name", TUNERS)
 def test_every_tuner_has_a_pool_and_a_policy_for_its_trials(name):
-    """The pool of a trial, the policy that drives it, and the settings of FedEx where there are any."""
-    pool = make_trial_pool(name, {}, CENTRE, DOMAINS, np.random.default_rng(0))
+    """The pool of a trial, the policy that drives it, and the settings of FedEx if there are any."""
     plain, perturbed = ((CENTRE,),), perturbed_pool(CENTRE, DOMAINS, np.random.default_rng(0), 9, 0.1)
     whole = whole_space_pool(CENTRE, DOMAINS, np.random.default_rng(0), 27)
-    off, loss = FedExSettings(step_size="off"), FedExSettings(signal="loss")
     expected_pool, kind, settings = {
-        "uniform": (perturbed, FedExPolicy, off),
+        "uniform": (perturbed, FedExPolicy, FedExSettings(step_size="off")),
         "rsws": (whole, RSWSPolicy, None),
         "elimination": (whole, EliminationPolicy, None),
-        "elimination+fedex": (whole, EliminationThenFedEx, loss),
-    }.get(name, (perturbed, FedExPolicy, FedExSettings()) if uses_fedex(name) else (plain, FedExPolicy, None))
-    assert pool == expected_pool
-    assert fedex_settings(name, {}) == settings
-    policy = make_policy_of(name)
+        "elimination+fedex": (whole, EliminationThenFedEx, None),
+    }.get(name, (perturbed if name.endswith("fedex") else plain, FedExPolicy, FedExSettings()))
+    assert make_pool(name) == expected_pool
+    policy = make_policy(name)
     assert isinstance(policy, Policy)
     assert type(policy) is kind
-    assert policy.pool == pool
-    if kind is FedExPolicy:
-        assert policy.settings == (settings or FedExSettings())
+    assert policy.pool == expected_pool
+    assert getattr(policy, "settings", None) == settings
 
 
 def test_options_reach_the_pool_and_the_policy():
     product = {"form": "product", "pool_size": 4, "perturbation": 0.3}
-    pool = make_trial_pool("uniform", product, CENTRE, DOMAINS, np.random.default_rng(0))
+    pool = make_pool("uniform", **product)
     assert pool == product_pool(CENTRE, DOMAINS, np.random.default_rng(0), 4, 0.3)
-    assert fedex_settings("uniform", product) == FedExSettings(step_size="off", **product)
-    assert fedex_settings("elimination+fedex", {"signal": "error", "num_configs": 3}) == FedExSettings(signal="error")
+    assert make_policy("uniform", **product).settings == FedExSettings(step_size="off", **product)
     for name in ("elimination", "elimination+fedex", "rsws"):
-        assert len(make_trial_pool(name, {"num_configs": 5}, CENTRE, DOMAINS, np.random.default_rng(0))[0]) == 5
-    assert elimination_settings("elimination", {"rounds_per_halving": 7}) == EliminationSettings(27, 7)
-    assert make_policy_of("fedex", baseline="client").needs_error_before
+        assert len(make_pool(name, num_configs=5)[0]) == 5
+    assert make_policy("fedex", baseline="client").needs_error_before
+
+
+def test_rounds_per_halving_reaches_elimination():
+    """Three configurations are halved to one at the end of m rounds, and not before."""
+    policy = make_policy("elimination", num_configs=3, rounds_per_halving=7)
+    for t in range(7):
+        assert np.count_nonzero(policy.probabilities()[0]) == 3
+        drawn = policy.draw(np.random.default_rng(t), 5)
+        policy.update(drawn, np.linspace(0, 1, 5), np.ones(5))
+    assert np.count_nonzero(policy.probabilities()[0]) == 1
+
+
+@pytest.mark.parametrize(("options", "signal"), [({}, "loss"), ({"signal": "error"}, "error")])
+def test_fedex_after_elimination_has_its_own_options_and_losses_unless_set(options, signal):
+    policy = make_policy("elimination+fedex", num_configs=1, pool_size=4, **options)  # one: elimination is over
+    assert policy.signal == signal
+    assert len(policy.pool[0]) == 4
 
 
 def test_elimination_must_be_over_by_max_rounds_and_that_is_found_before_the_run():
     with pytest.raises(InputError, match="max_rounds must be >= 84 to eliminate all but one of 27 configurations"):
-        make("elimination", rounds_per_halving=21)
+        parse("elimination", rounds_per_halving=21)
 
 
 def test_options_of_the_searches_reach_them():
@@ -172,7 +202,7 @@ def test_options_reach_the_tuner_and_fedex():
     options = {"reduction_factor": 9, "early_stopping_rate": 1, "num_configs": 9, "pool_size": 27, "discount": 1}
     tuner = make("asha+fedex", **options)
     assert (tuner.rung_rounds, tuner.num_configs) == ((9, 81), 9)
-    assert fedex_settings("asha+fedex", options) == FedExSettings(pool_size=27, discount=1.0)
+    assert make_policy("asha+fedex", **options).settings == FedExSettings(pool_size=27, discount=1.0)
     assert make("random", num_configs=3).num_configs == 3
 
 

@@ -97,7 +97,9 @@ class SimulatedJobs:
 def simulate(cell: Cell, seed: int) -> tuple[int, float]:
     """How many configurations were trained to the end by the horizon, and when the first one was."""
     jobs = SimulatedJobs(cell, seed)
-    for _ in EventLoop(TUNERS[cell.tuner](), jobs, PARALLEL_JOBS, cell.on_drop, tells_first=True).run():
+    tuner, forgets_jobs = TUNERS[cell.tuner](), cell.tuner == "asha"
+    loop = EventLoop(tuner, jobs, PARALLEL_JOBS, cell.on_drop, forgets_jobs=forgets_jobs, tells_first=True)
+    for _ in loop.run():
         pass
     return sum(ends <= HORIZON for ends in jobs.finished), jobs.finished[0]
 

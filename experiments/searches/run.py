@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 from fedtune import rng
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
+from fedtune.tuning.kinds import Budget, TrialSource
 from fedtune.tuning.space import Config, LogUniform, SearchSpace, Uniform, sample
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
-from fedtune.tuning.tuners import make_tuner
+from fedtune.tuning.tuners import TUNERS
 
 FOLDER = Path(__file__).parent
 MAX_ROUNDS, PARALLEL_TRIALS = 81, 25
@@ -104,16 +105,9 @@ class MadeUpFederations:
 
 def simulate(landscape: str, search: str, seed: int) -> list[float]:
     """The incumbent's true error at each of TIMES."""
-    tuner = make_tuner(
-        search,
-        lambda number: draw_trial(seed, number),
-        max_rounds=MAX_ROUNDS,
-        total_rounds=TIMES[-1] * PARALLEL_TRIALS,
-        options=OPTIONS.get(search, {}),
-        compose=compose,
-        space=SPACE,
-        seed=seed,
-    )
+    budget = Budget(MAX_ROUNDS, total_rounds=TIMES[-1] * PARALLEL_TRIALS)
+    settings = TUNERS[search].parse(search, OPTIONS.get(search, {}), budget)
+    tuner = settings.make_tuner(TrialSource(lambda number: draw_trial(seed, number), compose, SPACE, seed))
     federations = MadeUpFederations(landscape, seed)
     for _ in EventLoop(tuner, federations, PARALLEL_TRIALS).run():
         pass

@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from fedtune.runs.trial_store import TrialStore
 from fedtune.settings import Settings
 from fedtune.simulation.devices import Devices
 from fedtune.simulation.evaluation import evaluation_clients
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
-from fedtune.tuning.tuners import ends_at_max_rounds, make_policy, within_one_federation
 
 Key = tuple[str, int]  # a study: its tuner and its seed
 
@@ -51,6 +51,7 @@ class Comparison:
     settings: Settings
     dataset: FederatedDataset
     hyperparameters: Hyperparameters
+    tuners: Mapping[str, TunerSettings]
     warning: str | None = None  # what the check of the data set found, if it found anything
 
     def run(self, folder: Path, listener: Listener) -> None:
@@ -127,47 +128,32 @@ class Comparison:
         def say(event: str, **fields: Any) -> None:
             listener({"event": event, "tuner": name, "seed": seed, **fields})
 
-        settings, options = self.settings, self.settings.tuner.get(name, {})
+        tuner = self.tuners[name]
         study_folder = folder / f"{name}-seed{seed}"
         study_folder.mkdir(exist_ok=True)
         with contextlib.closing(Journal(study_folder / "journal.jsonl")) as journal:
-            ledger = Ledger(settings)
+            ledger = Ledger(self.settings)
             ledger.personalised = past_personalised(journal)
-            one_federation = within_one_federation(name)
-            jobs = TrainedJobs(
-                self._setup(name, seed, executor),
-                ledger,
-                journal,
-                TrialStore(journal, study_folder / "checkpoints"),
-                say,
-                one_federation=one_federation,
-                ends_at_max_rounds=ends_at_max_rounds(name, options),
-            )
-            tuner = study_tuner(name, seed, settings, self.hyperparameters)
-            study = Study(name, seed, tuner, settings, ledger, journal, jobs, say, one_federation=one_federation)
+            store = TrialStore(journal, study_folder / "checkpoints")
+            jobs = TrainedJobs(tuner, self._setup(tuner, seed, executor), ledger, journal, store, say)
+            made = study_tuner(tuner, seed, self.hyperparameters)
+            study = Study(tuner, seed, made, self.settings, ledger, journal, jobs, say)
             yield from study.steps()
             assert ledger.best is not None
             chosen = yield from jobs.chosen(ledger.best)
             say("study_end")
             return StudyResult(
-                round_rows(name, seed, ledger.trials, ledger.incumbents, one_federation=one_federation),
+                round_rows(name, seed, ledger.trials, ledger.incumbents, searches=tuner.kind.searches),
                 trial_rows(name, seed, ledger.trials),
                 _result_row(name, seed, ledger, study.time, chosen),
             )
 
-    def _setup(self, name: str, seed: int, executor: Executor) -> TrainingSetup:
+    def _setup(self, tuner: TunerSettings, seed: int, executor: Executor) -> TrainingSetup:
         settings, dataset = self.settings, self.dataset
 
         def policy(trial: Trial) -> Policy:
-            return make_policy(
-                name,
-                settings.tuner.get(name, {}),
-                trial,
-                max_rounds=settings.max_rounds,
-                num_classes=dataset.spec.num_classes,
-                domains=self.hyperparameters.space.client,
-                seed=seed,
-            )
+            num_classes, domains = dataset.spec.num_classes, self.hyperparameters.space.client
+            return tuner.policy.make_policy(trial, num_classes, domains, seed)
 
         weights = initial_weights(settings, dataset.spec, seed)
         return TrainingSetup(

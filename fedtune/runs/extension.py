@@ -6,12 +6,11 @@ Thesis, section 3.5.4: a bracket that is finished can be asked for more configur
 from pathlib import Path
 
 from fedtune.errors import InputError
-from fedtune.hyperparameters import resolve_hyperparameters
+from fedtune.hyperparameters import resolve_hyperparameters, tuner_settings
 from fedtune.runs.replay import Replay
 from fedtune.runs.results import FILES
 from fedtune.runs.run_folder import locked, replacing, settings_path
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
-from fedtune.tuning.trial import Extendable
 
 
 def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) -> None:
@@ -53,9 +52,10 @@ def _extended(settings: Settings, num_configs: int | None, total_rounds: int | N
 
 def _check(name: str, seed: int, settings: Settings, extension: ExtensionSettings, folder: Path) -> None:
     """Raises InputError unless the study has ended and its tuner, rebuilt from the journal, can be extended."""
-    study = Replay(name, seed, settings, resolve_hyperparameters(settings), folder)
-    if not isinstance(study.tuner, Extendable):
+    tuner = tuner_settings(name, settings)
+    if not tuner.kind.extendable:
         raise InputError(f"only studies of random, asha, async_hyperband and their like can be extended, got {name}")
+    study = Replay(tuner, seed, settings, resolve_hyperparameters(settings), folder)
     if not study.run().finished:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got {study} that is not")
     study.ledger.extend(study.tuner, extension)

@@ -10,18 +10,18 @@ from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
 from fedtune.errors import InputError
-from fedtune.hyperparameters import check_tuners, initial_weights, resolve_hyperparameters
+from fedtune.hyperparameters import initial_weights, resolve_hyperparameters, resolve_tuners
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
 from fedtune.simulation.devices import check_jobs_can_end, quantities
-from fedtune.tuning.tuners import within_one_federation
+from fedtune.tuning.tuners import tuner_kind
 
 
 def prepare(settings: Settings) -> Comparison:
     """The comparison, after every check that needs no training. Raises InputError, one line; writes nothing."""
     hyperparameters = resolve_hyperparameters(settings)
     check_device(settings)
-    check_tuners(settings, hyperparameters.space)
+    tuners = resolve_tuners(settings, hyperparameters.space)
     check_devices(settings)
     dataset = plugins.load_dataset(settings.data)
     problems = find_problems(dataset, quick=True)
@@ -32,7 +32,7 @@ def prepare(settings: Settings) -> Comparison:
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
         )
     check_model(settings, dataset)
-    return Comparison(settings, dataset, hyperparameters, first_of(problems) if problems else None)
+    return Comparison(settings, dataset, hyperparameters, tuners, first_of(problems) if problems else None)
 
 
 def check_model(settings: Settings, dataset: FederatedDataset) -> None:
@@ -57,8 +57,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
 def check_devices(settings: Settings) -> None:
     """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
     quantities(settings.devices)
-    within = any(within_one_federation(name) for name in settings.tuners)
-    if within:
+    if any(not tuner_kind(name).searches for name in settings.tuners):
         check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
     elif settings.devices.on_drop == "retry":
         check_jobs_can_end(settings.devices, settings.max_rounds)

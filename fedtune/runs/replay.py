@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from fedtune.errors import InputError
-from fedtune.hyperparameters import Hyperparameters, check_tuners, resolve_hyperparameters, study_tuner
+from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters, resolve_tuners, study_tuner
 from fedtune.runs.history import TrialHistory, past_personalised, past_records
 from fedtune.runs.journal import Journal, JournalEnds, same
 from fedtune.runs.ledger import Ledger
@@ -23,8 +23,8 @@ from fedtune.runs.run_folder import settings_path
 from fedtune.runs.study import JobAttempt, NoJobEnded, Study
 from fedtune.settings import Settings, read_settings, resolve
 from fedtune.simulation.records import record_as_row
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.trial import Job, Score, Trial
-from fedtune.tuning.tuners import within_one_federation
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     """Each study of a run folder, once it is rebuilt. Raises InputError, one line, at the first difference."""
     settings = resolve([read_settings(settings_path(folder))])
     hyperparameters = resolve_hyperparameters(settings)
-    check_tuners(settings, hyperparameters.space)
+    tuners = resolve_tuners(settings, hyperparameters.space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
     if results is not None:  # it is written last, when all studies have ended
         for name in ("rounds.parquet", "trials.parquet"):
@@ -64,7 +64,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     by_round = ["trial", "round"]
     rounds = _rows(folder / "rounds.parquet", lambda path: pd.read_parquet(path).sort_values(by_round))
     for name, seed in settings.studies:
-        study = Replay(name, seed, settings, hyperparameters, folder)
+        study = Replay(tuners[name], seed, settings, hyperparameters, folder)
         replayed = study.run()
         if results is not None and not replayed.finished:
             raise InputError(
@@ -130,14 +130,16 @@ class JournalledJobs:
 class Replay:
     """One study of a run folder, rebuilt."""
 
-    def __init__(self, name: str, seed: int, settings: Settings, hyperparameters: Hyperparameters, run: Path) -> None:
-        self.name = name
+    def __init__(
+        self, tuner: TunerSettings, seed: int, settings: Settings, hyperparameters: Hyperparameters, run: Path
+    ) -> None:
+        self.name = tuner.name
         self.seed = seed
         self.journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
         self.ledger = Ledger(settings)
-        self.tuner = study_tuner(name, seed, settings, hyperparameters)
+        self.tuner = study_tuner(tuner, seed, hyperparameters)
         self._study = Study(
-            name,
+            tuner,
             seed,
             self.tuner,
             settings,
@@ -145,7 +147,6 @@ class Replay:
             self.journal,
             JournalledJobs(self.journal, self.ledger),
             lambda event, **fields: None,
-            one_federation=within_one_federation(name),
         )
 
     def __str__(self) -> str:

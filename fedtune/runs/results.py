@@ -44,7 +44,7 @@ def round_rows(
     trials: Mapping[int, TrialHistory],
     incumbents: Sequence[tuple[float, int]],
     *,
-    one_federation: bool,
+    searches: bool,
 ) -> list[dict[str, Any]]:
     """A row for each round of each trial, in virtual order. `incumbents` are (virtual time, trial) after each score.
 
@@ -62,7 +62,7 @@ def round_rows(
     )
     tells = iter([*incumbents, (math.inf, -1)])
     time, trial = next(tells)
-    current = 0 if one_federation else -1
+    current = -1 if searches else 0
     for spent, row in enumerate(rows, start=1):
         while time <= row["virtual_time"]:
             current = trial

@@ -18,6 +18,7 @@ from fedtune.runs.ledger import Ledger
 from fedtune.runs.results import trial_as_json
 from fedtune.settings import ExtensionSettings, Settings, digest
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.trial import Job, Score, Trial, Tuner
 
 
@@ -65,7 +66,7 @@ class Study:
 
     def __init__(
         self,
-        name: str,
+        tuner_settings: TunerSettings,
         seed: int,
         tuner: Tuner,
         settings: Settings,
@@ -73,10 +74,8 @@ class Study:
         journal: Journal,
         jobs: Jobs,
         say: Callable[..., None],
-        *,
-        one_federation: bool,
     ) -> None:
-        self.name = name
+        self.name = tuner_settings.name
         self.seed = seed
         self._tuner = tuner
         self._settings = settings
@@ -84,9 +83,10 @@ class Study:
         self._journal = journal
         self._jobs = jobs
         self._say = say
+        kind = tuner_settings.kind
         # Within one federation a job that failed for good would end the study.
-        on_drop: OnDrop = "retry" if one_federation else settings.devices.on_drop
-        self._loop = EventLoop(tuner, self, settings.parallel_trials, on_drop)
+        on_drop: OnDrop = settings.devices.on_drop if kind.searches else "retry"
+        self._loop = EventLoop(tuner, self, settings.parallel_trials, on_drop, forgets_jobs=kind.forgets_jobs)
 
     @property
     def time(self) -> float:

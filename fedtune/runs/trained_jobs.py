@@ -15,6 +15,7 @@ from fedtune.runs.training import TrainingSetup, ignore, train
 from fedtune.runs.trial_store import TrialStore
 from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_row
+from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Pool, Score, Trial
 
@@ -34,23 +35,20 @@ class TrainedJobs:
 
     def __init__(
         self,
+        tuner: TunerSettings,
         setup: TrainingSetup,
         ledger: Ledger,
         journal: Journal,
         store: TrialStore,
         say: Callable[..., None],
-        *,
-        one_federation: bool,
-        ends_at_max_rounds: bool,
     ) -> None:
+        self._tuner = tuner
         self._setup = setup
         self._settings = setup.settings
         self._ledger = ledger
         self._journal = journal
         self._store = store
         self._say = say
-        self._one_federation = one_federation
-        self._ends_at_max_rounds = ends_at_max_rounds
         self._trained: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
         self._running: dict[JobAttempt, Generator[int, None, None]] = {}
         self._tickets: dict[JobAttempt, int] = {}  # that the running jobs wait for
@@ -93,7 +91,7 @@ class TrainedJobs:
     def reported(self, job: Job, best: Score) -> None:
         """Removes the checkpoints that nobody will need: of trials that had all their rounds, except the incumbent."""
         self._store.report(job.trial.number, job.rounds)
-        if self._ends_at_max_rounds and job.rounds == self._settings.max_rounds:
+        if self._tuner.ends_at_max_rounds and job.rounds == self._settings.max_rounds:
             self._trained.add(job.trial.number)
             for trial in self._trained - {best.trial}:
                 self._store.remove(trial)
@@ -144,7 +142,8 @@ class TrainedJobs:
         if latest < job.rounds:
             checkpoint = yield from self._checkpoint(trial, latest, order)
             yield from train(self._setup, trial, checkpoint, job.rounds, order, on_round)
-        if self._one_federation and job.rounds == self._settings.max_rounds < self._settings.total_rounds:
+        both_readings = self._settings.max_rounds < self._settings.total_rounds
+        if not self._tuner.kind.searches and both_readings and job.rounds == self._settings.max_rounds:
             yield from self._personalise("at_max_rounds", trial, job.rounds)
 
     def _write(self, federation: Federation, record: RoundRecord) -> None:

@@ -12,7 +12,6 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from fedtune.simulation.clock import Clock
 from fedtune.tuning.trial import Job, Tuner
-from fedtune.tuning.tuners import goes_on_without
 
 OnDrop = Literal["retry", "lose", "worst"]
 
@@ -51,8 +50,8 @@ class EventLoop(Generic[Running]):
     """Asks a tuner for jobs, and reports their errors to it as they finish.
 
     `on_drop` says what happens to a job when an attempt at it fails. `retry`: it is attempted again, before a new job
-    is asked for. `lose`: the job is forgotten, and nothing is reported. `worst`: the error NaN is reported. If the
-    tuner waits for every job that it asked for, `lose` is the same as `worst`.
+    is asked for. `lose`: the job is forgotten, and nothing is reported. `worst`: the error NaN is reported. `lose`
+    is the same as `worst` unless the tuner `forgets_jobs`: another tuner would wait for the job for ever.
 
     With `tells_first`, all jobs that finish at one moment are reported before new jobs are asked for. Without it, new
     jobs are asked for after each report.
@@ -65,12 +64,13 @@ class EventLoop(Generic[Running]):
         parallel_jobs: int,
         on_drop: OnDrop = "retry",
         *,
+        forgets_jobs: bool = False,
         tells_first: bool = False,
     ) -> None:
         self._tuner = tuner
         self._workload = workload
         self._parallel_jobs = parallel_jobs
-        self._on_drop: OnDrop = "worst" if on_drop == "lose" and not goes_on_without(tuner) else on_drop
+        self._on_drop: OnDrop = "worst" if on_drop == "lose" and not forgets_jobs else on_drop
         self._tells_first = tells_first
         self._clock: Clock[Running] = Clock()
         self._retries: deque[tuple[Job, int]] = deque()

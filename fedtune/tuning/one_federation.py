@@ -10,16 +10,17 @@ class OneFederation:
     def __init__(self, draw: Draw, max_rounds: int, total_rounds: int) -> None:
         checked_number("max_rounds", max_rounds, low=1, integer=True)
         checked_number("total_rounds", total_rounds, low=max_rounds, integer=True)
-        trial = draw(0)
-        self._jobs = [Job(trial, rung, rounds) for rung, rounds in enumerate(sorted({max_rounds, total_rounds}))]
+        self._draw = draw
+        self._stretches = list(enumerate(sorted({max_rounds, total_rounds})))  # (rung, rounds) still to be asked for
         self._running = False
 
     def ask(self) -> Job | None:
-        """The next stretch of the trial, once the one before is told; None after the last."""
-        if self._running or not self._jobs:
+        """The next stretch of the trial, once the one before is reported; None after the last."""
+        if self._running or not self._stretches:
             return None
         self._running = True
-        return self._jobs.pop(0)
+        return Job(self._draw(0), *self._stretches.pop(0))
 
     def tell(self, job: Job, error: float) -> None:
+        """Let the next stretch start; the error changes nothing."""
         self._running = False
