@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from fedtune.client.examples import Examples, StoredExamples
-from fedtune.client.program import TrainBatched
 from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task, TrainTask, describe
-from fedtune.client.work import generator, measure, measure_clients, parts_of, result, train_clients
+from fedtune.client.work import (
+    TrainBatched,
+    generator,
+    measure_alone,
+    measure_batched,
+    parts_of,
+    result,
+    train_batched,
+)
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.executors.machine import Machine, MachineSettings, in_precision
@@ -84,10 +91,10 @@ class BatchedMachine:
         model, dataset = self._machine.model, self._machine.dataset
         asking = [task for task in tasks if isinstance(task, TrainTask) and task.error_before]
         parts = [part for task in asking for part in parts_of(task)]
-        measured = measure(model, weights, dataset, parts) if asking else []
+        measured = measure_alone(model, weights, dataset, parts) if asking else []
         before = dict(zip(map(id, asking), measured, strict=True))
-        trained = train_clients(train, model, weights, dataset, tasks)
-        after = measure_clients(model, trained, dataset, list(map(parts_of, tasks)))
+        trained = train_batched(train, model, weights, dataset, tasks)
+        after = measure_batched(model, trained, dataset, list(map(parts_of, tasks)))
         return [
             result(dataset, task, row, measured, before.get(id(task)))
             for task, row, measured in zip(tasks, trained.cpu(), after, strict=True)

@@ -14,7 +14,7 @@ from fedtune import plugins
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.program import ClientProgram
 from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task, Update, describe
-from fedtune.client.work import evaluate_clients, train_and_measure, train_each, train_one
+from fedtune.client.work import evaluate_clients, train_alone, train_and_measure, train_side_by_side
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 
@@ -43,9 +43,9 @@ class Machine:
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
         self.program = plugins.client_program(settings.client)
-        self._train_one = functools.partial(train_one, in_precision(settings, self.program.train))
+        self._train_one = functools.partial(train_alone, in_precision(settings, self.program.train))
         train_together: Any = getattr(self.program, "train_together", None)
-        self._train_each = functools.partial(train_each, train_together)
+        self._train_each = functools.partial(train_side_by_side, train_together)
         self.num_together = num_together(settings, self.program, self.model)
 
     def describe(self) -> str:
