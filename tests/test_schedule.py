@@ -169,6 +169,18 @@ def test_studies_share_the_workers_by_water_filling(studies, expected):
     assert [counts[study] for study in range(len(studies))] == expected
 
 
+def test_a_study_that_lacks_half_of_its_share_waits_for_one_that_lacks_all_of_its():
+    """Of five chunks, the next one counted, the first should have 4 and has 2; the second should have 1 and has none."""
+    schedule = Schedule()
+    for share in (4.0, 1.0, 1.0):
+        schedule.add(0.0, Piece(schedule.add_study(share), 0, 0, 1.0))
+    for index in range(1, 10):
+        schedule.add(0.0, Piece(0, 0, index, 1.0))
+    loads = [deque([[Piece(study, 0, 10, 1.0)]]) for study in (0, 0, 2, 2)] + [deque()]
+    assert fair_share(5, [12, 1, 3], [4.0, 1.0, 1.0]) == [4, 1, 0]
+    assert [piece.study for piece in schedule.next_chunk(loads[-1], loads)] == [1]
+
+
 # What happens when a worker dies.
 
 
@@ -179,6 +191,15 @@ def test_a_worker_that_died_had_begun_only_with_its_first_chunk():
     # The tasks of the first chunk now travel alone; those of the second may travel together.
     assert drain(schedule)[:4] == [[0], [1], [2], [3, 4, 5]]
     assert [[piece.num_deaths for piece in chunk] for chunk in load] == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_a_suspect_does_not_join_a_longer_task_that_waits_before_it():
+    schedule, load = make_schedule([1.0] * 2, CHUNK_SECONDS / 2.5), deque()
+    for index in range(2, 20):
+        schedule.add(1.0, Piece(0, 0, index, 1.25))
+    assert (give(schedule, load, [load]), give(schedule, load, [load])) == ([0, 1, 2], [3, 4])
+    schedule.worker_died(load)
+    assert drain(schedule)[:4] == [[2], [3, 4], [0], [1]]
 
 
 def test_a_task_that_ends_two_workers_is_given_up():
