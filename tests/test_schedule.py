@@ -170,7 +170,7 @@ def test_studies_share_the_workers_by_water_filling(studies, expected):
 
 
 def test_a_study_that_lacks_half_of_its_share_waits_for_one_that_lacks_all_of_its():
-    """Of five chunks, the next one counted, the first should have 4 and has 2; the second should have 1 and has none."""
+    """Of five chunks, the next one counted, the first should have 4 and has 2, the second should have 1 and has 0."""
     schedule = Schedule()
     for share in (4.0, 1.0, 1.0):
         schedule.add(0.0, Piece(schedule.add_study(share), 0, 0, 1.0))
@@ -199,6 +199,7 @@ def test_a_suspect_does_not_join_a_longer_task_that_waits_before_it():
         schedule.add(1.0, Piece(0, 0, index, 1.25))
     assert (give(schedule, load, [load]), give(schedule, load, [load])) == ([0, 1, 2], [3, 4])
     schedule.worker_died(load)
+    schedule.measure_speed([Piece(0, 0, 0, 1.0)], INSTANT)  # so that a chunk has time for more
     assert drain(schedule)[:4] == [[2], [3, 4], [0], [1]]
 
 

@@ -54,7 +54,7 @@ class Machine:
         return ALONE + side_by_side(self.num_together)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
-        """The task's result, with weights valid until the next call; a Failure if the program raises or exits."""
+        """The task's result, a Failure if the program raises or exits. Its weights are valid until the next call."""
         try:
             return self.compute(weights, task)
         except (Exception, SystemExit) as error:  # anybody may write a plug-in: one fails a client, not the run
@@ -78,7 +78,7 @@ class Machine:
         return [detached_copy(result) for result in self.run_each(weights, tasks)]
 
     def run_alone(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of `run_all`, of tasks that are done one at a time: a client that fails fails no other client."""
+        """The results of `run_all`. The tasks are done one at a time, so that a failure is of its own client only."""
         return [detached_copy(self.run(weights, task)) for task in tasks]
 
     def compute(self, weights: torch.Tensor, task: Task) -> Result:
