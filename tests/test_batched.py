@@ -265,9 +265,9 @@ def test_parts_larger_than_a_batch_are_measured_in_several(monkeypatch):
     model = make_model(MODELS["mlp"], DATASET.spec)
     weights = torch.stack([model.flat * (1 + client) for client in ALL])
     parts = [[(client, "train"), (client, "test")] for client in ALL]
-    expected = client_work.measure_each(model, list(weights), DATASET, parts)
+    expected = client_work.measure_side_by_side(model, list(weights), DATASET, parts)
     monkeypatch.setattr(client_work, "EVALUATION_BATCH", 7)
-    measured = client_work.measure_clients(model, weights, DATASET, parts)
+    measured = client_work.measure_batched(model, weights, DATASET, parts)
     np.testing.assert_allclose(measured, expected, atol=1e-5)
 
 

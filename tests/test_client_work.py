@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedtune.client.examples import Examples
 from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
 from fedtune.client.tasks import PersonaliseTask, TrainTask
-from fedtune.client.work import evaluate_clients, measure, measure_each, train_and_measure, train_one
+from fedtune.client.work import evaluate_clients, measure_alone, measure_side_by_side, train_alone, train_and_measure
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune_clients import local_sgd
@@ -46,7 +47,7 @@ def no_training(model, weights, examples, config, rng):
 
 def do(model, weights, dataset, task, program=local_sgd.train):
     """The task's result."""
-    (result,) = train_and_measure(functools.partial(train_one, program), model, weights, dataset, [task])
+    (result,) = train_and_measure(functools.partial(train_alone, program), model, weights, dataset, [task])
     return result
 
 
@@ -56,7 +57,7 @@ def test_a_client_trains_on_the_train_part_and_measures_the_validation_part(mode
     update = do(model, weights, dataset, TrainTask(client, CONFIG, seed=4, error_before=True))
     trained, metrics = update.weights.clone(), dict(update.metrics)
     x, y = dataset.examples(client, "train")
-    examples = local_sgd.Examples(torch.tensor(x).float() * dataset.spec.scale, torch.tensor(y))
+    examples = Examples(torch.tensor(x).float() * dataset.spec.scale, torch.tensor(y))
     rng = np.random.Generator(np.random.PCG64(4))
     torch.testing.assert_close(trained, local_sgd.train(model, weights, examples, CONFIG, rng))
     before = {f"{name}_before": value for name, value in means(model, weights, dataset, client, "validation").items()}
@@ -118,8 +119,8 @@ def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model,
     monkeypatch.setattr("fedtune.client.work.EVALUATION_BATCH", batch_size)
     weights = torch.randn(3, model.num_weights)
     parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
-    alone = [measure(model, row, dataset, each) for row, each in zip(weights, parts, strict=True)]
-    assert measure_each(model, list(weights), dataset, parts) == alone
+    alone = [measure_alone(model, row, dataset, each) for row, each in zip(weights, parts, strict=True)]
+    assert measure_side_by_side(model, list(weights), dataset, parts) == alone
 
 
 def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
@@ -128,7 +129,7 @@ def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
     monkeypatch.setattr(model, "measure", lambda outputs, y: sizes.append(len(y)) or measure_outputs(outputs, y))
     monkeypatch.setattr("fedtune.client.work.EVALUATION_BATCH", 20)
     num = dataset.num_examples("train")[[0, 0, 2]].tolist()
-    measure_each(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]])
+    measure_side_by_side(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]])
     assert sum(sizes) == sum(num)
     assert max(sizes) < 40
 
@@ -138,14 +139,14 @@ def test_a_client_without_examples_cannot_be_measured(model, dataset):
     with pytest.raises(
         InputError, match=r"^to be measured, clients must have examples in \[\(1, 'validation'\)\], got none$"
     ):
-        measure_each(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]])
+        measure_side_by_side(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]])
 
 
 def test_measuring_neither_drops_units_nor_moves_the_weights(dataset):
     model = FlatModel(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)))
     model.module.train()
     weights = model.flat.clone()
-    first, second = (measure(model, weights, dataset, [(1, "train")]) for _ in range(2))
+    first, second = (measure_alone(model, weights, dataset, [(1, "train")]) for _ in range(2))
     assert first == second
     assert torch.equal(model.flat, weights)
 

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, Re
 from fedtune import rng
 from fedtune.client.examples import StoredExamples
 from fedtune.client.flat_model import FlatModel
-from fedtune.client.work import generator, measure
+from fedtune.client.work import generator, measure_alone
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.executors.machine import MachineSettings
@@ -171,7 +171,7 @@ def test_two_rounds_by_hand(dataset, grid, initial):
             examples = StoredExamples(*dataset.examples(client, "train"), dataset.spec, "cpu").all()
             trained = local_sgd.train(model, weights, examples, config, generator(seed))
             mean.add_(trained, alpha=size / num_train.sum())
-            error.append(measure(model, trained, dataset, [(client, "validation")])[0][0])
+            error.append(measure_alone(model, trained, dataset, [(client, "validation")])[0][0])
         arrays, metrics = strategy.aggregate_train(server_round, grid.send_and_receive(messages))
         weights, state = mean, fedex.update(state, drawn, np.array(error), num_validation, settings, 1.0)
 

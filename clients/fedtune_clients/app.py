@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune import plugins
 from fedtune.errors import InputError
-from fedtune.executors.machine import Machine, MachineSettings, keep
+from fedtune.executors.machine import Machine, MachineSettings, detached_copy
 from fedtune.server import messages as protocol
 from fedtune.settings import client_program
 
@@ -25,7 +25,7 @@ def work(message: Message, context: Context) -> Message:
     """What the task in the message gives, by the machine that does it in a simulation."""
     machine = _machine(context)
     task = protocol.task(message, _client(protocol.config_of(message), context, machine.dataset.num_clients))
-    return protocol.answer(message, keep(machine.compute(protocol.weights(message), task)))
+    return protocol.answer(message, detached_copy(machine.compute(protocol.weights(message), task)))
 
 
 @app.query()

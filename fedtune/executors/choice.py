@@ -14,7 +14,10 @@ from fedtune.settings import Settings, client_program
 
 
 def make_executor(settings: Settings, dataset: FederatedDataset, say: Callable[[str], None]) -> Executor:
-    """The executor that the settings name; `auto` is the pool on a CPU of several cores, and batched elsewhere."""
+    """The executor that the settings name.
+
+    `auto` is the pool on a CPU if there is more than one worker, serial if there is one, and batched on another device.
+    """
     machine = MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
     workers = num_workers(settings.workers)
     if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
@@ -25,7 +28,7 @@ def make_executor(settings: Settings, dataset: FederatedDataset, say: Callable[[
 
 
 def for_study(executor: Executor, settings: Settings, tuner: str) -> Executor:
-    """The executor as a study of this tuner sees it: studies that run at once share the pool's workers."""
+    """The executor for a study of this tuner. Studies that run at once share the pool's workers."""
     if isinstance(executor, PoolExecutor) and settings.parallel_studies > 1:
         return executor.for_study(settings.shares.get(tuner, 1.0))
     return executor

@@ -14,11 +14,12 @@ from fedtune import plugins
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.program import ClientProgram
 from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task, Update, describe
-from fedtune.client.work import evaluate_clients, train_and_measure, train_each, train_one
+from fedtune.client.work import evaluate_clients, train_alone, train_and_measure, train_side_by_side
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 
 LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together
+ALONE = "in this process"  # where the clients of a machine train, if each trains alone
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class MachineSettings:
 
 
 class Machine:
-    """Does one task at a time. A result depends on the weights and the task alone, not on what was done before."""
+    """Does tasks. A result depends on the weights and the task alone, not on other tasks."""
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
-        # Two threads add in another order than one: every executor uses one, so that their bits agree.
+        # Two threads add in another order than one thread: every executor uses one, so that their bits agree.
         torch.set_num_threads(1)
         self.dataset = dataset
         self.device = settings.device
@@ -43,28 +44,28 @@ class Machine:
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
         self.program = plugins.client_program(settings.client)
-        self._train_one = functools.partial(train_one, in_precision(settings, self.program.train))
+        self._train_alone = functools.partial(train_alone, in_precision(settings, self.program.train))
         train_together: Any = getattr(self.program, "train_together", None)
-        self._train_each = functools.partial(train_each, train_together)
+        self._train_side_by_side = functools.partial(train_side_by_side, train_together)
         self.num_together = num_together(settings, self.program, self.model)
 
     def describe(self) -> str:
         """Where clients train."""
-        return "in this process" + side_by_side(self.num_together)
+        return ALONE + side_by_side(self.num_together)
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
-        """The task's result, its weights valid until the next call. A program that raises or exits is a Failure."""
+        """The task's result, a Failure if the program raises or exits. Its weights are valid until the next call."""
         try:
             return self.compute(weights, task)
-        except (Exception, SystemExit) as error:  # plug-ins are anybody's code: a client is lost, not the run
+        except (Exception, SystemExit) as error:  # anybody may write a plug-in: one fails a client, not the run
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
             return Failure(f"{describe(task)}: {reason}")
 
     def run_each(self, weights: torch.Tensor, tasks: Sequence[Task]) -> Iterator[Result]:
-        """The results of several tasks in their order, each one's weights valid until the next is asked for.
+        """The results of the tasks in their order. A result's weights are valid until the next result is asked for.
 
-        Small models train several clients together, where the client program can.
+        Several clients of a small model train together, if the client program can do that.
         """
         for several in self._groups(tasks):
             if len(several) > 1:
@@ -73,21 +74,25 @@ class Machine:
                 yield self.run(weights, several[0])
 
     def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """`run_each`, their weights in memory of their own."""
-        return [keep(result) for result in self.run_each(weights, tasks)]
+        """The results of `run_each`, whose weights lie in memory of their own."""
+        return [detached_copy(result) for result in self.run_each(weights, tasks)]
+
+    def run_alone(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
+        """The results of `run_all`. The tasks are done one at a time, so that a failure is of its own client only."""
+        return [detached_copy(self.run(weights, task)) for task in tasks]
 
     def compute(self, weights: torch.Tensor, task: Task) -> Result:
-        """What `run` gives, unless the program raises."""
+        """The task's result, like `run`; but what the client program raises is not caught."""
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients)
-        return train_and_measure(self._train_one, self.model, weights, self.dataset, [task])[0]
+        return train_and_measure(self._train_alone, self.model, weights, self.dataset, [task])[0]
 
     def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
-        """The tasks, those to be done together side by side."""
+        """The tasks in their order, in groups of tasks that are done together."""
         group: list[Task] = []
         size = 0
         for task in tasks:
-            added = LARGEST_GROUP + 1  # alone
+            added = LARGEST_GROUP + 1  # an evaluation is a group of its own
             if not isinstance(task, EvaluateTask):
                 start, stop = self.dataset.ranges[task.client, 0]
                 added = int(stop - start) * math.prod(self.dataset.spec.input_shape)
@@ -101,9 +106,10 @@ class Machine:
 
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
         try:
-            return train_and_measure(self._train_each, self.model, weights, self.dataset, tasks)
-        except (Exception, SystemExit) as error:  # one by one, so that a client's fault is its own
-            results = [keep(self.run(weights, task)) for task in tasks]
+            return train_and_measure(self._train_side_by_side, self.model, weights, self.dataset, tasks)
+        except (Exception, SystemExit) as error:
+            results = self.run_alone(weights, tasks)
+            # If no client fails alone, `train_together` is at fault.
             if not any(isinstance(result, Failure) for result in results):
                 self.num_together = 1
                 reason = f"train_together raised {type(error).__name__}: {error}"
@@ -112,12 +118,12 @@ class Machine:
 
 
 def num_together(settings: MachineSettings, program: ClientProgram, model: FlatModel) -> int:
-    """How many clients a machine trains together: 1 unless the client program can and says so."""
+    """How many clients a machine trains together: 1 unless the client program has `train_together` and allows more."""
     train, train_together = program.train, getattr(program, "train_together", None)
     if settings.precision != "fp32" or train_together is None:
         return 1
     if getattr(train, "__module__", None) != getattr(train_together, "__module__", None):
-        return 1  # one that was imported beside a `train` of one's own is not its twin
+        return 1  # a program with a `train` of its own may have imported another program's `train_together`
     says = getattr(program, "num_together", None)
     if says is None:
         raise InputError(f"the client program {settings.client!r} has train_together and must have num_together too")
@@ -128,15 +134,15 @@ def num_together(settings: MachineSettings, program: ClientProgram, model: FlatM
 
 
 def side_by_side(num_together: int) -> str:
-    """What a message adds where clients train together."""
+    """What a message about where clients train adds if several train together."""
     return f", up to {num_together} together" if num_together > 1 else ""
 
 
 def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The training function, with autocast to bfloat16 where the settings say so."""
+    """The training function, with autocast to bfloat16 if the settings ask for it."""
     if settings.precision == "fp32":
         return train
-    # Without its cache, in which the first step's weights would stand for those of all.
+    # Without its cache, which would keep the first step's weights for all later steps.
     autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, cache_enabled=False)
 
     def train_in_bf16(*arguments: Any) -> torch.Tensor:
@@ -146,6 +152,6 @@ def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) 
     return train_in_bf16
 
 
-def keep(result: Result) -> Result:
-    """The result, its weights in memory of their own."""
+def detached_copy(result: Result) -> Result:
+    """The result, with an update's weights copied to the CPU, into memory of their own."""
     return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

@@ -1,4 +1,4 @@
-"""The serial executor: everything in this process, in the order of submission."""
+"""The serial executor: it computes everything in this process, in the order of submission."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class RunsAll(Protocol):
         """Where clients train."""
 
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of the tasks, their weights in memory of their own."""
+        """The results of the tasks in their order, whose weights lie in memory of their own."""
 
 
 class SerialExecutor:
@@ -40,13 +40,13 @@ class SerialExecutor:
         return self._machine.describe()
 
     def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
-        """A ticket for this batch; `order` is not heeded."""
+        """A ticket for this batch. `order` is not used: batches are computed as they come."""
         self._num_submitted += 1
         self._waiting.append((self._num_submitted, weights, tasks))
         return self._num_submitted
 
     def step(self) -> None:
-        """Computes the oldest batch."""
+        """Computes the oldest batch that waits; does nothing if none waits."""
         if self._waiting:
             ticket, weights, tasks = self._waiting.popleft()
             self._results[ticket] = self._machine.run_all(weights, tasks)
@@ -60,7 +60,7 @@ class SerialExecutor:
         return self._results.pop(ticket)
 
     def release(self, ticket: int) -> None:
-        """Nothing: the updates belong to whoever holds them."""
+        """Gives back the memory of a ticket's updates. There is none to give back: each update has its own memory."""
 
     def close(self) -> None:
-        """Nothing: there are no workers."""
+        """Ends all workers. There are none: this process does the work."""

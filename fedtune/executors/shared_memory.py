@@ -1,4 +1,4 @@
-"""Memory that processes share: an anonymous file, mapped by each, gone when the last one that holds it ends."""
+"""Memory that processes share: an anonymous file that each process maps. It is gone when the last of them ends."""
 
 import mmap
 import os
@@ -17,9 +17,9 @@ Shape = tuple[int, ...]
 
 
 class SharedArray:
-    """A numpy array in shared memory. Among a starting process's arguments it arrives as a numpy array over the same.
+    """A numpy array in shared memory. A process that starts with it as an argument gets an array over the same memory.
 
-    The memory is zero at first, and takes none of the machine's until it is written.
+    The memory is zero at first. It takes none of the machine's memory until it is written.
     """
 
     def __init__(self, shape: Shape, dtype: str) -> None:
@@ -35,7 +35,7 @@ class SharedArray:
         return shared
 
     def send(self, connection: Connection) -> None:
-        """Gives the process that calls `receive` at the other end access to the same memory."""
+        """Gives access to the same memory to the process at the other end, which must call `receive`."""
         connection.send((self.array.shape, self.array.dtype.str))
         send_handle(connection, self._descriptor, None)
 
@@ -44,7 +44,7 @@ class SharedArray:
 
 
 class MappedFile:
-    """An array in a file that is mapped into memory. Among a starting process's arguments it arrives as one there."""
+    """An array in a file. A process that starts with it as an argument maps the same file into its memory."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -54,13 +54,13 @@ class MappedFile:
 
 
 def share(array: np.ndarray) -> SharedArray | MappedFile:
-    """The array as an argument for a starting process: a mapped file, or a view of one, as it is; else a copy."""
+    """The array as an argument for a process that starts: a mapped file or a view of one is not copied, others are."""
     place = place_of(array)
     return SharedArray.copy_of(array) if place is None else MappedFile(place)
 
 
 def receive(connection: Connection) -> np.ndarray:
-    """The array that the other end sent, over the same memory."""
+    """The array that the other end of the connection sent, over the same memory."""
     shape, dtype = connection.recv()
     return _attach(recv_handle(connection), shape, dtype)
 

@@ -24,7 +24,7 @@ Chunk = list[tuple[int, int, Task]]  # block, row for the update, task
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a chunk. Where a task gave an Update, only its metrics are here: the weights lie in its row."""
+    """The results of a chunk. Only the metrics of an Update are here: its weights lie in the task's row."""
 
     seconds: float
     results: list[Metrics | Failure | list[Metrics]]
@@ -37,7 +37,10 @@ def main(
     spec: DatasetSpec,
     arrays: Mapping[str, np.ndarray],
 ) -> None:
-    """Serves until the parent is gone, in `folder`. It first answers its `num_together`, or why it can't start."""
+    """Does what the parent sends, in `folder`, until the parent is gone.
+
+    The first message to the parent is the machine's `num_together`, or a Failure that says why it can't be made.
+    """
     blocks: dict[int, torch.Tensor] = {}
     chunks: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, blocks, chunks), daemon=True).start()
@@ -60,7 +63,10 @@ def main(
 
 
 def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "SimpleQueue[Chunk]") -> None:
-    """Takes in what the parent sends, so that it never waits for a task's end; ends the process when it is gone."""
+    """Takes in what the parent sends, so that the parent never waits for the end of a task.
+
+    Ends the process when the parent is gone.
+    """
     try:
         while True:
             message = connection.recv()
@@ -69,7 +75,7 @@ def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "Simp
             else:
                 chunks.put(message)
     finally:
-        # However the parent died, this read ends: only the parent holds the other end.
+        # This read ends however the parent died: no other process holds the other end.
         os._exit(1)
 
 

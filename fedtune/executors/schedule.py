@@ -1,0 +1,157 @@
+"""What a worker of the pool gets next: which study's turn it is, which task goes first, how many tasks travel together.
+
+Tasks wait in one queue a study. In a queue the task of the smallest `order` goes first, and the longest task among
+tasks of equal order. Studies that run at once share the workers as `fedtune.executors.fair_share` says. Short tasks
+travel several in a chunk, and a worker that will soon be done gets its next chunk early, so that it need not wait for
+the main process.
+
+Nothing here knows of processes: workers' loads come in, chunks go out.
+"""
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedtune.client.tasks import EvaluateTask, Task
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.executors.fair_share import fair_share
+
+CHUNK_SECONDS = 0.01  # shorter tasks are sent several at a time
+CHUNK_OF_ROOM = 0.5  # a chunk of several tasks fills at most half of a worker's room: the worker may prove slow
+STEP_COST = 16  # a step of local SGD costs about as much as this many examples
+EVALUATION_COST = 0.25  # evaluating an example costs about as much as training on this many
+FIRST = -math.inf  # the order of a task that goes before all others
+
+
+@dataclass
+class Piece:
+    """One task of a batch, as the schedule sees it."""
+
+    study: int  # in whose queue it waits
+    ticket: int  # of its batch
+    index: int  # in its batch
+    cost: float  # see `task_cost`
+    num_deaths: int = 0  # how many workers died while they worked on its chunk
+
+
+Load = deque[list[Piece]]  # the chunks that a worker has not answered; the worker is at the first of them
+
+
+def task_cost(task: Task, dataset: FederatedDataset) -> float:
+    """About how long the task takes, in units of the time for one training example."""
+    if isinstance(task, EvaluateTask):
+        bounds = dataset.ranges[list(task.clients), 1:]  # of the validation and the test parts
+        return EVALUATION_COST * float((bounds[..., 1] - bounds[..., 0]).sum())
+    start, stop = dataset.ranges[task.client, 0]
+    num_train = int(stop - start)
+    num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
+    return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
+
+
+class Schedule:
+    """The waiting tasks of all studies, and the rules that hand them out."""
+
+    def __init__(self) -> None:
+        self._queues: list[list[tuple[float, float, int, Piece]]] = []  # heaps, by study
+        self._shares: list[float] = []  # by study
+        self._sequence = itertools.count()  # so that the first of equal tasks goes first
+        self._unfinished_cost = 0.0  # of all tasks that have no result yet
+        self._seconds_per_cost = 0.0  # unknown before the first answer
+
+    def add_study(self, share: float) -> int:
+        """The number of a new study, which gets workers in proportion to its share while others have work too."""
+        self._queues.append([])
+        self._shares.append(share)
+        return len(self._queues) - 1
+
+    def add(self, order: float, piece: Piece) -> None:
+        """Lets a new task wait in the queue of its study."""
+        self._unfinished_cost += piece.cost
+        self._enqueue(order, piece)
+
+    def put_back(self, pieces: Iterable[Piece]) -> None:
+        """Lets tasks that were handed out wait again, before all other tasks."""
+        for piece in pieces:
+            self._enqueue(FIRST, piece)
+
+    def finish(self, piece: Piece) -> None:
+        """Notes that the task has its result."""
+        self._unfinished_cost -= piece.cost
+
+    def measure_speed(self, chunk: Sequence[Piece], seconds: float) -> None:
+        """Notes how long a worker took for a chunk, from which the time of the next ones is estimated."""
+        self._seconds_per_cost = seconds / sum(piece.cost for piece in chunk)
+
+    def worker_died(self, load: Load) -> list[Piece]:
+        """The tasks that have now ended two workers; the other tasks of the dead worker's load wait again."""
+        pieces = [piece for chunk in load for piece in chunk]
+        if load:
+            for piece in load[0]:  # the worker had not begun with its second chunk
+                piece.num_deaths += 1
+        self.put_back(piece for piece in pieces if piece.num_deaths < 2)
+        return [piece for piece in pieces if piece.num_deaths >= 2]
+
+    def next_chunk(self, load: Load, loads: Sequence[Load]) -> list[Piece]:
+        """The tasks that a worker gets in addition to its load; none if it should get nothing now.
+
+        `loads` are the loads of all workers.
+        """
+        if not any(self._queues) or (load and not self._may_get_ahead(load, loads)):
+            return []
+        queue = self._queues[self._next_study(loads)]
+        chunk = [heapq.heappop(queue)[-1]]
+        cost = chunk[0].cost
+        if chunk[0].num_deaths > 0:
+            return chunk  # it may have ended a worker: it travels alone, so that no other task can be blamed
+        # Add tasks while they all are suspected of nothing, take little time and fit.
+        cost_limit = CHUNK_OF_ROOM * self._room(load, loads)
+        while queue and 0 < self._seconds(cost) < CHUNK_SECONDS and cost + queue[0][-1].cost <= cost_limit:
+            if queue[0][-1].num_deaths > 0:
+                break
+            chunk.append(heapq.heappop(queue)[-1])
+            cost += chunk[-1].cost
+        return chunk
+
+    def _enqueue(self, order: float, piece: Piece) -> None:
+        heapq.heappush(self._queues[piece.study], (order, -piece.cost, next(self._sequence), piece))
+
+    def _may_get_ahead(self, load: Load, loads: Sequence[Load]) -> bool:
+        """Whether a worker gets its next chunk before it has answered the one that it works on."""
+        num_waiting = sum(map(len, self._queues))
+        return (
+            num_waiting > len(loads)  # the last tasks are for the workers that are done first
+            and self._room(load, loads) > 0
+            and 0 < self._seconds(_load_cost(load)) < 2 * CHUNK_SECONDS
+        )
+
+    def _room(self, load: Load, loads: Sequence[Load]) -> float:
+        """How much cost the worker lacks to an equal part of all unfinished tasks."""
+        return self._unfinished_cost / len(loads) - _load_cost(load)
+
+    def _seconds(self, cost: float) -> float:
+        """The estimated time for tasks of this cost; 0 if nothing is known yet."""
+        return cost * self._seconds_per_cost
+
+    def _next_study(self, loads: Sequence[Load]) -> int:
+        """Of the studies with waiting tasks, the one whose number of running chunks is furthest below its fair share.
+
+        The shares are fair shares of all running chunks, counting the next one.
+        """
+        waiting = [study for study, queue in enumerate(self._queues) if queue]
+        if len(waiting) == 1:  # the usual case, and the fast one
+            return waiting[0]
+        # Count the chunks that run now.
+        running = [0] * len(self._queues)
+        for chunk in itertools.chain(*loads):
+            running[chunk[0].study] += 1
+        # Share one chunk more than run now. A study can't use more chunks than it has tasks for.
+        limits = [busy + len(queue) for busy, queue in zip(running, self._queues, strict=True)]
+        fair = fair_share(sum(running) + 1, limits, self._shares)
+        return max(waiting, key=lambda study: (fair[study] - running[study]) / self._shares[study])
+
+
+def _load_cost(load: Load) -> float:
+    return sum((piece.cost for chunk in load for piece in chunk), 0.0)
