@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.partition import partition as make_partition
+from fedtune.data import FederatedDataset, make_partition
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml").read_text())
 
@@ -27,7 +26,7 @@ def load(
 ) -> FederatedDataset:
     """The images, or num_clients * examples_per_client of them at random, among num_clients clients.
 
-    The arguments are those of `fedtune.data.partition.partition`.
+    The arguments are those of `fedtune.data.make_partition`.
     """
     from sklearn.datasets import load_digits  # takes a second
 

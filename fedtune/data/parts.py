@@ -1,20 +1,18 @@
 """Train, validation and test: how each client's examples are split."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64
 
 from fedtune import rng
-from fedtune.data.spec import PARTS
 from fedtune.errors import InputError, UnknownNameError
 
-if TYPE_CHECKING:
-    pass
+PARTS = ("train", "validation", "test")
 
 
 def part_number(part: str) -> int:
+    """The place of a part in PARTS."""
     if part not in PARTS:
         raise UnknownNameError("part", part, PARTS)
     return PARTS.index(part)

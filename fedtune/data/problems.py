@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedtune.data.spec import NumberedIds
+from fedtune.data.client_ids import NumberedIds
 from fedtune.errors import InputError
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int64, Shaped, UInt64
 from fedtune import rng
 from fedtune.data.chunks import positions, rows
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.spec import PARTS
+from fedtune.data.parts import PARTS
 
 
 class Repeats(NamedTuple):

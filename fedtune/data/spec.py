@@ -1,27 +1,15 @@
 """What a model must know about a data set's examples."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
 
 import numpy as np
+from jaxtyping import Integer
 
 from fedtune.errors import InputError, UnknownNameError
 
-if TYPE_CHECKING:
-    pass
-
-
-PARTS = ("train", "validation", "test")
-
-
 DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
-
-
 LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
-
-
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
 
@@ -62,18 +50,6 @@ class DatasetSpec:
         return self.num_classes or math.prod(self.target_shape)
 
 
-class NumberedIds(Sequence[str]):
-    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
-
-    def __init__(self, num_clients: int) -> None:
-        self._numbers = range(num_clients)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        return str(self._numbers[index]) if isinstance(index, int) else [str(number) for number in self._numbers[index]]
+def count_classes(y: Integer[np.ndarray, "example ..."], num_classes: int | None) -> int:
+    """The number of classes: `num_classes`, or the largest label + 1 (at least 1) if it is None."""
+    return max(int(y.max(initial=0)) + 1, 1) if num_classes is None else num_classes

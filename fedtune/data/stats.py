@@ -3,18 +3,19 @@
 import numpy as np
 from jaxtyping import Int64
 
+from fedtune.data.checks import check
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.spec import PARTS
+from fedtune.data.parts import PARTS
 from fedtune.errors import InputError
 
 
-def stats(dataset: FederatedDataset) -> dict[str, int | float]:
+def statistics(dataset: FederatedDataset) -> dict[str, int | float]:
     """Counts, and how uneven the clients are in size (population std and skewness) and in labels.
 
     `label_skew` is the mean over clients of the total-variation distance between the client's labels and all clients'
     labels: 0 if all are alike, near 1 if no client resembles the whole. Only a classification has it.
     """
-    if problems := dataset.check():
+    if problems := check(dataset):
         raise InputError(f"statistics need a data set without problems, got {len(problems)}, first: {problems[0]}")
     spec, sizes = dataset.spec, dataset.sizes().sum(1)
     std = sizes.std()

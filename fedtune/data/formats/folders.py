@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.tables import SUFFIXES, from_frame, read_frame
 from fedtune.errors import InputError
 
@@ -22,7 +23,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp")
 ARRAYS = ("x.npy", "y.npy", "sizes.npy")
 
 
-def load_folder(
+def from_folder(
     path: str | Path,
     *,
     label: str = "label",
@@ -53,7 +54,7 @@ def load_folder(
     if entries and all(entry.is_dir() for entry in entries):
         clients, classes = _read_images(entries)
         form["num_classes"] = len(classes) if num_classes is None else num_classes
-        return FederatedDataset.from_clients(
+        return from_clients(
             clients,
             name=folder.name,
             scale=1 / 255 if scale is None else scale,
@@ -63,7 +64,7 @@ def load_folder(
     kinds = {entry.suffix for entry in entries}
     if kinds == {".npz"}:
         arrays = {entry.stem: _read_npz(entry) for entry in entries}
-        return FederatedDataset.from_clients(
+        return from_clients(
             arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
         )
     if len(kinds) == 1 and kinds <= set(SUFFIXES):

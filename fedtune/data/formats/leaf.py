@@ -17,9 +17,9 @@ from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.leaf_files import WHOLE, Beside, LeafUser, find_part_files, part_files, read_users
 from fedtune.data.formats.text import UNKNOWN, encode_characters
-from fedtune.data.parts import part_sizes
+from fedtune.data.parts import PARTS, part_sizes
 from fedtune.data.problems import Problem
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 
 EXTRA = "fedtune.json"
@@ -44,7 +44,7 @@ def is_leaf_folder(path: str | Path) -> bool:
     return bool(find_part_files(Path(path)))
 
 
-def load_leaf(
+def from_leaf(
     path: str | Path,
     *,
     name: str | None = None,

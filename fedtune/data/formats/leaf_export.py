@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.leaf import EXTRA
 from fedtune.data.formats.text import decode_rows
+from fedtune.data.parts import PARTS
 from fedtune.data.problems import first_of, repeated_ids
-from fedtune.data.spec import PARTS
 from fedtune.errors import InputError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedtune.data.parts import PARTS
 from fedtune.data.problems import Problem
-from fedtune.data.spec import PARTS
 from fedtune.errors import InputError
 
 WHOLE = "all_data"

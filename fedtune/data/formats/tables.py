@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.columns import column_problems, feature_columns, labels_of
 from fedtune.data.problems import BadDataError
 from fedtune.errors import InputError
@@ -18,7 +19,7 @@ ARROW_SUFFIXES = (".arrow", ".feather")
 SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
 
 
-def load_table(
+def from_table(
     path: str | Path,
     *,
     client: str,
@@ -86,7 +87,7 @@ def from_frame(
     `features` None means all other columns, which must hold numbers. With `standardize` each is brought to mean 0 and
     variance 1 over the whole table. Labels of a classification that are whole numbers from 0 are classes as they stand;
     others, such as strings, are numbered in their order. The further options are those of
-    `FederatedDataset.from_clients`.
+    `from_clients`.
     """
     import pandas as pd
 
@@ -106,6 +107,4 @@ def from_frame(
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
     clients = {client_id: (x[rows], y[rows]) for client_id, rows in zip(names.tolist(), groups, strict=True)}
-    return FederatedDataset.from_clients(
-        clients, name=name, objective=objective, **{"num_classes": num_classes, **options}
-    )
+    return from_clients(clients, name=name, objective=objective, **{"num_classes": num_classes, **options})
