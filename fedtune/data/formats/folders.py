@@ -35,60 +35,66 @@ def from_folder(
     standardize: bool = True,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The data set of a folder; the client's id is the name of its file or folder.
+    """The data set of a folder; a client's id is the name of its file or folder.
 
-    `label`, `features` and `standardize` are for tables, as in `fedtune.data.formats.tables`. `scale` None means
-    1 / 255 for images and 1 for everything else.
+    `label`, `features` and `standardize` are for tables, as in `from_frame`; tables take no `input_kind`, `num_classes`
+    and `scale`. `scale` None means 1 / 255 for images and 1 for everything else. `seed` draws the parts of each client,
+    except in the arrays of one whole file, where a client's parts are its first examples, the next and the last.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"the folder {folder} does not exist")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    names = {entry.name for entry in entries}
-    form: dict[str, Any] = {"objective": objective, "input_kind": input_kind, "num_classes": num_classes}
-    if names >= set(ARRAYS):
-        x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
-        return FederatedDataset.from_arrays(
-            x, y, sizes, name=folder.name, scale=1.0 if scale is None else scale, **form
-        )
+    suffixes = {entry.suffix for entry in entries}
+    options: dict[str, Any] = {"name": folder.name, "objective": objective}
+    arrays: dict[str, Any] = {
+        "input_kind": input_kind,
+        "num_classes": num_classes,
+        "scale": 1.0 if scale is None else scale,
+    }
+    if {entry.name for entry in entries} >= set(ARRAYS):
+        return _from_whole_arrays(folder, **options, **arrays)
     if entries and all(entry.is_dir() for entry in entries):
-        clients, classes = _read_images(entries)
-        form["num_classes"] = len(classes) if num_classes is None else num_classes
-        return from_clients(
-            clients,
-            name=folder.name,
-            scale=1 / 255 if scale is None else scale,
-            seed=seed,
-            **form,
-        )
-    kinds = {entry.suffix for entry in entries}
-    if kinds == {".npz"}:
-        arrays = {entry.stem: _read_npz(entry) for entry in entries}
-        return from_clients(
-            arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
-        )
-    if len(kinds) == 1 and kinds <= set(SUFFIXES):
-        import pandas as pd  # not above: worker processes never need it
+        if scale is None:
+            arrays["scale"] = 1 / 255
+        return _from_images(entries, seed=seed, **options, **arrays)
+    if suffixes == {".npz"}:
+        clients = {entry.stem: _read_npz(entry) for entry in entries}
+        return from_clients(clients, seed=seed, **options, **arrays)
+    if len(suffixes) == 1 and suffixes <= set(SUFFIXES):
+        return _from_tables(entries, label=label, features=features, standardize=standardize, seed=seed, **options)
+    raise InputError(_unknown_form(folder, entries))
 
-        frames = {entry.stem: read_frame(entry) for entry in entries}
-        if taken := [entry.name for entry in entries if "client" in frames[entry.stem].columns]:
-            raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")
-        frame = pd.concat([part.assign(client=client) for client, part in frames.items()], ignore_index=True)
-        return from_frame(
-            frame,
-            client="client",
-            label=label,
-            features=features,
-            objective=objective,
-            standardize=standardize,
-            name=folder.name,
-            seed=seed,
-        )
-    # The rarest kind first, since it is what does not belong.
+
+def _from_whole_arrays(folder: Path, **options: Any) -> FederatedDataset:
+    """The data set of all clients' examples in one file; the options are those of `from_arrays`."""
+    x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
+    return FederatedDataset.from_arrays(x, y, sizes, **options)
+
+
+def _from_images(clients: Sequence[Path], *, num_classes: int | None, **options: Any) -> FederatedDataset:
+    """The data set of a folder of images for each client; the options are those of `from_clients`."""
+    images, classes = _read_images(clients)
+    return from_clients(images, num_classes=len(classes) if num_classes is None else num_classes, **options)
+
+
+def _from_tables(files: Sequence[Path], **options: Any) -> FederatedDataset:
+    """The data set of a table for each client; the options are those of `from_frame`."""
+    import pandas as pd  # not above: worker processes never need it
+
+    frames = {file.stem: read_frame(file) for file in files}
+    if taken := [file.name for file in files if "client" in frames[file.stem].columns]:
+        raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")
+    parts = [frame.assign(client=client) for client, frame in frames.items()]
+    return from_frame(pd.concat(parts, ignore_index=True), client="client", **options)
+
+
+def _unknown_form(folder: Path, entries: Sequence[Path]) -> str:
+    """What a folder must hold, and what this one holds: the rarest kind first, since it is what does not belong."""
     kind_of = {entry.name: "/" if entry.is_dir() else entry.suffix for entry in entries}
     count = Counter(kind_of.values())
-    odd_first = sorted(names, key=lambda name: (count[kind_of[name]], name))
-    raise InputError(
+    odd_first = sorted(kind_of, key=lambda name: (count[kind_of[name]], name))
+    return (
         f"a folder of clients must hold only .npz files, only tables ({' or '.join(SUFFIXES)}), only folders of "
         f"images, or {', '.join(ARRAYS)}, got {', '.join(odd_first[:5]) or 'nothing'} in {folder}"
     )
