@@ -54,8 +54,7 @@ def held(dataset, client):
 
 def assert_equal(one, other):
     assert one.spec == other.spec
-    assert one.characters == other.characters
-    assert one.hierarchies == other.hierarchies
+    assert one.leaf == other.leaf
     assert list(one.client_ids) == list(other.client_ids)
     assert one.x.dtype == other.x.dtype
     for client in range(one.num_clients):
@@ -168,7 +167,7 @@ def test_what_users_belong_to_is_kept(tmp_path, part):
         files["test"] = [content(test, hierarchies=[plays[2], plays[0]])]
     dataset = from_leaf(write(tmp_path, **files))
     assert dataset.client_ids == ["HAMLET_OPHELIA", "LEAR_FOOL"]
-    assert dataset.hierarchies == [plays[0], plays[2]]
+    assert dataset.leaf.hierarchies == [plays[0], plays[2]]
     export_leaf(dataset, tmp_path / "out", users_per_file=1)
     for each in PARTS:
         written = json.loads((tmp_path / "out" / each / "000001.json").read_text())
@@ -179,7 +178,7 @@ def test_what_users_belong_to_is_kept(tmp_path, part):
 @pytest.mark.parametrize(("hierarchies", "got"), [(["X", "Y", "Z"], "3"), ("X", "'X'")])
 def test_hierarchies_that_fit_no_user_are_left_out_and_told(tmp_path, hierarchies, got):
     dataset = from_leaf(write(tmp_path, all_data=[content({"a": numbers(0, 12)}, hierarchies=hierarchies)]))
-    assert dataset.hierarchies is None
+    assert dataset.leaf.hierarchies is None
     (problem,) = dataset.tolerated
     assert problem.message.endswith(f"hierarchies must be a list of one for each of 1 users, got {got}: left out")
 

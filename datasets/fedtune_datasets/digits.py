@@ -1,4 +1,4 @@
-"""digits: 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, for tests and smoke runs."""
+"""digits: 1,797 images of handwritten digits, 8 x 8 pixels, which come with scikit-learn; for tests and short runs."""
 
 import tomllib
 from pathlib import Path
@@ -12,7 +12,7 @@ SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml")
 
 
 def prepare() -> None:
-    """None: there is nothing to download."""
+    """None, since there is nothing to download."""
 
 
 def load(
@@ -24,9 +24,10 @@ def load(
     examples_per_client: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The images, or num_clients * examples_per_client of them at random, among num_clients clients.
+    """The images, divided among num_clients clients.
 
-    The arguments are those of `fedtune.data.make_partition`.
+    With examples_per_client only num_clients * examples_per_client images are used, drawn at random. The arguments are
+    those of `fedtune.data.make_partition`.
     """
     from sklearn.datasets import load_digits  # takes a second
 

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from fedtune.data.formats.clients import from_torch as from_torch
     from fedtune.data.formats.folders import from_folder as from_folder
     from fedtune.data.formats.leaf import from_leaf as from_leaf
+    from fedtune.data.formats.leaf_arrays import LeafArrays as LeafArrays
+    from fedtune.data.formats.leaf_arrays import read_leaf as read_leaf
     from fedtune.data.formats.tables import from_frame as from_frame
     from fedtune.data.formats.tables import from_table as from_table
+    from fedtune.data.formats.text import CHARACTER_CLASSES as CHARACTER_CLASSES
+    from fedtune.data.formats.text import encode_characters as encode_characters
     from fedtune.data.partition import make_partition as make_partition
     from fedtune.data.parts import PARTS as PARTS
     from fedtune.data.parts import part_sizes as part_sizes
@@ -37,9 +41,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BadDataError": "problems",
+    "CHARACTER_CLASSES": "formats.text",
     "DatasetSpec": "spec",
     "GzipMirror": "sources",
     "IGNORED": "spec",
+    "LeafArrays": "formats.leaf_arrays",
     "NpmPackage": "sources",
     "PARTS": "parts",
     "PipArchive": "sources",
@@ -47,6 +53,7 @@ _MODULES = {
     "Source": "sources",
     "cache_folder": "sources",
     "check": "checks",
+    "encode_characters": "formats.text",
     "fetch": "sources",
     "find_problems": "checks",
     "from_clients": "formats.clients",
@@ -58,6 +65,7 @@ _MODULES = {
     "from_torch": "formats.clients",
     "make_partition": "partition",
     "part_sizes": "parts",
+    "read_leaf": "formats.leaf_arrays",
     "statistics": "stats",
 }
 __all__ = ["FederatedDataset", *_MODULES]

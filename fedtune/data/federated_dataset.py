@@ -14,6 +14,14 @@ from fedtune.data.spec import DTYPE_KINDS, LABEL_DTYPES, DatasetSpec, count_clas
 from fedtune.errors import InputError
 
 
+@dataclass(frozen=True)
+class LeafNotes:
+    """What LEAF's files say about a data set and other forms can't say. `fedtune data export` writes it again."""
+
+    characters: bool = False  # whether the tokens are LEAF's characters, as in `fedtune.data.formats.text`
+    hierarchies: Sequence[Any] | None = None  # what each client belongs to, such as a play; None if it is not known
+
+
 @dataclass(frozen=True, eq=False)
 class FederatedDataset:
     """The examples of all clients. Reading one client costs the same among a hundred clients and among a million.
@@ -28,8 +36,7 @@ class FederatedDataset:
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
     text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
-    characters: bool = False  # whether the tokens are LEAF's characters, those of `fedtune.data.formats.text`
-    hierarchies: Sequence[Any] | None = None  # what LEAF's files say that each client belongs to, such as a play
+    leaf: LeafNotes = LeafNotes()
     tolerated: Sequence[Problem] = ()  # warnings about the files it was read from
 
     # The methods that need a reader, the checks or the statistics; `fedtune.data` adds them to the class.
@@ -140,7 +147,7 @@ class FederatedDataset:
             raise InputError(f"window must be 1 to {len(text) - 1} (the text has {len(text)} characters), got {window}")
         spec = DatasetSpec((window,), "token", num_classes)
         y = text[window:].astype(np.int64)
-        return cls(name, spec, _windows(text, window), y, client_ids, ranges, text, characters)
+        return cls(name, spec, _windows(text, window), y, client_ids, ranges, text, LeafNotes(characters))
 
     @classmethod
     def from_shared(cls, spec: DatasetSpec, arrays: Mapping[str, np.ndarray]) -> "FederatedDataset":

@@ -1,9 +1,10 @@
-"""Folders as data sets: one file, or one folder of images, a client; or arrays that are too large for the memory.
+"""Data sets of folders, in one of four forms.
 
-site_a.npz, site_b.npz …                 arrays x and y
-site_a.csv, site_b.csv … (or .parquet)   tables with a label column
-site_a/cat/1.png, site_a/dog/2.png …     images, in a folder a class
-x.npy, y.npy, sizes.npy                  all clients' examples one after another, memory-mapped; how many each has
+site_a.npz, site_b.npz …                 a client's arrays x and y
+site_a.csv, site_b.csv … (or .parquet)   a client's table, with a label column
+site_a/cat/1.png, site_a/dog/2.png …     a client's images, in one folder for each class
+x.npy, y.npy, sizes.npy                  the examples of all clients one after another, which may be larger than the
+                                         memory, since they are mapped; and how many examples each client has
 """
 
 import zipfile
@@ -39,7 +40,7 @@ def from_folder(
 
     `label`, `features` and `standardize` are for tables, as in `from_frame`; tables take no `input_kind`, `num_classes`
     and `scale`. `scale` None means 1 / 255 for images and 1 for everything else. `seed` draws the parts of each client,
-    except in the arrays of one whole file, where a client's parts are its first examples, the next and the last.
+    except for the arrays of all clients: there a client's parts are its first examples, the next and the last.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -67,7 +68,7 @@ def from_folder(
 
 
 def _from_whole_arrays(folder: Path, **options: Any) -> FederatedDataset:
-    """The data set of all clients' examples in one file; the options are those of `from_arrays`."""
+    """The data set of the arrays of all clients; the options are those of `FederatedDataset.from_arrays`."""
     x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
     return FederatedDataset.from_arrays(x, y, sizes, **options)
 
@@ -90,9 +91,10 @@ def _from_tables(files: Sequence[Path], **options: Any) -> FederatedDataset:
 
 
 def _unknown_form(folder: Path, entries: Sequence[Path]) -> str:
-    """What a folder must hold, and what this one holds: the rarest kind first, since it is what does not belong."""
+    """The message that says what a folder must hold and what this one holds, the rarest kind first."""
     kind_of = {entry.name: "/" if entry.is_dir() else entry.suffix for entry in entries}
     count = Counter(kind_of.values())
+    # The rarest kind is most likely the mistake.
     odd_first = sorted(kind_of, key=lambda name: (count[kind_of[name]], name))
     return (
         f"a folder of clients must hold only .npz files, only tables ({' or '.join(SUFFIXES)}), only folders of "
@@ -119,7 +121,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_images(clients: Sequence[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
-    """The images of each client and the names of the classes, which are all clients' folders in alphabetical order."""
+    """The images of each client, and the names of the classes: the folders of all clients in alphabetical order."""
     found = {client.name: list(_images(client)) for client in clients}
     classes = sorted({path.parent.name for paths in found.values() for path in paths})
     if not classes:
