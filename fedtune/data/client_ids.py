@@ -5,7 +5,7 @@ from typing import overload
 
 
 class NumberedIds(Sequence[str]):
-    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
+    """The ids "0", "1" and so on. An id is made when it is asked for, so that a million of them take no memory."""
 
     def __init__(self, num_clients: int) -> None:
         self._numbers = range(num_clients)

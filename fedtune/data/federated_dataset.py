@@ -1,4 +1,4 @@
-"""Everybody's examples in two flat arrays, with index ranges for each client's train, validation and test part."""
+"""The examples of all clients in two flat arrays, with the ranges of each client's train, validation and test part."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ class LeafNotes:
 
 @dataclass(frozen=True, eq=False)
 class FederatedDataset:
-    """The examples of all clients. Reading one client costs the same among a hundred clients and among a million.
+    """The examples of all clients. Reading one client takes the same time among a hundred clients and among a million.
 
-    Content is not judged when a data set is made, only by `check()`, which reports everything at once.
+    The functions of `fedtune.data` make one, such as `from_clients` and `from_frame`. The constructor checks shapes and
+    types; it does not read the examples. `check()` reads them, and reports every problem at once.
     """
 
     name: str
@@ -35,9 +36,9 @@ class FederatedDataset:
     y: np.ndarray  # (example, *target_shape), int64; float32 for regression
     client_ids: Sequence[str]
     ranges: np.ndarray  # (client, part, 2), int64: [start, stop) into x and y, in the order of PARTS
-    text: np.ndarray | None = None  # (character,): what x is overlapping windows of, where it was made `from_text`
-    leaf: LeafNotes = LeafNotes()
-    tolerated: Sequence[Problem] = ()  # warnings about the files it was read from
+    text: np.ndarray | None = None  # (character,), if the data set was made `from_text`: x are its overlapping windows
+    leaf: LeafNotes = LeafNotes()  # what only LEAF's files can say
+    tolerated: Sequence[Problem] = ()  # warnings about the files that it was read from
 
     # The methods that need a reader, the checks or the statistics; `fedtune.data` adds them to the class.
     from_clients: ClassVar[Callable[..., "FederatedDataset"]]
@@ -82,12 +83,12 @@ class FederatedDataset:
         input_kind: str = "real",
         fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     ) -> "FederatedDataset":
-        """A data set of arrays in which the clients' examples follow each other, `sizes` of them a client.
+        """A data set of arrays that hold the clients' examples one after another; `sizes` has each client's number.
 
-        Nothing is copied, so x and y may be memory-mapped files, larger than the memory. A client's parts are its first
-        examples, the next and the last: shuffle them yourself where their order means something. y must have the
-        objective's dtype, int64 or float32; the targets of a regression stay as they are. num_classes None means the
-        largest label + 1, for which all of y is read.
+        Nothing is copied, so x and y may be mapped files that are larger than the memory. A client's parts are its
+        first examples, the next and the last: shuffle the examples yourself if their order means something. y must have
+        the objective's dtype, int64 or float32. The targets of a regression stay as they are. num_classes None means
+        the largest label + 1; then all of y is read.
         """
         if len(sizes) == 0 or sizes.min() < 0 or sizes.sum() != len(y):
             raise InputError(f"sizes must be a number >= 0 a client, {len(y)} in all, got {sizes.sum()} in all")
@@ -114,9 +115,10 @@ class FederatedDataset:
         seed: int = 0,
         fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     ) -> "FederatedDataset":
-        """A data set whose client number i holds the examples `indices[i]` of x and y; its id is that number.
+        """A data set whose client number i holds the examples `indices[i]` of x and y.
 
-        num_classes None means the largest label + 1.
+        A client's id is its number; `make_partition` gives such indices. num_classes None means the largest label + 1.
+        `seed` draws each client's parts, in these `fractions`.
         """
         if not indices:
             raise InputError("a data set must have at least one client, got none")
@@ -138,10 +140,11 @@ class FederatedDataset:
         num_classes: int,
         characters: bool = False,
     ) -> "FederatedDataset":
-        """Next-character prediction: example i is `text[i : i + window]`, its label `text[i + window]`.
+        """A data set for next-character prediction: example i is `text[i : i + window]`, its label `text[i + window]`.
 
-        `characters` says that the text's tokens are those of `fedtune.data.formats.text`, as LEAF's files hold them.
-        x is a view of the text: copied whole, it would take `window` times as much memory.
+        `ranges` has the examples of each client's train, validation and test part. `characters` says that the tokens
+        come from `encode_characters`, so that an export writes them as strings. x is a view of the text: a copy would
+        take `window` times as much memory.
         """
         if not 1 <= window < len(text):
             raise InputError(f"window must be 1 to {len(text) - 1} (the text has {len(text)} characters), got {window}")
@@ -151,14 +154,13 @@ class FederatedDataset:
 
     @classmethod
     def from_shared(cls, spec: DatasetSpec, arrays: Mapping[str, np.ndarray]) -> "FederatedDataset":
-        """The data set whose `shared()` gave the arrays, without its name and its clients' ids."""
+        """The data set whose `shared()` gave the arrays, without its name and its clients' names."""
         y, ranges, text = arrays["y"], arrays["ranges"], arrays.get("text")
         x = arrays["x"] if text is None else _windows(text, spec.input_shape[0])
         return cls("", spec, x, y, NumberedIds(len(ranges)), ranges, text)
 
     def shared(self) -> dict[str, np.ndarray]:
-        """The arrays by name that `from_shared` makes the data set from, in another process: of a text, not its
-        windows."""
+        """The arrays from which `from_shared` makes the data set in another process; a text, not its windows."""
         inputs = {"x": self.x} if self.text is None else {"text": self.text}
         return {**inputs, "y": self.y, "ranges": self.ranges}
 
@@ -174,7 +176,7 @@ class FederatedDataset:
         return sizes
 
     def examples(self, client: int, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """One client's (x, y) in one of PARTS: views, not copies."""
+        """The x and y of one client in one of PARTS; they are views, not copies."""
         start, stop = self.ranges[client, part_number(part)]
         return self.x[start:stop], self.y[start:stop]
 

@@ -1,4 +1,4 @@
-"""What a model must know about a data set's examples."""
+"""What a model must know about the examples of a data set."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ IGNORED = -100  # the label of a position that does not count, as in torch's cro
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a model must know about the examples. `fedtune.client.objectives` says what the objectives ask of it."""
+    """What a model must know about the examples. `fedtune.client.objectives` describes the objectives."""
 
     input_shape: tuple[int, ...]  # of one example
     input_kind: str  # "real": the model gets float32 x * scale; "token": the model gets int64
@@ -23,8 +23,8 @@ class DatasetSpec:
     scale: float = 1.0
     objective: str = "classification"
     target_shape: tuple[int, ...] = ()  # of one example's labels: (position,) for next_token
-    target_mean: tuple[float, ...] = ()  # what was taken off the targets of a regression, which were then divided by
-    target_std: tuple[float, ...] = ()
+    target_mean: tuple[float, ...] = ()  # what was subtracted from each target of a regression
+    target_std: tuple[float, ...] = ()  # by what each target was then divided
 
     def __post_init__(self) -> None:
         if self.objective not in LABEL_DTYPES:
@@ -46,7 +46,7 @@ class DatasetSpec:
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
+        """How many numbers a model returns for one label: a logit for each class, or the targets of a regression."""
         return self.num_classes or math.prod(self.target_shape)
 
 
