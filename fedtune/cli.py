@@ -201,6 +201,7 @@ def stats(
 ) -> None:
     """Show how many clients and examples a data set has, and how skewed they are."""
     import fedtune
+    from fedtune.data.stats import statistics
     from fedtune.plugins import load_dataset
     from fedtune.report.plots import plot_stats
     from fedtune.report.tables import size_histogram, stats_table
@@ -208,7 +209,7 @@ def stats(
 
     settings = fedtune.resolve_settings(what, *map(parse_assignment, assignments or []))
     dataset = load_dataset(settings.data)
-    _print(stats_table(dataset.stats()))
+    _print(stats_table(statistics(dataset)))
     _print(size_histogram(dataset.sizes().sum(1)))
     if figure:
         plot_stats(dataset, figure)

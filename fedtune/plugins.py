@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fedtune.client.program import ClientProgram
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.folders import load_folder
-from fedtune.data.formats.leaf import is_leaf_folder, load_leaf
-from fedtune.data.formats.tables import SUFFIXES, load_table
+from fedtune.data.formats.folders import from_folder
+from fedtune.data.formats.leaf import from_leaf, is_leaf_folder
+from fedtune.data.formats.tables import SUFFIXES, from_table
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.settings import DEFAULT_CLIENT
@@ -97,7 +97,7 @@ def _own_loader(name: str) -> Callable[..., Any]:
         return _load_from_file(name)
     if not Path(name).exists():
         raise InputError(f"the {'table' if name.endswith(SUFFIXES) else 'folder'} {name} does not exist")
-    load = load_table if name.endswith(SUFFIXES) else load_leaf if is_leaf_folder(name) else load_folder
+    load = from_table if name.endswith(SUFFIXES) else from_leaf if is_leaf_folder(name) else from_folder
     return functools.partial(load, name)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.program import ClientProgram
+from fedtune.data.checks import check
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.spec import DatasetSpec
 from fedtune.tuning.space import Config, Hyperparameter, Number
@@ -21,7 +22,7 @@ from fedtune.tuning.space import Config, Hyperparameter, Number
 def check_dataset(load: Callable[..., FederatedDataset], **options: Any) -> None:
     """Passes if `load(**options)` gives a data set without errors, and the same one each time."""
     first, second = load(**options), load(**options)
-    broken = first.check()
+    broken = check(first)
     for name, array in first.shared().items():
         if not np.array_equal(array, second.shared()[name], equal_nan=array.dtype.kind == "f"):
             broken.append(f"{name} must be the same each time it is loaded")

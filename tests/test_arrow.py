@@ -10,7 +10,7 @@ import pytest
 import fedtune
 from fedtune.data import checks
 from fedtune.data.mapped import place_of
-from fedtune.data.spec import PARTS
+from fedtune.data.parts import PARTS
 from fedtune.errors import InputError, UnknownNameError
 
 ROWS, CLIENTS = 60, 6

@@ -100,7 +100,7 @@ def test_labels_of_other_objectives():
     spec = DatasetSpec((1,), "real", 2, objective="next_token", target_shape=(2,))
     tokens = FederatedDataset("t", spec, x, np.array([[0, 1], [-100, 2], [-100, 1]]), ["a"], ranges)
     assert tokens.check() == [
-        "client 'a': labels must be in 0..1, or -100 where none counts, got others in 1 of its examples, such as 2"
+        "client 'a': labels must be in 0..1, or -100 if a position does not count, got others in 1 of its examples, such as 2"
     ]
     stats = replace(tokens, y=np.zeros((3, 2), np.int64)).stats()
     assert stats["examples"] == 3

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.parts import PARTS
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 from fedtune_datasets import digits, mnist
 

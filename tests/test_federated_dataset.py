@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.parts import PARTS
 from fedtune.data.problems import BadDataError
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 
 

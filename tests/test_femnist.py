@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import datasets
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.parts import PARTS
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.testing import check_dataset
 from fedtune_datasets import femnist, mnist

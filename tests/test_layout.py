@@ -21,11 +21,13 @@ def test_import_datasets_from_the_root_gives_hugging_faces_package():
     assert done.returncode == 0, done.stderr
 
 
-# From the ground up. A module may import from floors below its own and from its own room.
+# From the ground up. A module may import from floors below its own and from its own room. `data.__init__` is the front
+# of the package: it offers names from all of data, also from the rooms above the container.
 FLOORS = [
     {"errors", "rng"},
     {"events", "data", "tuning"},
     {"data.formats", "settings"},
+    {"data.__init__", "tuning.__init__"},
     {"client"},
     {"server", "plugins"},
     {"hyperparameters", "layers", "testing"},
@@ -64,7 +66,8 @@ def floor_of(module):
     name = module.removeprefix("fedtune").removeprefix(".") or "__init__"
     rooms = {room: number for number, floor in enumerate(FLOORS) for room in floor}
     parts = name.split(".")
-    room = next(".".join(parts[:size]) for size in range(len(parts), 0, -1) if ".".join(parts[:size]) in rooms)
+    around = [".".join(parts[:size]) for size in range(len(parts), 0, -1)]
+    room = next(room for room in [f"{name}.__init__", *around] if room in rooms)
     return rooms[room], room
 
 

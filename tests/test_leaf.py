@@ -8,10 +8,11 @@ import fedtune
 from fedtune import cli
 from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.leaf import is_leaf_folder, load_leaf
+from fedtune.data.formats.leaf import is_leaf_folder, from_leaf
 from fedtune.data.formats.leaf_export import export_leaf
 from fedtune.data.formats.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.parts import PARTS
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 from fedtune.runs.prepare import prepare
 
@@ -53,8 +54,7 @@ def held(dataset, client):
 
 def assert_equal(one, other):
     assert one.spec == other.spec
-    assert one.characters == other.characters
-    assert one.hierarchies == other.hierarchies
+    assert one.leaf == other.leaf
     assert list(one.client_ids) == list(other.client_ids)
     assert one.x.dtype == other.x.dtype
     for client in range(one.num_clients):
@@ -68,7 +68,7 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("inner", [".", "data"])
 def test_validation_is_a_tenth_of_the_whole_and_cut_from_train(tmp_path, inner):
     write(tmp_path / inner, **two_users())
-    dataset = load_leaf(tmp_path, input_shape=[2, 2])
+    dataset = from_leaf(tmp_path, input_shape=[2, 2])
     assert is_leaf_folder(tmp_path)
     assert dataset.client_ids == ["a", "b"]
     assert dataset.spec == DatasetSpec((2, 2), "real", 3)
@@ -82,13 +82,13 @@ def test_validation_is_a_tenth_of_the_whole_and_cut_from_train(tmp_path, inner):
             x, y = dataset.examples(client, part)
             assert y.tolist() == [(number - first) % 3 for number in x[:, 0, 0].tolist()]
     assert dataset.check() == []
-    assert held(load_leaf(tmp_path, seed=1), 0)[1] != held(load_leaf(tmp_path), 0)[1]
-    assert_equal(FederatedDataset.from_leaf(tmp_path), load_leaf(tmp_path))
+    assert held(from_leaf(tmp_path, seed=1), 0)[1] != held(from_leaf(tmp_path), 0)[1]
+    assert_equal(FederatedDataset.from_leaf(tmp_path), from_leaf(tmp_path))
 
 
 def test_one_folder_is_split_as_other_data_are(tmp_path):
     write(tmp_path, all_data=[content({"a": numbers(0, 30)})])
-    train, validation, test = held(load_leaf(tmp_path), 0)
+    train, validation, test = held(from_leaf(tmp_path), 0)
     assert sorted(train + validation + test) == list(range(30))
     assert (len(train), len(validation), len(test)) == (24, 3, 3)
 
@@ -97,7 +97,7 @@ def test_the_validation_windows_share_no_character_with_the_training_labels(tmp_
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("abcdefgh .,"), 400))
     write(tmp_path, train=[content({"a": windows(text)})], test=[content({"a": windows(text[::-1][:100])})])
-    dataset = load_leaf(tmp_path)
+    dataset = from_leaf(tmp_path)
     assert dataset.spec == DatasetSpec((80,), "token", 81)
     x, y = dataset.examples(0, "validation")
     assert len(y) == round((320 + 20) / 10)
@@ -112,7 +112,7 @@ def test_the_validation_windows_share_no_character_with_the_training_labels(tmp_
 def test_one_folder_of_text_leaves_a_gap_at_both_cuts(tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdefgh .,"), 500))
     write(tmp_path, all_data=[content({"a": windows(text)})])
-    dataset = load_leaf(tmp_path)
+    dataset = from_leaf(tmp_path)
     whole = encode_characters(text).tolist()
     labels = [dataset.examples(0, part)[1].tolist() for part in PARTS]
     assert [len(part) for part in labels] == [208, 26, 26]  # of 420 - 2 * 80 windows
@@ -125,7 +125,7 @@ def test_users_without_all_parts_are_left_out_and_told(tmp_path):
         train=[content({"both": numbers(0, 9), "train only": numbers(9, 5), "small": numbers(0, 1)})],
         test=[content({"test only": numbers(20, 5), "both": numbers(30, 2), "small": numbers(0, 1)})],
     )
-    dataset = load_leaf(tmp_path)
+    dataset = from_leaf(tmp_path)
     assert dataset.client_ids == ["both"]
     assert [(problem.client, problem.severity) for problem in dataset.tolerated] == [
         ("train only", "warning"),
@@ -140,13 +140,13 @@ def test_users_without_all_parts_are_left_out_and_told(tmp_path):
 def test_a_split_by_user_is_refused(tmp_path):
     write(tmp_path, train=[content({"a": numbers(0, 9)})], test=[content({"b": numbers(9, 5)})])
     with pytest.raises(InputError, match=r"none of the .* users has"):
-        load_leaf(tmp_path)
+        from_leaf(tmp_path)
 
 
 def test_a_wrong_num_samples_is_tolerated_and_told(tmp_path):
     files = two_users()
     files["test"][0]["num_samples"] = [3, 99]
-    dataset = load_leaf(write(tmp_path, **files))
+    dataset = from_leaf(write(tmp_path, **files))
     assert dataset.num_clients == 2
     message = f"client 'a': num_samples must be 5, the number of its examples in {tmp_path}/test/part_0.json, got 99"
     assert [problem.message for problem in dataset.tolerated] == [message]
@@ -165,20 +165,20 @@ def test_what_users_belong_to_is_kept(tmp_path, part):
     if part == "train":
         test = {"LEAR_FOOL": numbers(50, 5), "HAMLET_OPHELIA": numbers(60, 4)}
         files["test"] = [content(test, hierarchies=[plays[2], plays[0]])]
-    dataset = load_leaf(write(tmp_path, **files))
+    dataset = from_leaf(write(tmp_path, **files))
     assert dataset.client_ids == ["HAMLET_OPHELIA", "LEAR_FOOL"]
-    assert dataset.hierarchies == [plays[0], plays[2]]
+    assert dataset.leaf.hierarchies == [plays[0], plays[2]]
     export_leaf(dataset, tmp_path / "out", users_per_file=1)
     for each in PARTS:
         written = json.loads((tmp_path / "out" / each / "000001.json").read_text())
         assert (written["users"], written["hierarchies"]) == (["LEAR_FOOL"], [plays[2]])
-    assert_equal(load_leaf(tmp_path / "out"), dataset)
+    assert_equal(from_leaf(tmp_path / "out"), dataset)
 
 
 @pytest.mark.parametrize(("hierarchies", "got"), [(["X", "Y", "Z"], "3"), ("X", "'X'")])
 def test_hierarchies_that_fit_no_user_are_left_out_and_told(tmp_path, hierarchies, got):
-    dataset = load_leaf(write(tmp_path, all_data=[content({"a": numbers(0, 12)}, hierarchies=hierarchies)]))
-    assert dataset.hierarchies is None
+    dataset = from_leaf(write(tmp_path, all_data=[content({"a": numbers(0, 12)}, hierarchies=hierarchies)]))
+    assert dataset.leaf.hierarchies is None
     (problem,) = dataset.tolerated
     assert problem.message.endswith(f"hierarchies must be a list of one for each of 1 users, got {got}: left out")
 
@@ -209,7 +209,7 @@ def test_hierarchies_that_fit_no_user_are_left_out_and_told(tmp_path, hierarchie
 def test_damage_is_one_line_that_names_file_and_user(tmp_path, train, message):
     files = {"train": [train, two_users()["train"][1]], "test": two_users()["test"]}
     with pytest.raises(InputError) as caught:
-        load_leaf(write(tmp_path, **files))
+        from_leaf(write(tmp_path, **files))
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -218,7 +218,7 @@ def test_damage_is_one_line_that_names_file_and_user(tmp_path, train, message):
 def test_a_folder_without_the_layout_is_refused(tmp_path):
     assert not is_leaf_folder(tmp_path / "missing")
     with pytest.raises(InputError, match=r"must hold train/\*.json and test/\*.json, or all_data"):
-        load_leaf(tmp_path)
+        from_leaf(tmp_path)
 
 
 def made(dtype=np.uint8, kind="real", shape=(2, 3)):
@@ -259,7 +259,7 @@ def test_what_is_written_is_read_again_to_the_bit(tmp_path, dataset):
     export_leaf(dataset, tmp_path / "out", users_per_file=2)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["fedtune.json", "test", "train", "validation"]
     assert len(list((tmp_path / "out" / "train").iterdir())) == 2
-    again = load_leaf(tmp_path / "out")
+    again = from_leaf(tmp_path / "out")
     assert again.tolerated == []
     assert again.name == "made"
     assert_equal(again, dataset)
@@ -278,7 +278,7 @@ def test_text_is_written_as_strings_and_read_again(tmp_path):
     assert written["num_samples"] == [20]
     assert [len(x) for x in written["user_data"]["A_B"]["x"]] == [80] * 20
     assert written["user_data"]["A_B"]["y"][0] == decode_rows(dataset.text[280:281][None])[0]
-    again = load_leaf(tmp_path / "out")
+    again = from_leaf(tmp_path / "out")
     assert_equal(again, dataset)
     export_leaf(again, tmp_path / "once more")
     assert json.loads((tmp_path / "once more" / "test" / "000000.json").read_text()) == written
@@ -289,7 +289,7 @@ def test_tokens_that_are_no_characters_are_written_as_numbers(tmp_path):
     export_leaf(dataset, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "test" / "000000.json").read_text())
     assert written["user_data"]["A_B"]["x"][0] == dataset.text[200:280].tolist()
-    assert_equal(load_leaf(tmp_path / "out"), dataset)
+    assert_equal(from_leaf(tmp_path / "out"), dataset)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -297,7 +297,7 @@ def test_a_client_without_examples_in_a_part_is_kept(tmp_path, part):
     dataset = made()
     dataset.ranges[0, part, 1] = dataset.ranges[0, part, 0]
     export_leaf(dataset, tmp_path / "out")
-    again = load_leaf(tmp_path / "out")
+    again = from_leaf(tmp_path / "out")
     assert_equal(again, dataset)
     (problem,) = again.check()
     assert f"{PARTS[part]} must have at least 1 example, got 0" in problem
@@ -309,7 +309,7 @@ def test_many_users_are_read_as_few_are(tmp_path, monkeypatch):
     clients = {f"c{n}": (rng.random((n, 3)), rng.integers(0, 9, n)) for n in range(3, 60)}
     dataset = FederatedDataset.from_clients(clients, name="made")
     export_leaf(dataset, tmp_path / "out", users_per_file=20)
-    again = load_leaf(tmp_path / "out")
+    again = from_leaf(tmp_path / "out")
     assert_equal(again, dataset)
     assert len(again.x) == len(again.y) == sum(range(3, 60))
 
@@ -318,7 +318,7 @@ def test_leaf_reads_what_is_written_without_what_is_ours(tmp_path):
     dataset = made(np.float32)
     export_leaf(dataset, tmp_path / "out")
     (tmp_path / "out" / "fedtune.json").unlink()
-    again = load_leaf(tmp_path / "out", input_shape=[2, 3], scale=1 / 3, num_classes=9)
+    again = from_leaf(tmp_path / "out", input_shape=[2, 3], scale=1 / 3, num_classes=9)
     assert_equal(again, dataset)
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_extra_file_is_told(tmp_path, text):
     export_leaf(made(), tmp_path / "out")
     (tmp_path / "out" / "fedtune.json").write_text(text)
     with pytest.raises(InputError, match=r"fedtune.json must be as `fedtune data export` wrote it"):
-        load_leaf(tmp_path / "out")
+        from_leaf(tmp_path / "out")
 
 
 def test_characters_are_their_places_in_the_vocabulary():
@@ -352,6 +352,6 @@ def test_characters_are_their_places_in_the_vocabulary():
 def test_the_command_line_exports(tmp_path):
     done = CliRunner().invoke(cli.app, ["data", "export", "digits", "--format", "leaf", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert_equal(load_leaf(tmp_path / "out"), fedtune.load("digits"))
+    assert_equal(from_leaf(tmp_path / "out"), fedtune.load("digits"))
     done = CliRunner().invoke(cli.app, ["data", "export", "digits", "--format", "csv", "--out", str(tmp_path / "b")])
     assert str(done.exception) == "unknown format 'csv'; known: leaf"

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.parts import PARTS
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 from fedtune_datasets import mnist
 

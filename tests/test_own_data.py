@@ -16,7 +16,7 @@ import fedtune
 from fedtune.cli import app
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.tables import from_frame
-from fedtune.data.spec import PARTS
+from fedtune.data.parts import PARTS
 from fedtune.errors import InputError, UnknownNameError
 
 

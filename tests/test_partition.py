@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedtune import rng
-from fedtune.data.partition import partition
+from fedtune.data.partition import make_partition
 from fedtune.errors import InputError, UnknownNameError
 
 
@@ -21,7 +21,7 @@ def label_counts(labels, parts):
 @pytest.mark.parametrize(("num_clients", "examples_per_client"), [(1, None), (10, None), (40, 30)])
 def test_every_partition_is_a_disjoint_cover_with_enough_for_each_client(name, num_clients, examples_per_client):
     labels = random_labels(2000)
-    parts = partition(labels, name, num_clients, seed=0, examples_per_client=examples_per_client)
+    parts = make_partition(labels, name, num_clients, seed=0, examples_per_client=examples_per_client)
     held = np.concatenate(parts)
     assert len(parts) == num_clients
     assert min(len(part) for part in parts) >= 3
@@ -34,9 +34,9 @@ def test_a_partition_is_a_function_of_its_seed(name):
     labels = random_labels(600)
     np.random.seed(5)  # noqa: NPY002 the global generator must neither matter nor move
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first = partition(labels, name, 10, seed=1)
+    first = make_partition(labels, name, 10, seed=1)
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
-    again, other = partition(labels, name, 10, seed=1), partition(labels, name, 10, seed=2)
+    again, other = make_partition(labels, name, 10, seed=1), make_partition(labels, name, 10, seed=2)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -73,7 +73,7 @@ def test_partitions_are_those_of_flwr_datasets(name, num_clients, examples_per_c
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parts = [np.sort(partitioner.load_partition(client)["example"][:]) for client in range(num_clients)]
-    ours = partition(labels, name, num_clients, seed=seed, examples_per_client=examples_per_client, **options)
+    ours = make_partition(labels, name, num_clients, seed=seed, examples_per_client=examples_per_client, **options)
     assert all(np.array_equal(part, expected) for part, expected in zip(ours, parts, strict=True))
     drawn_again = any("min_partition_size" in str(warning.message) for warning in caught)
     assert drawn_again == (options.get("alpha") == 0.12 and seed == 1)
@@ -81,7 +81,7 @@ def test_partitions_are_those_of_flwr_datasets(name, num_clients, examples_per_c
 
 def test_iid_sizes_differ_by_one_and_examples_are_shuffled():
     labels = np.repeat(np.arange(10), 100)
-    parts = partition(labels, "iid", 7, seed=0)
+    parts = make_partition(labels, "iid", 7, seed=0)
     assert {len(part) for part in parts} == {1000 // 7, 1000 // 7 + 1}
     # A label is missing from a client of 142 or more with probability below 0.9**142 = 3e-7; 70 such cells.
     assert (label_counts(labels, parts) > 0).all()
@@ -90,7 +90,7 @@ def test_iid_sizes_differ_by_one_and_examples_are_shuffled():
 def test_shards_are_those_of_mcmahan():
     """100 clients of 60,000 examples: 200 shards of 300 of the examples sorted by label, two random ones a client."""
     labels = random_labels(60_000)
-    counts = label_counts(labels, partition(labels, "shards", 100, seed=0))
+    counts = label_counts(labels, make_partition(labels, "shards", 100, seed=0))
     shards = np.array([np.bincount(shard, minlength=10) for shard in np.sort(labels).reshape(200, 300)])
     pairs = {tuple(a + b) for a, b in combinations(shards, 2)}
     assert {tuple(row) for row in counts} <= pairs
@@ -101,7 +101,7 @@ def test_shards_are_those_of_mcmahan():
 
 def test_the_two_shards_of_a_client_are_random():
     labels = np.repeat(np.arange(10), 6000)  # 20 pure shards a digit
-    counts = label_counts(labels, partition(labels, "shards", 100, seed=0))
+    counts = label_counts(labels, make_partition(labels, "shards", 100, seed=0))
     assert (counts % 300 == 0).all()
     single = ((counts > 0).sum(1) == 1).sum()
     # Expected 100 * 19/199 = 9.5, near Poisson: outside 1..24 with probability below 1e-4; in sorted order 100.
@@ -110,13 +110,13 @@ def test_the_two_shards_of_a_client_are_random():
 
 def test_which_shards_a_client_has_depends_on_the_seed():
     labels = np.repeat(np.arange(10), 60)
-    first, second = (label_counts(labels, partition(labels, "shards", 20, seed=seed)) for seed in (0, 1))
+    first, second = (label_counts(labels, make_partition(labels, "shards", 20, seed=seed)) for seed in (0, 1))
     assert (first != second).any()
 
 
 def test_the_number_of_shards_can_be_set():
     labels = np.repeat(np.arange(10), 60)
-    counts = label_counts(labels, partition(labels, "shards", 20, seed=0, shards_per_client=1))
+    counts = label_counts(labels, make_partition(labels, "shards", 20, seed=0, shards_per_client=1))
     assert ((counts > 0).sum(1) == 1).all()
 
 
@@ -124,7 +124,7 @@ def test_dirichlet_is_per_class_and_alpha_sets_its_skew():
     labels = random_labels(20_000)
     spread = {}
     for alpha in (0.2, 1000.0):
-        counts = label_counts(labels, partition(labels, "dirichlet", 20, seed=0, alpha=alpha))
+        counts = label_counts(labels, make_partition(labels, "dirichlet", 20, seed=0, alpha=alpha))
         spread[alpha] = (counts / counts.sum(0)).std()  # of the clients' shares of each label
     # A share of Dirichlet(alpha) among n has variance (n - 1) / n^2 / (n alpha + 1). The standard deviation of 200
     # shares has a relative error of about a tenth, so 0.5 is five of those; rounding to examples adds less than 1e-3.
@@ -137,15 +137,15 @@ def test_dirichlet_that_leaves_clients_too_small_is_an_input_error():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(InputError, match="alpha must be large enough to give each of 100 clients 3 of 1000"):
-            partition(random_labels(1000), "dirichlet", 100, seed=0, alpha=0.01)
+            make_partition(random_labels(1000), "dirichlet", 100, seed=0, alpha=0.01)
 
 
 def test_examples_are_drawn_at_random_and_clients_may_use_them_all():
     labels = random_labels(1000)
-    some = np.concatenate(partition(labels, "iid", 10, seed=0, examples_per_client=20))
+    some = np.concatenate(make_partition(labels, "iid", 10, seed=0, examples_per_client=20))
     # 200 of 1000: the first half holds 100 ± 6.3 of them; outside 60..140 with probability below 1e-9.
     assert 60 <= (some < 500).sum() <= 140
-    assert len(np.concatenate(partition(labels, "iid", 10, seed=0, examples_per_client=100))) == 1000
+    assert len(np.concatenate(make_partition(labels, "iid", 10, seed=0, examples_per_client=100))) == 1000
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_examples_are_drawn_at_random_and_clients_may_use_them_all():
 )
 def test_what_is_impossible_is_refused(name, num_clients, options, message):
     with pytest.raises(InputError, match=message):
-        partition(random_labels(100), name, num_clients, seed=0, **options)
+        make_partition(random_labels(100), name, num_clients, seed=0, **options)
 
 
 def test_an_unknown_partition_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match="unknown partition 'iidd'; known: dirichlet, iid, shards"):
-        partition(random_labels(100), "iidd", 10, seed=0)
+        make_partition(random_labels(100), "iidd", 10, seed=0)

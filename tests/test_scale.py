@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedtune.data.client_ids import NumberedIds
 from fedtune.data.problems import repeated_ids
-from fedtune.data.spec import NumberedIds
 from fedtune.runs import comparison
 from fedtune.settings import resolve
 from fedtune.simulation.evaluation import evaluation_clients

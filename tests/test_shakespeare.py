@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fedtune.data.formats.text import VOCABULARY
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.parts import PARTS
+from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets import shakespeare
 from fedtune_datasets.plays import speeches

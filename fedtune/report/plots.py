@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.spec import PARTS
+from fedtune.data.parts import PARTS
 from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for a line on white).

@@ -1,1 +1,1 @@
-"""Readers and writers of data sets, a module a form."""
+"""Readers and writers of data sets; each module is for one form."""

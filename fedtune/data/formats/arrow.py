@@ -1,7 +1,8 @@
-"""Arrow files as data sets that stay in their file, mapped into memory.
+"""Data sets whose examples stay in an Arrow file, which is mapped into memory.
 
-The file must be uncompressed and of one record batch, the clients one after another. The examples are one column of
-lists of one size, or columns of one type of number that lie in the file at equal distances, as neighbours do.
+The file must be uncompressed, must have one record batch, and must hold the clients one after another. The examples are
+one column of lists of one size, or several columns of one type of number that lie at equal distances in the file, as
+neighbouring columns do.
 """
 
 import math
@@ -23,9 +24,10 @@ from fedtune.errors import InputError
 def map_table(
     path: Path, *, client: str, label: str, features: Sequence[str] | None = None, objective: str = "classification"
 ) -> FederatedDataset:
-    """The data set of an Arrow file, its clients in the order of the file; see `FederatedDataset.from_arrays`.
+    """The data set of an Arrow file, with the clients in the order of the file; see `FederatedDataset.from_arrays`.
 
-    Labels of another type than the objective's are copied. InputError says what keeps the file from being mapped.
+    Labels are copied if they do not have the objective's type. Raises InputError, with the reason, if the file can't be
+    mapped.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -55,7 +57,7 @@ def map_table(
 
 
 def _clients(path: Path, name: str, column: pa.Array) -> tuple[list[str], np.ndarray]:
-    """The clients' ids and how many rows each has; what this takes of memory does not grow with the rows."""
+    """The clients' ids and how many rows each client has. The memory for this does not grow with the number of rows."""
     names = None
     if isinstance(column, pa.DictionaryArray):
         column, names = column.indices, column.dictionary
@@ -73,7 +75,7 @@ def _clients(path: Path, name: str, column: pa.Array) -> tuple[list[str], np.nda
 
 
 def _place(path: Path, start: int, name: str, column: pa.Array) -> Place:
-    """Where the numbers of a column lie in the file, which is mapped from the address `start` on."""
+    """Where the numbers of a column lie in the file. The file is mapped at the address `start`."""
     shape = [len(column)]
     missing = column.null_count
     while pa.types.is_fixed_size_list(column.type):
@@ -93,7 +95,7 @@ def _place(path: Path, start: int, name: str, column: pa.Array) -> Place:
 
 
 def _side_by_side(path: Path, places: Sequence[Place]) -> np.ndarray:
-    """The examples, each of which has a feature in each of the places, or is the one that there is."""
+    """The examples: the only place if it holds whole examples, else one feature from each place."""
     first = places[0]
     if len(places) == 1 and len(first.shape) > 1:
         return first.map()

@@ -1,4 +1,4 @@
-"""The columns of a table: features, labels, and what is wrong with them."""
+"""The columns of a table: features, labels, and their problems."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def column_problems(frame: "pd.DataFrame", client: str, label: str, features: Iterable[str]) -> list[Problem]:
-    """Every column that does not hold what it must."""
+    """A problem for each feature that is not a number, and for a client or label column with gaps."""
     import pandas as pd
 
     problems = []
@@ -37,7 +37,7 @@ def column_problems(frame: "pd.DataFrame", client: str, label: str, features: It
 
 
 def feature_columns(columns: Iterable[str], client: str, label: str, features: Sequence[str] | None) -> list[str]:
-    """The features among the columns of a table: those chosen, or all but the other two."""
+    """The feature columns of a table: `features`, or if it is None all columns except the client and the label."""
     columns = [*columns]
     for column in (client, label, *(features or ())):
         if column not in columns:
@@ -51,7 +51,7 @@ def feature_columns(columns: Iterable[str], client: str, label: str, features: S
 
 
 def labels_of(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int | None]:
-    """The labels as numbers, and how many classes there are; None leaves that to the largest."""
+    """The labels as numbers, and how many classes there are; None means the largest label + 1, or a regression."""
     import pandas as pd
 
     if objective == "regression":

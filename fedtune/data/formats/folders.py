@@ -1,9 +1,10 @@
-"""Folders as data sets: one file, or one folder of images, a client; or arrays that are too large for the memory.
+"""Data sets of folders, in one of four forms.
 
-site_a.npz, site_b.npz …                 arrays x and y
-site_a.csv, site_b.csv … (or .parquet)   tables with a label column
-site_a/cat/1.png, site_a/dog/2.png …     images, in a folder a class
-x.npy, y.npy, sizes.npy                  all clients' examples one after another, memory-mapped; how many each has
+site_a.npz, site_b.npz …                 a client's arrays x and y
+site_a.csv, site_b.csv … (or .parquet)   a client's table, with a label column
+site_a/cat/1.png, site_a/dog/2.png …     a client's images, in one folder for each class
+x.npy, y.npy, sizes.npy                  the examples of all clients one after another, which may be larger than the
+                                         memory, since they are mapped; and how many examples each client has
 """
 
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.tables import SUFFIXES, from_frame, read_frame
 from fedtune.errors import InputError
 
@@ -22,7 +24,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp")
 ARRAYS = ("x.npy", "y.npy", "sizes.npy")
 
 
-def load_folder(
+def from_folder(
     path: str | Path,
     *,
     label: str = "label",
@@ -34,60 +36,67 @@ def load_folder(
     standardize: bool = True,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The data set of a folder; the client's id is the name of its file or folder.
+    """The data set of a folder; a client's id is the name of its file or folder.
 
-    `label`, `features` and `standardize` are for tables, as in `fedtune.data.formats.tables`. `scale` None means
-    1 / 255 for images and 1 for everything else.
+    `label`, `features` and `standardize` are for tables, as in `from_frame`; tables take no `input_kind`, `num_classes`
+    and `scale`. `scale` None means 1 / 255 for images and 1 for everything else. `seed` draws the parts of each client,
+    except for the arrays of all clients: there a client's parts are its first examples, the next and the last.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"the folder {folder} does not exist")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    names = {entry.name for entry in entries}
-    form: dict[str, Any] = {"objective": objective, "input_kind": input_kind, "num_classes": num_classes}
-    if names >= set(ARRAYS):
-        x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
-        return FederatedDataset.from_arrays(
-            x, y, sizes, name=folder.name, scale=1.0 if scale is None else scale, **form
-        )
+    suffixes = {entry.suffix for entry in entries}
+    options: dict[str, Any] = {"name": folder.name, "objective": objective}
+    arrays: dict[str, Any] = {
+        "input_kind": input_kind,
+        "num_classes": num_classes,
+        "scale": 1.0 if scale is None else scale,
+    }
+    if {entry.name for entry in entries} >= set(ARRAYS):
+        return _from_whole_arrays(folder, **options, **arrays)
     if entries and all(entry.is_dir() for entry in entries):
-        clients, classes = _read_images(entries)
-        form["num_classes"] = len(classes) if num_classes is None else num_classes
-        return FederatedDataset.from_clients(
-            clients,
-            name=folder.name,
-            scale=1 / 255 if scale is None else scale,
-            seed=seed,
-            **form,
-        )
-    kinds = {entry.suffix for entry in entries}
-    if kinds == {".npz"}:
-        arrays = {entry.stem: _read_npz(entry) for entry in entries}
-        return FederatedDataset.from_clients(
-            arrays, name=folder.name, scale=1.0 if scale is None else scale, seed=seed, **form
-        )
-    if len(kinds) == 1 and kinds <= set(SUFFIXES):
-        import pandas as pd  # not above: worker processes never need it
+        if scale is None:
+            arrays["scale"] = 1 / 255
+        return _from_images(entries, seed=seed, **options, **arrays)
+    if suffixes == {".npz"}:
+        clients = {entry.stem: _read_npz(entry) for entry in entries}
+        return from_clients(clients, seed=seed, **options, **arrays)
+    if len(suffixes) == 1 and suffixes <= set(SUFFIXES):
+        return _from_tables(entries, label=label, features=features, standardize=standardize, seed=seed, **options)
+    raise InputError(_unknown_form(folder, entries))
 
-        frames = {entry.stem: read_frame(entry) for entry in entries}
-        if taken := [entry.name for entry in entries if "client" in frames[entry.stem].columns]:
-            raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")
-        frame = pd.concat([part.assign(client=client) for client, part in frames.items()], ignore_index=True)
-        return from_frame(
-            frame,
-            client="client",
-            label=label,
-            features=features,
-            objective=objective,
-            standardize=standardize,
-            name=folder.name,
-            seed=seed,
-        )
-    # The rarest kind first, since it is what does not belong.
+
+def _from_whole_arrays(folder: Path, **options: Any) -> FederatedDataset:
+    """The data set of the arrays of all clients; the options are those of `FederatedDataset.from_arrays`."""
+    x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
+    return FederatedDataset.from_arrays(x, y, sizes, **options)
+
+
+def _from_images(clients: Sequence[Path], *, num_classes: int | None, **options: Any) -> FederatedDataset:
+    """The data set of a folder of images for each client; the options are those of `from_clients`."""
+    images, classes = _read_images(clients)
+    return from_clients(images, num_classes=len(classes) if num_classes is None else num_classes, **options)
+
+
+def _from_tables(files: Sequence[Path], **options: Any) -> FederatedDataset:
+    """The data set of a table for each client; the options are those of `from_frame`."""
+    import pandas as pd  # not above: worker processes never need it
+
+    frames = {file.stem: read_frame(file) for file in files}
+    if taken := [file.name for file in files if "client" in frames[file.stem].columns]:
+        raise InputError(f"a client's table must have no column 'client', got one in {taken[0]}")
+    parts = [frame.assign(client=client) for client, frame in frames.items()]
+    return from_frame(pd.concat(parts, ignore_index=True), client="client", **options)
+
+
+def _unknown_form(folder: Path, entries: Sequence[Path]) -> str:
+    """The message that says what a folder must hold and what this one holds, the rarest kind first."""
     kind_of = {entry.name: "/" if entry.is_dir() else entry.suffix for entry in entries}
     count = Counter(kind_of.values())
-    odd_first = sorted(names, key=lambda name: (count[kind_of[name]], name))
-    raise InputError(
+    # The rarest kind is most likely the mistake.
+    odd_first = sorted(kind_of, key=lambda name: (count[kind_of[name]], name))
+    return (
         f"a folder of clients must hold only .npz files, only tables ({' or '.join(SUFFIXES)}), only folders of "
         f"images, or {', '.join(ARRAYS)}, got {', '.join(odd_first[:5]) or 'nothing'} in {folder}"
     )
@@ -112,7 +121,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_images(clients: Sequence[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
-    """The images of each client and the names of the classes, which are all clients' folders in alphabetical order."""
+    """The images of each client, and the names of the classes: the folders of all clients in alphabetical order."""
     found = {client.name: list(_images(client)) for client in clients}
     classes = sorted({path.parent.name for paths in found.values() for path in paths})
     if not classes:

@@ -1,25 +1,25 @@
-"""Data sets in the JSON form of LEAF, whose files `fedtune.data.formats.leaf_files` describes and reads.
+"""Data sets in the JSON form of LEAF. `fedtune.data.formats.leaf_files` describes and reads the files.
 
-LEAF has no validation part: it is cut from train, a tenth of the client's whole, at random. Of strings, which are
-windows of a text, it is the end of train, and before it as many windows are dropped as a window has characters, so that
-the parts share none. `fedtune data export` writes two things more: `validation/`, and `fedtune.json`, which holds what
-the form cannot.
+LEAF has no validation part. It is cut from train, and has a tenth of all the client's examples, drawn at random. If the
+examples are strings, they are windows of a text: then validation is the end of train, and the windows before it are
+dropped, as many as a window has characters, so that the two parts share no character. `fedtune data export` also writes
+`validation/`, and `fedtune.json`, which holds what LEAF's form can't hold.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fedtune import rng
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.leaf_files import WHOLE, Beside, LeafUser, find_part_files, part_files, read_users
-from fedtune.data.formats.text import UNKNOWN, encode_characters
-from fedtune.data.parts import part_sizes
+from fedtune.data.federated_dataset import FederatedDataset, LeafNotes
+from fedtune.data.formats.leaf_arrays import Form, arrays_of, form_of
+from fedtune.data.formats.leaf_files import WHOLE, FileNotes, find_part_files, part_files, read_users
+from fedtune.data.formats.text import CHARACTER_CLASSES
+from fedtune.data.parts import PARTS, part_sizes
 from fedtune.data.problems import Problem
-from fedtune.data.spec import PARTS, DatasetSpec
+from fedtune.data.spec import DatasetSpec, count_classes
 from fedtune.errors import InputError
 
 EXTRA = "fedtune.json"
@@ -28,23 +28,12 @@ Range = tuple[int, int]  # [start, stop) into the rows
 Parts = dict[str, dict[str, Range]]  # by part and user
 
 
-@dataclass(frozen=True)
-class Form:
-    """What the examples become."""
-
-    characters: bool
-    input_shape: tuple[int, ...]
-    x_dtype: np.dtype
-    target_shape: tuple[int, ...]
-    y_dtype: np.dtype
-
-
 def is_leaf_folder(path: str | Path) -> bool:
     """Whether a folder has LEAF's layout."""
     return bool(find_part_files(Path(path)))
 
 
-def load_leaf(
+def from_leaf(
     path: str | Path,
     *,
     name: str | None = None,
@@ -54,44 +43,39 @@ def load_leaf(
     scale: float = 1.0,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The data set in a folder of LEAF's layout; what was wrong but tolerated stands in its `tolerated`.
+    """The data set in a folder of LEAF's layout; its `tolerated` holds a warning for each harmless fault of the files.
 
-    `input_shape` is an example's, such as [28, 28], where it is not that of the lists. `input_kind` None means "token"
-    for strings, else "real". `num_classes` None means the largest label + 1, or with strings LEAF's 80 characters and
-    an unknown one. `seed` draws the validation part. A folder that fedtune wrote says all this but its name itself.
+    `input_shape` is the shape of one example, such as [28, 28]; None means the shape of the lists in the files.
+    `input_kind` None means "token" for strings and "real" for numbers. `num_classes` None means LEAF's 80 characters
+    and one class for all others if the examples are strings, else the largest label + 1. `seed` draws the validation
+    part. A folder that fedtune wrote says all this itself; of such a folder only the `name` can be changed.
     """
     folder = Path(path)
     extra = _read_extra(folder)
     form = _saved_form(extra) if extra else None
     rows: _Rows | None = None
     parts: Parts = {}
-    beside = Beside([], {})
+    notes = FileNotes([], {})
     for part, files in part_files(folder).items():
         found = parts[part] = {}
-        for user in read_users(files, beside):
-            form = form or _form_of(user, input_shape, input_kind)
+        for user in read_users(files, notes):
+            form = form or form_of(user, input_shape, input_kind)
             rows = rows or _Rows(form)
-            found[user.name] = rows.add(*pair(user, form))
+            found[user.name] = rows.add(*arrays_of(user, form))
     if form is None or rows is None:
         raise InputError(f"{folder} must hold at least one user, got none")
     rows.trim()
     if extra:
-        client_ids, spec = extra["client_ids"], _saved_spec(extra)
-        if strangers := set().union(*parts.values()).difference(client_ids):
-            raise InputError(f"{folder / EXTRA} must name every user in client_ids, got no {min(strangers)!r}")
-        none = (rows.count, rows.count)
-        ranges = [[parts.get(part, {}).get(client, none) for part in PARTS] for client in client_ids]
+        spec = _saved_spec(extra)
+        client_ids, ranges = _saved_parts(folder, extra, parts, rows.count)
     else:
-        client_ids, ranges = _three_parts(parts, rows, form, seed, beside.tolerated)
-        if not client_ids:
-            raise InputError(
-                f"{folder}: a user must have examples in train and in test, enough to cut validation from train; none "
-                f"of the {len(set().union(*parts.values()))} users has (split by sample, not by user)"
-            )
-        if num_classes is None:
-            num_classes = UNKNOWN + 1 if form.characters else max(int(rows.y.max()) + 1, 1)
+        client_ids, ranges = _three_parts(folder, parts, rows, form, seed, notes.tolerated)
         kind = input_kind or ("token" if form.characters else "real")
-        spec = DatasetSpec(form.input_shape, kind, num_classes, scale)
+        if num_classes is None and form.characters:
+            num_classes = CHARACTER_CLASSES
+        spec = DatasetSpec(form.input_shape, kind, count_classes(rows.y, num_classes), scale)
+    known = notes.hierarchies
+    hierarchies = [known.get(client) for client in client_ids] if known else None
     return FederatedDataset(
         name or (extra["name"] if extra else folder.resolve().name),
         spec,
@@ -99,14 +83,13 @@ def load_leaf(
         rows.y,
         client_ids,
         np.array(ranges, np.int64),
-        characters=form.characters,
-        hierarchies=[beside.hierarchies.get(client) for client in client_ids] if beside.hierarchies else None,
-        tolerated=beside.tolerated,
+        leaf=LeafNotes(form.characters, hierarchies),
+        tolerated=notes.tolerated,
     )
 
 
 class _Rows:
-    """All examples, in arrays that grow at their end; an eighth of them may be spare, so that they seldom move."""
+    """All examples, in arrays that grow at their end. An eighth of the rows may be spare, so that they seldom move."""
 
     def __init__(self, form: Form) -> None:
         self.x = np.empty((0, *form.input_shape), form.x_dtype)
@@ -114,7 +97,7 @@ class _Rows:
         self.count = 0
 
     def add(self, x: np.ndarray, y: np.ndarray) -> Range:
-        """Where the new examples stand."""
+        """The rows of the new examples, after they were appended."""
         start, self.count = self.count, self.count + len(y)
         if self.count > len(self.x):
             self._resize(max(self.count + self.count // 8, LARGE // (x[0].nbytes + y[0].nbytes)))
@@ -122,7 +105,7 @@ class _Rows:
         return start, self.count
 
     def trim(self) -> None:
-        """Gives back what is spare, when all examples are there."""
+        """Frees the spare rows; call it after the last `add`."""
         self._resize(self.count)
 
     def _resize(self, count: int) -> None:
@@ -130,75 +113,10 @@ class _Rows:
             array.resize((count, *array.shape[1:]), refcheck=False)  # in place: nobody holds a view
 
 
-def pair(user: LeafUser, form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """The user's (x, y), checked."""
-    return _inputs(user, form), _labels(user, form)
-
-
-def _form_of(user: LeafUser, input_shape: list[int] | None, input_kind: str | None) -> Form:
-    characters = isinstance(user.x[0], str)
-    if characters:
-        shape: tuple[int, ...] = (len(user.x[0]),)
-    elif input_shape is not None:
-        shape = tuple(input_shape)
-    else:
-        try:
-            shape = np.shape(user.x[0])
-        except ValueError:
-            shape = ()
-    kind = np.dtype(np.uint8 if characters else np.int32 if input_kind == "token" else np.float32)
-    return Form(characters, shape, kind, (), np.dtype(np.int64))
-
-
-def _inputs(user: LeafUser, form: Form) -> np.ndarray:
-    if form.characters:
-        if not all(isinstance(text, str) and len(text) == form.input_shape[0] for text in user.x):
-            raise InputError(
-                f"{user.place}: x must hold strings of {form.input_shape[0]} characters, as the first user's do"
-            )
-        return encode_characters("".join(user.x)).reshape(-1, *form.input_shape)
-    try:
-        given = np.asarray(user.x)
-    except (ValueError, OverflowError):
-        raise InputError(f"{user.place}: x must hold examples of one shape, got others") from None
-    if given.dtype.kind not in ("iu" if form.x_dtype.kind in "iu" else "iuf"):
-        wanted = "whole numbers" if form.x_dtype.kind in "iu" else "numbers, or strings of one length each"
-        raise InputError(f"{user.place}: x must hold {wanted}, got {user.x[0]!r:.40}")
-    if given[0].size != np.prod(form.input_shape, dtype=int):
-        raise InputError(f"{user.place}: an example must have shape {form.input_shape}, got {given.shape[1:]}")
-    return _exactly(given, form.x_dtype, user.place).reshape(-1, *form.input_shape)
-
-
-def _labels(user: LeafUser, form: Form) -> np.ndarray:
-    if form.characters:
-        if not all(isinstance(text, str) and len(text) == 1 for text in user.y):
-            raise InputError(f"{user.place}: y must hold strings of 1 character, got others")
-        return encode_characters("".join(user.y)).astype(form.y_dtype)
-    try:
-        given = np.asarray(user.y)
-    except (ValueError, OverflowError):
-        raise InputError(f"{user.place}: y must hold labels of one shape, got others") from None
-    if given.dtype.kind not in ("iu" if form.y_dtype.kind == "i" else "iuf"):
-        raise InputError(f"{user.place}: labels must be whole numbers, got {user.y[0]!r:.40}")
-    if given.shape[1:] != form.target_shape:
-        wanted = f"shape {form.target_shape}"
-        raise InputError(f"{user.place}: the labels of an example must have {wanted}, got {given.shape[1:]}")
-    return _exactly(given, form.y_dtype, user.place)
-
-
-def _exactly(given: np.ndarray, dtype: np.dtype, place: str) -> np.ndarray:
-    """The numbers in a dtype, whole ones only if it holds them."""
-    if dtype.kind in "iu" and given.size:
-        limits = np.iinfo(dtype)
-        if given.min() < limits.min or given.max() > limits.max:
-            raise InputError(f"{place}: whole numbers must be in {limits.min}..{limits.max}, got others")
-    return given.astype(dtype)
-
-
 def _three_parts(
-    parts: Parts, rows: _Rows, form: Form, seed: int, tolerated: list[Problem]
+    folder: Path, parts: Parts, rows: _Rows, form: Form, seed: int, tolerated: list[Problem]
 ) -> tuple[list[str], list[list[Range]]]:
-    """The clients that have, or can be given, all three parts; the others are left out with a warning."""
+    """The clients that can have three parts, and these parts; the other clients are left out with a warning."""
     kept: list[str] = []
     ranges: list[list[Range]] = []
     for user in dict.fromkeys(user for found in parts.values() for user in found):
@@ -214,16 +132,24 @@ def _three_parts(
         else:
             kept.append(user)
             ranges.append(cut)
+    if not kept:
+        num_users = len(set().union(*parts.values()))
+        raise InputError(
+            f"{folder}: a user must have examples in train and in test, enough to cut validation from train; none of "
+            f"the {num_users} users has (split by sample, not by user)"
+        )
     return kept, ranges
 
 
 def _split(held: dict[str, Range], rows: _Rows, gap: int | None, generator: np.random.Generator) -> list[Range] | None:
-    """The client's three parts; None if it has too few examples. With a gap, the parts follow in time.
+    """The client's three parts; None if it has too few examples.
 
-    Without one, what is split is sorted by part, where it stands.
+    With a `gap` the parts follow each other in time, and `gap` examples are dropped at each new cut. Without a gap the
+    parts are drawn at random, and the client's rows are put in the order of the parts.
     """
     if "validation" in held:
         return [held[part] for part in PARTS]
+    # How many examples each part gets.
     start, stop = held["train"] if "train" in held else held[WHOLE]
     skipped = (gap or 0) * (2 if WHOLE in held else 1)
     if WHOLE in held:
@@ -234,6 +160,7 @@ def _split(held: dict[str, Range], rows: _Rows, gap: int | None, generator: np.r
         train = stop - start - skipped - validation
     if min(train, validation) < 1 or (WHOLE in held and test < 1):
         return None
+    # Which examples these are.
     if gap is None:
         pieces = np.split(start + generator.permutation(stop - start), [train, train + validation])
         order = np.concatenate([np.sort(piece) for piece in pieces])
@@ -244,22 +171,33 @@ def _split(held: dict[str, Range], rows: _Rows, gap: int | None, generator: np.r
 
 
 def _read_extra(folder: Path) -> dict[str, Any] | None:
-    """What fedtune saved beside the files; None if the folder is another program's."""
+    """The content of `fedtune.json`; None if another program wrote the folder, so that there is no such file."""
     file = folder / EXTRA
     if not file.exists():
         return None
     try:
         extra = json.loads(file.read_text(encoding="utf-8"))
+        # Whatever is missing or has another type raises here, not later.
         _saved_spec(extra), _saved_form(extra), extra["name"], list[str](extra["client_ids"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} must be as `fedtune data export` wrote it, got {error!r}") from None
     return dict(extra)
 
 
+def _saved_parts(
+    folder: Path, extra: dict[str, Any], parts: Parts, num_rows: int
+) -> tuple[list[str], list[list[Range]]]:
+    """The clients that fedtune saved, and their parts; a part without examples is empty."""
+    client_ids = extra["client_ids"]
+    if strangers := set().union(*parts.values()).difference(client_ids):
+        raise InputError(f"{folder / EXTRA} must name every user in client_ids, got no {min(strangers)!r}")
+    none = (num_rows, num_rows)
+    return client_ids, [[parts.get(part, {}).get(client, none) for part in PARTS] for client in client_ids]
+
+
 def _saved_spec(extra: dict[str, Any]) -> DatasetSpec:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in extra["spec"].items()
-    }
+    items = extra["spec"].items()
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in items}
     return DatasetSpec(**fields)
 
 

@@ -1,4 +1,4 @@
-"""Data sets written in the JSON form of LEAF, which `fedtune.data.formats.leaf` reads again."""
+"""Writes data sets in the JSON form of LEAF, which `fedtune.data.formats.leaf` reads."""
 
 import dataclasses
 import json
@@ -11,16 +11,16 @@ from typing import Any, TextIO
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.leaf import EXTRA
 from fedtune.data.formats.text import decode_rows
+from fedtune.data.parts import PARTS
 from fedtune.data.problems import first_of, repeated_ids
-from fedtune.data.spec import PARTS
 from fedtune.errors import InputError
 
 
 def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file: int = 100) -> None:
-    """Write the data set into a new folder, from which `from_leaf` makes it again to the bit.
+    """Writes the data set into a new folder, from which `from_leaf` makes the same data set again, bit for bit.
 
-    A file is written user by user, and the folder appears when it is complete. An example's numbers become one list, as
-    LEAF has it; windows of LEAF's characters become strings.
+    The folder appears only when it is complete. The numbers of an example become one list, as in LEAF's files; windows
+    of LEAF's characters become strings. The text of one user is in memory at a time.
     """
     folder = Path(folder)
     if users_per_file < 1:
@@ -52,10 +52,10 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
 def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: Sequence[int]) -> None:
     sizes = dataset.num_examples(part)
     users = [dataset.client_ids[client] for client in clients]
-    beside: dict[str, Any] = {"users": users, "num_samples": [int(sizes[client]) for client in clients]}
-    if dataset.hierarchies is not None:
-        beside["hierarchies"] = [dataset.hierarchies[client] for client in clients]
-    head = json.dumps(beside)
+    lists: dict[str, Any] = {"users": users, "num_samples": [int(sizes[client]) for client in clients]}
+    if dataset.leaf.hierarchies is not None:
+        lists["hierarchies"] = [dataset.leaf.hierarchies[client] for client in clients]
+    head = json.dumps(lists)
     stream.write(f'{head[:-1]}, "user_data": {{')
     for place, client in enumerate(clients):
         stream.write(", " if place else "")
@@ -65,18 +65,18 @@ def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: S
 
 def _user_data(dataset: FederatedDataset, client: int, part: str) -> dict[str, Any]:
     x, y = dataset.examples(client, part)
-    if dataset.characters:
+    if dataset.leaf.characters:
         return {"x": decode_rows(x), "y": decode_rows(y[:, None])}
     return {"x": x.reshape(len(x), -1).tolist() if x.ndim > 1 else x.tolist(), "y": y.tolist()}
 
 
 def _extra(dataset: FederatedDataset) -> dict[str, Any]:
-    """What LEAF's form can't hold."""
+    """What LEAF's form can't hold, for `fedtune.json`."""
     return {
         "name": dataset.name,
         "spec": dataclasses.asdict(dataset.spec),
         "x_dtype": dataset.x.dtype.str,
         "y_dtype": dataset.y.dtype.str,
-        "characters": dataset.characters,
+        "characters": dataset.leaf.characters,
         "client_ids": list(dataset.client_ids),
     }

@@ -1,8 +1,8 @@
 """The files of LEAF's JSON form (Caldas et al. 2018, arXiv 1812.01097), read user by user.
 
-A file is `{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`, and may hold
-`hierarchies`, a list of what each user belongs to, such as a play. A folder has files in `train/` and `test/`, or all
-in `all_data/`, either in it or in its `data/`; what `fedtune data export` writes has `validation/` too.
+A file is `{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`. It may also hold
+`hierarchies`, a list that says for each user what the user belongs to, such as a play. A folder, or its folder `data/`,
+has the files in `train/` and `test/`, or all files in `all_data/`. `fedtune data export` also writes `validation/`.
 """
 
 import json
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedtune.data.parts import PARTS
 from fedtune.data.problems import Problem
-from fedtune.data.spec import PARTS
 from fedtune.errors import InputError
 
 WHOLE = "all_data"
@@ -22,7 +22,7 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class LeafUser(NamedTuple):
-    """What one file says of one user."""
+    """The examples of one user in one file."""
 
     file: Path
     name: str
@@ -31,19 +31,19 @@ class LeafUser(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where an error is, for its message."""
+        """The file and the user, for an error message."""
         return f"{self.file}, user {self.name!r}"
 
 
-class Beside(NamedTuple):
-    """What files say beside the examples; it is complete when all users are read."""
+class FileNotes(NamedTuple):
+    """What files say in addition to the examples. It is complete when all users have been read."""
 
-    tolerated: list[Problem]  # a warning for each thing that is wrong but does no harm
-    hierarchies: dict[str, Any]  # by user
+    tolerated: list[Problem]  # a warning for each harmless fault
+    hierarchies: dict[str, Any]  # what each user belongs to, by the user's name
 
 
 def find_part_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each part, in order of their names; empty if the folder has not LEAF's layout."""
+    """The files of each part, in order of their names; empty if the folder does not have LEAF's layout."""
     for root in (folder, folder / "data"):
         files = {part: sorted((root / part).glob("*.json")) for part in (*PARTS, WHOLE)}
         if files["train"] and files["test"]:
@@ -54,26 +54,27 @@ def find_part_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def part_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each part, as in `find_part_files`. Raises InputError if the folder does not have LEAF's layout."""
     if files := find_part_files(folder):
         return files
     raise InputError(f"{folder} must hold train/*.json and test/*.json, or all_data/*.json, got no such files")
 
 
-def read_users(files: list[Path], beside: Beside) -> Iterator[LeafUser]:
-    """The users of one part's files, each checked; what else the files say is added to `beside`.
+def read_users(files: list[Path], notes: FileNotes) -> Iterator[LeafUser]:
+    """The users in the files of one part, each one checked. What else the files say is added to `notes`.
 
-    At a time, the text of one file is held, and the numbers of one user.
+    Memory holds the text of one file and the numbers of one user at a time.
     """
     seen: dict[str, Path] = {}
     for file in files:
-        for user in _users_of(file, beside):
+        for user in _users_of(file, notes):
             if user.name in seen:
                 raise InputError(f"{user.place} must be unique, got it also in {seen[user.name]}")
             seen[user.name] = file
             yield user
 
 
-def _users_of(file: Path, beside: Beside) -> Iterator[LeafUser]:
+def _users_of(file: Path, notes: FileNotes) -> Iterator[LeafUser]:
     found: dict[str, Any] = {}
     counts: dict[str, int] = {}
     try:
@@ -95,9 +96,9 @@ def _users_of(file: Path, beside: Beside) -> Iterator[LeafUser]:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     _check_lists(file, found, counts)
-    beside.tolerated.extend(_wrong_counts(file, found, counts))
+    notes.tolerated.extend(_wrong_counts(file, found, counts))
     if "hierarchies" in found:
-        _add_hierarchies(file, found["users"], found["hierarchies"], beside)
+        _add_hierarchies(file, found["users"], found["hierarchies"], notes)
 
 
 def _user(file: Path, name: str, data: Any) -> LeafUser:
@@ -130,7 +131,7 @@ def _check_lists(file: Path, found: dict[str, Any], counts: dict[str, int]) -> N
 
 
 def _wrong_counts(file: Path, found: dict[str, Any], counts: dict[str, int]) -> list[Problem]:
-    """A warning for each user whose num_samples is wrong; LEAF's own is, where it drops windows at a cut."""
+    """A warning for each user whose num_samples is wrong. LEAF's own number is wrong if LEAF drops windows at a cut."""
     return [
         Problem(
             f"client {user!r}: num_samples must be {counts[user]}, the number of its examples in {file}, got {said}",
@@ -143,30 +144,33 @@ def _wrong_counts(file: Path, found: dict[str, Any], counts: dict[str, int]) -> 
     ]
 
 
-def _add_hierarchies(file: Path, users: list[str], hierarchies: Any, beside: Beside) -> None:
-    """Keeps what each user belongs to, if that can be told: LEAF's split drops users without their hierarchies."""
+def _add_hierarchies(file: Path, users: list[str], hierarchies: Any, notes: FileNotes) -> None:
+    """Adds the hierarchies to the notes if there is one for each user, else a warning.
+
+    LEAF's split drops users but keeps their hierarchies, so that nobody knows which user has which.
+    """
     if isinstance(hierarchies, list) and len(hierarchies) == len(users):
-        beside.hierarchies.update(zip(users, hierarchies, strict=True))
+        notes.hierarchies.update(zip(users, hierarchies, strict=True))
     else:
         got = len(hierarchies) if isinstance(hierarchies, list) else f"{hierarchies!r:.40}"
         message = f"{file}: hierarchies must be a list of one for each of {len(users)} users, got {got}: left out"
-        beside.tolerated.append(Problem(message, "hierarchies left out", None, "warning"))
+        notes.tolerated.append(Problem(message, "hierarchies left out", None, "warning"))
 
 
 class _Json:
-    """A JSON text read a piece at a time."""
+    """A JSON text that is read piece by piece."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
 
     def value(self) -> Any:
-        """The value that stands here."""
+        """The next value."""
         self._skip()
         value, self.at = DECODER.raw_decode(self.text, self.at)
         return value
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that stands here; each one's value is read before the next key is asked for."""
+        """The keys of the next object. The caller reads the value of a key before it asks for another key."""
         self._take("{")
         while not self._next_is("}"):
             key = self.value()
@@ -179,7 +183,7 @@ class _Json:
         self._take("}")
 
     def end(self) -> None:
-        """Nothing more may stand here."""
+        """Raises an error if the text goes on."""
         self._skip()
         if self.at < len(self.text):
             raise json.JSONDecodeError("Extra data", self.text, self.at)

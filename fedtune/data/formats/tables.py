@@ -1,4 +1,7 @@
-"""Tables as data sets, a row an example and a client column: a pandas DataFrame, or a CSV, Parquet or Arrow file."""
+"""Data sets of tables: a pandas DataFrame, or a CSV, Parquet or Arrow file.
+
+Each row is an example, and one column names the client of each row.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.columns import column_problems, feature_columns, labels_of
 from fedtune.data.problems import BadDataError
 from fedtune.errors import InputError
@@ -18,7 +22,7 @@ ARROW_SUFFIXES = (".arrow", ".feather")
 SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
 
 
-def load_table(
+def from_table(
     path: str | Path,
     *,
     client: str,
@@ -29,11 +33,11 @@ def load_table(
     mapped: bool = False,
     seed: int = 0,
 ) -> FederatedDataset:
-    """The data set of a file; the options are those of `from_frame`.
+    """The data set of a table in a file; the options are those of `from_frame`.
 
-    With `mapped` an Arrow file is mapped into memory, not read: see `fedtune.data.formats.arrow`. Its features then
-    stay as they are, and a client's parts are its first rows, the next and the last. `standardize` None means unless
-    mapped.
+    With `mapped` an Arrow file is mapped into memory instead of read: see `fedtune.data.formats.arrow`. Then its
+    features stay as they are, and the parts of a client are its first rows, the next rows and its last rows.
+    `standardize` None means true, but false for a mapped table.
     """
     path = Path(path)
     if mapped:
@@ -57,7 +61,7 @@ def load_table(
 
 
 def read_frame(path: Path) -> "pd.DataFrame":
-    """The table in a file. Raises InputError where it can't be read."""
+    """The table in a file. Raises InputError if the file can't be read."""
     import pandas as pd  # not above: worker processes never need it
 
     if path.suffix not in SUFFIXES:
@@ -81,12 +85,17 @@ def from_frame(
     name: str = "table",
     **options: Any,
 ) -> FederatedDataset:
-    """The data set of a table: its clients by the column `client`, in order of their names, what to predict in `label`.
+    """The data set of a table, with the clients in the order of their names.
 
-    `features` None means all other columns, which must hold numbers. With `standardize` each is brought to mean 0 and
-    variance 1 over the whole table. Labels of a classification that are whole numbers from 0 are classes as they stand;
-    others, such as strings, are numbered in their order. The further options are those of
-    `FederatedDataset.from_clients`.
+    The column `client` names the client of each row, the column `label` holds what to predict. `features` None means
+    all other columns; features must be numbers. With `standardize` each feature is brought to mean 0 and variance 1
+    over the whole table. For a classification, labels that are whole numbers from 0 are the classes themselves; other
+    labels, such as strings, are numbered in their sorted order. The other options are those of `from_clients`.
+
+    Raises BadDataError, which lists every column that is wrong.
+
+        from_frame(pd.DataFrame({"user": ["a", "a", "a"], "age": [20, 30, 40], "likes": [0, 1, 1]}), client="user",
+                   label="likes")
     """
     import pandas as pd
 
@@ -98,7 +107,7 @@ def from_frame(
     x = frame[chosen].to_numpy(np.float32, na_value=np.nan, copy=standardize)
     if standardize:
         for feature in x.T:
-            finite = feature[np.isfinite(feature)].astype(np.float64)  # of the rest the check says whose it is
+            finite = feature[np.isfinite(feature)].astype(np.float64)  # the check reports the other values by client
             if len(finite):
                 feature[...] = (feature - finite.mean()) / (finite.std() or 1.0)
     y, num_classes = labels_of(frame[label], objective)
@@ -106,6 +115,5 @@ def from_frame(
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
     clients = {client_id: (x[rows], y[rows]) for client_id, rows in zip(names.tolist(), groups, strict=True)}
-    return FederatedDataset.from_clients(
-        clients, name=name, objective=objective, **{"num_classes": num_classes, **options}
-    )
+    options.setdefault("num_classes", num_classes)
+    return from_clients(clients, name=name, objective=objective, **options)
