@@ -8,7 +8,7 @@ import fedtune
 from fedtune import cli
 from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.leaf import is_leaf_folder, from_leaf
+from fedtune.data.formats.leaf import from_leaf, is_leaf_folder
 from fedtune.data.formats.leaf_export import export_leaf
 from fedtune.data.formats.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
 from fedtune.data.parts import PARTS
