@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fedtune.client.tasks import EvaluateTask, Failure, Result, Task, TrainTask, Update, describe
+from fedtune.client.tasks import EvaluateTask, Failure, Result, Task, Ticket, TrainTask, Update, describe
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.executors import worker
@@ -82,7 +82,7 @@ class StudyExecutor:
         self.describe, self.step, self.finished = pool.describe, pool.step, pool.finished
         self.collect, self.release, self.close = pool.collect, pool.release, pool.close
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """A ticket for this batch."""
         return self._pool.submit(weights, tasks, order, self._study)
 
@@ -121,9 +121,9 @@ class PoolExecutor:
         self._weights.append(weight)
         return StudyExecutor(self, len(self._queues) - 1)
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> Ticket:
         """A ticket for this batch."""
-        ticket = next(self._sequence)
+        ticket = Ticket(next(self._sequence))
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
         block = self._take_block(1 + num_updates, weights.numel())
         rows = torch.from_numpy(self._blocks[block].array).unbind()

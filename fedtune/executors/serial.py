@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedtune.client.tasks import Result, Task
+from fedtune.client.tasks import Result, Task, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.executors.machine import Machine, MachineSettings
 
@@ -39,11 +39,11 @@ class SerialExecutor:
         """Where clients train."""
         return self._machine.describe()
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """A ticket for this batch; `order` is not heeded."""
         self._num_submitted += 1
         self._waiting.append((self._num_submitted, weights, tasks))
-        return self._num_submitted
+        return Ticket(self._num_submitted)
 
     def step(self) -> None:
         """Computes the oldest batch."""

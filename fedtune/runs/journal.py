@@ -10,7 +10,7 @@ import os
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.settings import input_error
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import RoundRecord
+from fedtune.simulation.records import KEY_TYPES, Evaluation
 
 FORMAT = 3  # of the lines; a journal of another format is refused
 
@@ -46,7 +45,7 @@ LINES = {  # by event
     "drop": _fields(**_JOB, time=float, then=str),
     "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
     "end": _fields(event=str, incumbent=int, time=float),
-    "round": _fields(event=str, trial=int, record=_fields(**{each.name: each.type for each in fields(RoundRecord)})),
+    "round": _fields(event=str, trial=int, record=_fields(**KEY_TYPES)),
     "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
     "checkpoint": _fields(event=str, trial=int, round=int),
     "personalised": _fields(

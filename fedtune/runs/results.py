@@ -11,19 +11,8 @@ import pandas as pd
 
 from fedtune.runs.history import Reading, TrialHistory
 from fedtune.runs.run_folder import replacing
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import record_as_row
+from fedtune.simulation.records import RECORD_COLUMNS, Evaluation, record_as_row, totals
 from fedtune.tuning.trial import Pool, Score, Trial, rank_key
-
-TOTALS = (
-    "client_updates",
-    "bytes",
-    "lost",
-    "dropped",
-    "clipped",
-    "late",
-    "left",
-)  # summed over all rounds of all trials
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ def result_row(
     at_max_rounds = personalised.get(("at_max_rounds", best.trial, max_rounds))
     return {
         **{"rounds": len(records), "rounds_of_trial": best.rounds},
-        **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
+        **totals(records),
         "validation_error": history.tail("validation_error", best.rounds),
         "validation_error_se": history.tail("validation_error_se", best.rounds),
         **runner_up(trials, best),
@@ -152,21 +141,13 @@ def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[st
 
 
 ROUND_COLUMNS = [
-    *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
-    *(
-        "asked",
-        "late",
-        "left",
-        "unavailable",
-        "cohort",
-        "lost",
-        "dropped",
-        "clipped",
-        "client_updates",
-        "bytes",
-        "error",
-        "loss",
-        "entropy",
-    ),
-    *("validation_error", "validation_error_se", "validation_loss", "test_error", "test_loss"),
+    "tuner",
+    "seed",
+    "trial",
+    "round",
+    "virtual_time",
+    "spent",
+    "incumbent",
+    "score",
+    *RECORD_COLUMNS,
 ]

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from fedtune import rng
-from fedtune.client.tasks import Executor
+from fedtune.client.tasks import Executor, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.events import Listener
@@ -28,11 +27,10 @@ from fedtune.runs.trial_store import TrialStore
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ExtensionSettings, Settings, digest
 from fedtune.simulation.devices import Devices
-from fedtune.simulation.evaluation import Evaluation, evaluation_clients
+from fedtune.simulation.evaluation import evaluation_clients
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_row
-from fedtune.simulation.stragglers import attempt_duration, dropped_after
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
@@ -46,7 +44,7 @@ class RunningJob(Attempt):
     """A job in flight; `training` yields the tickets it waits for."""
 
     history: TrialHistory
-    training: Iterator[int]
+    training: Iterator[Ticket]
     wasted: int  # rounds that a dropped attempt had done
 
 
@@ -88,7 +86,7 @@ class Study:
             tuner, self, settings.parallel_trials, "retry" if one_federation else settings.devices.on_drop
         )
         self._devices = Devices(settings, seed, dataset.num_examples("train"), initial_weights.nbytes)
-        self._tickets: dict[RunningJob, int] = {}  # that jobs in training wait for
+        self._tickets: dict[RunningJob, Ticket] = {}  # that jobs in training wait for
         self._trials: dict[int, TrialHistory] = {}
         self._scores: list[Score] = []
         self._incumbents: list[tuple[float, int]] = []  # (virtual time, trial), from each tell on
@@ -135,7 +133,7 @@ class Study:
                 f"a job of {job.rounds - history.told} rounds was dropped {number:,} times"
             )
         self._trials[job.trial.number] = history
-        drop_time, ends = self._fate(job, number, history.told)
+        drop_time, ends = self._devices.attempt_fate(job, number, history.told)
         finishes = now + (float(ends[-1]) if drop_time is None else drop_time)
         self._journal.decide(
             "ask",
@@ -204,13 +202,6 @@ class Study:
         about = {"tuner": self.name, "seed": self.seed, "trial": job.trial.number}
         self._listener({"event": event, **about, "rung": job.rung, "rounds": job.rounds, **fields})
 
-    def _fate(self, job: Job, number: int, told: int) -> tuple[float | None, Float[np.ndarray, "round"]]:
-        """When the attempt is dropped, None if it is not, and when each of its rounds ends, counted from its start."""
-        draws = rng.stream(self.seed, "attempt", job.trial.number, job.rounds, number)
-        slowdown = attempt_duration(1.0, self._settings.devices.straggler_std, draws)
-        ends = slowdown * self._devices.ends(job.trial, told, job.rounds)
-        return dropped_after(float(ends[-1]), self._settings.devices.drop_probability, draws), ends
-
     def _new_history(self, trial: Trial) -> TrialHistory:
         return TrialHistory(trial, start=0 if trial.parent is None else self._trials[trial.parent].told)
 
@@ -222,7 +213,7 @@ class Study:
         else:
             self._tickets[running] = ticket
 
-    def _train(self, job: Job, history: TrialHistory, times: list[float], finishes: float) -> Iterator[int]:
+    def _train(self, job: Job, history: TrialHistory, times: list[float], finishes: float) -> Iterator[Ticket]:
         """Brings the trial to the job's last round: from the journal as far as it knows, then by training.
 
         `times` are those at which its rounds end.
@@ -238,7 +229,8 @@ class Study:
 
         def on_new_round(federation: Federation, record: RoundRecord) -> None:
             self._store.write(federation, record)
-            if reasons := federation.strategy.lost_reasons:
+            outcome = federation.strategy.outcome
+            if outcome is not None and (reasons := outcome.failures):
                 self._journal.note("lost", trial=number, round=record.round, reasons=reasons)
                 self._listener({"event": "lost", "tuner": self.name, "seed": self.seed, "reasons": reasons})
             on_round(record)
@@ -261,20 +253,21 @@ class Study:
         server_round: int,
         order: float,
         on_round: Callable[[Federation, RoundRecord], None] = lambda federation, record: None,
-    ) -> Generator[int, None, Federation]:
+    ) -> Generator[Ticket, None, Federation]:
         """The trial's federation after a round, from its checkpoint; `on_round` is called after every later round.
 
         Where the checkpoint is gone the trial is trained again, to the same weights.
         """
         federation = self._new_federation(
-            trial, lambda federation, record: on_round(federation, record) if record.round > server_round else None
+            trial,
+            lambda federation, record: on_round(federation, record) if record.round > server_round else None,
+            order,
         )
-        federation.grid.order = order
         if server_round and not self._restore(federation, server_round):
             history = self._trials[trial.number]
             if trial.parent is not None:
                 parent = yield from self._federation(self._trials[trial.parent].trial, history.start, order)
-                federation.restore(parent.heritage())
+                federation.restore(parent.inherited_state())
             yield from federation.advance(server_round, self._settings.evaluate_every)
             self._store.replace(federation)
         return federation
@@ -288,7 +281,9 @@ class Study:
             self._listener({"event": "warning", "message": message})
             return False
 
-    def _new_federation(self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None]) -> Federation:
+    def _new_federation(
+        self, trial: Trial, on_round: Callable[[Federation, RoundRecord], None], order: float
+    ) -> Federation:
         """The trial's federation before its first round."""
         strategy = FedTuneStrategy(
             trial,
@@ -296,7 +291,6 @@ class Study:
             self._make_policy(trial),
             cohort_size=self._settings.cohort_size,
             seed=self.seed,
-            cohort_of=lambda server_round: self._devices.plan(trial, server_round).cohort,
         )
         return Federation(
             strategy,
@@ -304,13 +298,14 @@ class Study:
             self._dataset,
             self._executor,
             self._evaluation_clients,
-            lambda server_round: self._devices.plan(trial, server_round),
+            self._devices,
             on_round,
+            order,
         )
 
     def _personalise(
         self, reading: str, trial: Trial, rounds: int, config_of: Callable[[Federation, int], Config]
-    ) -> Generator[int, None, None]:
+    ) -> Generator[Ticket, None, None]:
         """Evaluates the trial, which has had so many rounds, after local training on each evaluation client.
 
         Not where the journal has that reading.
@@ -318,12 +313,13 @@ class Study:
         if (reading, trial.number, rounds) in self._personalised:
             return
         federation = yield from self._federation(trial, rounds, self._loop.time)
-        into: list[Evaluation] = []
-        yield from federation.personalise(lambda client: config_of(federation, client), into)
-        self._personalised[reading, trial.number, rounds] = into[0]
-        self._journal.note("personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(into[0]))
+        evaluation = yield from federation.personalise(lambda client: config_of(federation, client))
+        self._personalised[reading, trial.number, rounds] = evaluation
+        self._journal.note(
+            "personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(evaluation)
+        )
 
-    def _wait(self, work: Generator[int, None, Made]) -> Generator[None, None, Made]:
+    def _wait(self, work: Generator[Ticket, None, Made]) -> Generator[None, None, Made]:
         """What `work` returns; yields until each of the tickets that it waits for is finished."""
         while True:
             try:

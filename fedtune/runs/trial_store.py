@@ -51,7 +51,7 @@ class TrialStore:
 
     def inherit(self, parent: Federation, trial: int) -> None:
         """Gives a new trial its parent's state."""
-        checkpoint.save(self._path(trial, parent.round), parent.heritage())
+        checkpoint.save(self._path(trial, parent.round), parent.inherited_state())
         self._journal.note("checkpoint", trial=trial, round=parent.round)
         self._latest[trial] = parent.round
 

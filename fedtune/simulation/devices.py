@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Int
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
+from fedtune.simulation.stragglers import attempt_duration, fails_after
 from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Job, Trial
 
 FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time
 LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does
@@ -51,22 +52,29 @@ class Device(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Whom the server asks in a round, whatever it trains; clients ascend."""
+    """The clients that the server asks in a round, ascending; the same for every trial."""
 
     clients: Int[np.ndarray, "client"]
-    left: Bool[np.ndarray, "client"]  # who drops out before answering
-    unavailable: int  # how many were drawn and could not be asked
+    drops_out: Bool[np.ndarray, "client"]  # whether the client drops out before it answers
+    unavailable: int  # number of clients that were drawn and could not be asked
 
 
 class RoundPlan(NamedTuple):
-    """One round of a trial as its devices decide it."""
+    """One round of a trial as its devices decide it: the cohort, the duration, and numbers of clients."""
 
     cohort: list[int]  # the clients whose updates count, ascending
     duration: float
     asked: int
-    late: int
-    left: int
+    stragglers: int
+    dropouts: int
     unavailable: int
+
+
+class Fate(NamedTuple):
+    """What will happen to one attempt at a job, known before it is trained. Times count from the attempt's start."""
+
+    fails_after: float | None  # None if the attempt succeeds
+    finish_times: Float[np.ndarray, "round"]  # when each of its rounds ends, unless the attempt fails before
 
 
 class Devices:
@@ -89,28 +97,32 @@ class Devices:
         """Who takes part in the trial's round, and how long it takes."""
         if server_round not in self._asked:
             self._asked[server_round] = self._ask(server_round)
-        clients, left, unavailable = self._asked[server_round]
-        finishes = self._finishes(clients, mean_epochs(trial))
-        in_time = np.flatnonzero(~left & (finishes <= self._settings.deadline))
-        counted = in_time[np.argsort(finishes[in_time], kind="stable")][: self._cohort_size]
+        clients, drops_out, unavailable = self._asked[server_round]
+        answer_times = self._answer_times(clients, mean_epochs(trial))
+        in_time = np.flatnonzero(~drops_out & (answer_times <= self._settings.deadline))
+        counted = in_time[np.argsort(answer_times[in_time], kind="stable")][: self._cohort_size]
         if len(counted) == min(self._cohort_size, len(clients)):
-            waited = float(finishes[counted].max(initial=0.0))
+            waited = float(answer_times[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):
             waited = self._settings.deadline
         else:
-            waited = float(finishes[~left].max(initial=0.0))
+            waited = float(answer_times[~drops_out].max(initial=0.0))
         return RoundPlan(
             cohort=np.sort(clients[counted]).tolist(),
             duration=self._settings.round_time + waited,
             asked=len(clients),
-            late=int((~left).sum()) - len(counted),
-            left=int(left.sum()),
+            stragglers=int((~drops_out).sum()) - len(counted),
+            dropouts=int(drops_out.sum()),
             unavailable=unavailable,
         )
 
-    def ends(self, trial: Trial, after: int, up_to: int) -> Float[np.ndarray, "round"]:
-        """The times at which the trial's rounds after + 1 to up_to end, counted from the first one's begin."""
-        return np.cumsum([self.plan(trial, server_round).duration for server_round in range(after + 1, up_to + 1)])
+    def attempt_fate(self, job: Job, number: int, after: int) -> Fate:
+        """What will happen to attempt `number` (from 0) at a job whose trial has had `after` rounds."""
+        draws = rng.stream(self._seed, "attempt", job.trial.number, job.rounds, number)
+        slowdown = attempt_duration(1.0, self._settings.straggler_std, draws)
+        durations = [self.plan(job.trial, server_round).duration for server_round in range(after + 1, job.rounds + 1)]
+        finish_times = slowdown * np.cumsum(durations)
+        return Fate(fails_after(float(finish_times[-1]), self._settings.drop_probability, draws), finish_times)
 
     def _ask(self, server_round: int) -> Asked:
         num_clients = len(self._num_train)
@@ -142,7 +154,7 @@ class Devices:
         coins = [rng.stream(self._seed, purpose, server_round, client).random() for client in clients.tolist()]
         return np.array(coins, float) < probability
 
-    def _finishes(self, clients: Int[np.ndarray, "client"], epochs: float) -> Float[np.ndarray, "client"]:
+    def _answer_times(self, clients: Int[np.ndarray, "client"], epochs: float) -> Float[np.ndarray, "client"]:
         """When each client has answered, in seconds after it was asked."""
         if self._instant:
             return np.zeros(len(clients))

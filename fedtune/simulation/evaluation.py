@@ -9,7 +9,6 @@ them does not make it 0. It is the noise of evaluation alone; that of training s
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,22 +16,10 @@ from jaxtyping import Float, Int
 from fedtune import rng
 from fedtune.client.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.simulation.records import Evaluation
 from fedtune.tuning.trial import TAIL
 
 STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
-
-
-class Evaluation(NamedTuple):
-    """Errors in [0, 1] and losses, means over the examples of all evaluated clients.
-
-    `validation_error_se` is that of `standard_error`.
-    """
-
-    validation_error: float
-    validation_loss: float
-    test_error: float
-    test_loss: float
-    validation_error_se: float
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
