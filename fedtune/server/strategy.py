@@ -19,6 +19,7 @@ from fedtune.errors import InputError
 from fedtune.server import fedavg, optimizers
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import fill, pack
+from fedtune.server.metrics import column, evaluation_means, finite_mean
 from fedtune.settings import ServerSettings
 from fedtune.tuning import fedex
 from fedtune.tuning.policy import Policy
@@ -114,7 +115,7 @@ class FedTuneStrategy(Strategy):
         metrics = [protocol.metrics(reply) for reply in answers.values()]
         updates = [protocol.weights(reply) for reply in answers.values()]
         # Move the weights and the policy.
-        num_train = _column(metrics, "num_train").astype(np.int64)
+        num_train = column(metrics, "num_train").astype(np.int64)
         mean = fedavg.average(sent.weights, updates, num_train, self.settings.clip_factor)
         weights = sent.weights
         if mean.weights is not None:
@@ -129,8 +130,8 @@ class FedTuneStrategy(Strategy):
             failed=len(sent.nodes) - len(answers),
             rejected=int(mean.rejected.sum()),
             clipped=int(mean.clipped.sum()),
-            error=_mean(metrics, "error"),
-            loss=_mean(metrics, "loss"),
+            error=finite_mean(metrics, "error"),
+            loss=finite_mean(metrics, "loss"),
             entropy=fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan"),
             failures=sorted(reply.error.reason or "" for reply in replies if reply.has_error()),
         )
@@ -156,13 +157,7 @@ class FedTuneStrategy(Strategy):
         metrics = [protocol.metrics(reply) for reply in _in_order(replies, nodes).values()]
         if not metrics:
             return None
-        return MetricRecord(
-            {
-                name: float(np.average(_column(metrics, name), weights=_column(metrics, f"num_{part}")))
-                for part in ("validation", "test")
-                for name in (f"{part}_error", f"{part}_loss")
-            }
-        )
+        return MetricRecord({**evaluation_means(metrics)})
 
     def summary(self) -> None:
         """Nothing: the run folder's settings.toml says it all."""
@@ -197,10 +192,10 @@ class FedTuneStrategy(Strategy):
         signal = self.policy.signal
         error, before = np.full(len(sent.nodes), np.nan), np.full(len(sent.nodes), np.nan)
         num_validation = np.zeros(len(sent.nodes), np.int64)
-        error[answered] = np.where(rejected, np.nan, _column(metrics, signal))
-        num_validation[answered] = _column(metrics, "num_validation")
+        error[answered] = np.where(rejected, np.nan, column(metrics, signal))
+        num_validation[answered] = column(metrics, "num_validation")
         if self.policy.needs_error_before:
-            before[answered] = _column(metrics, f"{signal}_before")
+            before[answered] = column(metrics, f"{signal}_before")
         self.policy.update(sent.drawn, error, num_validation, before if self.policy.needs_error_before else None)
 
 
@@ -209,14 +204,3 @@ def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Mes
     position = {node: index for index, node in enumerate(nodes)}
     answers = {position[reply.metadata.src_node_id]: reply for reply in replies if reply.has_content()}
     return {index: answers[index] for index in sorted(answers)}
-
-
-def _column(metrics: list[MetricRecord], name: str) -> np.ndarray:
-    return np.array([float(record[name]) for record in metrics])  # type: ignore[arg-type]
-
-
-def _mean(metrics: list[MetricRecord], name: str) -> float:
-    """The mean by validation examples over the clients whose value is finite; NaN if there is none."""
-    values, sizes = _column(metrics, name), _column(metrics, "num_validation")
-    finite = np.isfinite(values)
-    return float(np.average(values[finite], weights=sizes[finite])) if sizes[finite].sum() > 0 else float("nan")

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from fedtune import rng
 from fedtune.client.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.server.metrics import column, evaluation_means
 from fedtune.simulation.records import Evaluation
 from fedtune.tuning.trial import TAIL
 
@@ -39,16 +40,9 @@ def evaluation_tasks(dataset: FederatedDataset, clients: Int[np.ndarray, "client
 
 
 def combine(metrics: Sequence[Metrics]) -> Evaluation:
-    """The clients' metrics, weighted by their numbers of examples, summed in client order."""
-    means = {}
-    for part in ("validation", "test"):
-        sizes = np.array([client[f"num_{part}"] for client in metrics], float)
-        for kind in ("error", "loss"):
-            values = np.array([client[f"{part}_{kind}"] for client in metrics])
-            means[f"{part}_{kind}"] = float(np.dot(sizes, values) / sizes.sum())
-    sizes = np.array([client["num_validation"] for client in metrics], float)
-    errors = np.array([client["validation_error"] for client in metrics], float)
-    return Evaluation(**means, validation_error_se=standard_error(errors, sizes))
+    """The evaluation that the clients' metrics, in client order, make together."""
+    errors, sizes = column(metrics, "validation_error"), column(metrics, "num_validation")
+    return Evaluation(**evaluation_means(metrics), validation_error_se=standard_error(errors, sizes))
 
 
 def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray, "client"]) -> float:
