@@ -11,7 +11,7 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, resolve
-from fedtune.simulation.devices import Devices, mean_epochs, quantities, shuffled
+from fedtune.simulation.devices import Devices, distributions, mean_epochs, shuffled
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
@@ -197,7 +197,7 @@ def test_mean_epochs_of_a_product_of_factors():
 )
 def test_impossible_devices_are_one_clear_line(table, message):
     with pytest.raises(InputError, match=message):
-        quantities(resolve([{"data": {"name": "digits"}, "devices": table}]).devices)
+        distributions(resolve([{"data": {"name": "digits"}, "devices": table}]).devices)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedtune.errors import InputError
 from fedtune.hyperparameters import check_tuners, initial_weights, resolve_hyperparameters
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
-from fedtune.simulation.devices import check_jobs_can_end, quantities
+from fedtune.simulation.devices import check_jobs_can_end, distributions
 from fedtune.tuning.tuners import within_one_federation
 
 
@@ -56,7 +56,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
 
 def check_devices(settings: Settings) -> None:
     """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
-    quantities(settings.devices)
+    distributions(settings.devices)
     within = any(within_one_federation(name) for name in settings.tuners)
     if within:
         check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
