@@ -64,5 +64,5 @@ def test_what_becomes_of_a_dropped_job(experiment, monkeypatch, tuner, resumes, 
     for name, value in TINY.items():
         monkeypatch.setattr(experiment, name, value)
     attempts = itertools.count()
-    monkeypatch.setattr(experiment, "dropped_after", lambda *_: 0.5 if next(attempts) == dropped else None)
+    monkeypatch.setattr(experiment, "fails_after", lambda *_: 0.5 if next(attempts) == dropped else None)
     assert experiment.simulate(experiment.Cell(on_drop, resumes, 0.0, 0.5, tuner), TINY_SEED) == outcome

@@ -11,7 +11,7 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, resolve
-from fedtune.simulation.devices import Devices, mean_epochs, quantities, shuffled
+from fedtune.simulation.devices import Devices, distributions, mean_epochs, shuffled
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.policy import FedExPolicy
 from fedtune.tuning.trial import Trial
@@ -56,7 +56,7 @@ def test_over_selection_waits_for_the_fastest():
         asked = rng.stream(3, "cohort", server_round).choice(50, 8, replace=False)  # 5 * 1.6
         assert plan.cohort == sorted(asked.tolist())[:5]  # a larger number has more examples
         assert plan.duration == 1 + num_train[plan.cohort[-1]]
-        assert (plan.asked, plan.late, plan.left) == (8, 3, 0)
+        assert (plan.asked, plan.stragglers, plan.dropouts) == (8, 3, 0)
 
 
 def test_a_deadline_leaves_out_who_is_late():
@@ -66,8 +66,8 @@ def test_a_deadline_leaves_out_who_is_late():
         plan = fleet.plan(trial_of(1), server_round)
         asked = rng.stream(3, "cohort", server_round).choice(50, 5, replace=False)
         assert plan.cohort == sorted(client for client in asked.tolist() if client + 1 <= 30)
-        assert plan.late == 5 - len(plan.cohort)
-        assert plan.duration == 1 + (30 if plan.late else num_train[plan.cohort[-1]])
+        assert plan.stragglers == 5 - len(plan.cohort)
+        assert plan.duration == 1 + (30 if plan.stragglers else num_train[plan.cohort[-1]])
 
 
 def literal_plan(fleet, trial, server_round, cohort_size, round_time, deadline, bytes_):
@@ -108,7 +108,7 @@ def test_a_round_with_everything_at_once(num_clients, over_selection, deadline):
     for server_round in range(1, 60):
         plan = fleet.plan(trial_of(1, 2), server_round)
         assert plan == literal_plan(fleet, trial_of(1, 2), server_round, 5, 0.5, deadline, BYTES)
-        seen.add((len(plan.cohort) == 5, plan.asked < 5, plan.late > 0, plan.left > 0))
+        seen.add((len(plan.cohort) == 5, plan.asked < 5, plan.stragglers > 0, plan.dropouts > 0))
     assert len(seen) > 1  # the rounds differ in kind
 
 
@@ -125,8 +125,8 @@ def test_clients_drop_out_and_are_not_available_as_often_as_said():
     fleet = devices(cohort_size=20, drop_out=0.3, availability=0.8)
     plans = [fleet.plan(trial_of(1), server_round) for server_round in range(1, 101)]
     assert all(plan.asked == 20 for plan in plans)
-    assert all(len(plan.cohort) == 20 - plan.left for plan in plans)
-    left = sum(plan.left for plan in plans)
+    assert all(len(plan.cohort) == 20 - plan.dropouts for plan in plans)
+    left = sum(plan.dropouts for plan in plans)
     assert abs(left - 2000 * 0.3) < 5 * math.sqrt(2000 * 0.3 * 0.7)
     drawn = 2000 + sum(plan.unavailable for plan in plans)
     assert abs(2000 - drawn * 0.8) < 5 * math.sqrt(drawn * 0.8 * 0.2)
@@ -197,7 +197,7 @@ def test_mean_epochs_of_a_product_of_factors():
 )
 def test_impossible_devices_are_one_clear_line(table, message):
     with pytest.raises(InputError, match=message):
-        quantities(resolve([{"data": {"name": "digits"}, "devices": table}]).devices)
+        distributions(resolve([{"data": {"name": "digits"}, "devices": table}]).devices)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def updates(*changes):
 def test_the_mean_is_weighted_by_training_examples():
     result = average(W, updates([1.0, 0.0], [0.0, 4.0]), np.array([3, 1]), clip_factor=0.0)
     torch.testing.assert_close(result.weights, W + torch.tensor([3 * 1.0 / 4, 4.0 / 4]))
-    assert not result.dropped.any()
+    assert not result.rejected.any()
     assert not result.clipped.any()
 
 
@@ -21,7 +21,7 @@ def test_a_client_that_is_not_finite_is_dropped_and_the_rest_renormalised():
     for bad in (float("nan"), float("inf")):
         result = average(W, updates([1.0, 0.0], [bad, 0.0], [0.0, 1.0]), np.array([1, 100, 1]), clip_factor=3.0)
         torch.testing.assert_close(result.weights, W + torch.tensor([0.5, 0.5]))
-        assert result.dropped.tolist() == [False, True, False]
+        assert result.rejected.tolist() == [False, True, False]
 
 
 def test_an_exploded_update_is_clipped_to_the_median_norm_times_the_factor():
@@ -29,7 +29,7 @@ def test_an_exploded_update_is_clipped_to_the_median_norm_times_the_factor():
         result = average(W, updates([1.0, 0.0], [0.0, 1.0], [size, 0.0]), np.array([1, 1, 2]), clip_factor=3.0)
         torch.testing.assert_close(result.weights, W + torch.tensor([1.0 + 2 * 3.0, 1.0]) / 4)
         assert result.clipped.tolist() == [False, False, True]
-        assert not result.dropped.any()
+        assert not result.rejected.any()
 
 
 def test_factor_zero_turns_clipping_off():

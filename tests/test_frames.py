@@ -11,7 +11,6 @@ import pytest
 from fedtune.errors import InputError
 from fedtune.report.frames import (
     ERRORS,
-    FAULTS,
     curve_band,
     entropy_curve,
     incumbent_curve,
@@ -19,6 +18,7 @@ from fedtune.report.frames import (
     read_run,
     summary,
 )
+from fedtune.simulation.records import FAULTS
 
 NAN = math.nan
 

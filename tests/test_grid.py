@@ -239,8 +239,7 @@ class SlowExecutor:
 
 def test_a_push_becomes_one_batch_of_the_executor(initial):
     executor = SlowExecutor()
-    grid = ExecutorGrid(executor, NUM_CLIENTS)
-    grid.order = 7.0
+    grid = ExecutorGrid(executor, NUM_CLIENTS, order=7.0)
     arrays = pack(initial.numpy())
     sent = [message(arrays, 4), message(arrays, 2, error_before=True, hyperparameters={"epochs": 3})]
     assert grid.ticket(grid.push_messages(sent)) == 0

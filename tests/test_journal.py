@@ -1,14 +1,12 @@
 import json
 import math
 import zlib
-from dataclasses import fields
 
 import pytest
 
 from fedtune.errors import InputError
 from fedtune.runs.journal import FORMAT, Journal, JournalEnds
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import RoundRecord
+from fedtune.simulation.records import KEY_TYPES, Evaluation
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def ask(number):
 
 def round_of(trial, number, *, evaluated=True):
     """The line of a round."""
-    record = {field.name: 0 for field in fields(RoundRecord)} | {"error": math.nan, "loss": math.inf, "entropy": 0.0}
+    record = dict.fromkeys(KEY_TYPES, 0) | {"error": math.nan, "loss": math.inf, "entropy": 0.0}
     evaluation = [0.5] * len(Evaluation._fields) if evaluated else None
     return {"event": "round", "trial": trial, "record": record | {"round": number, "evaluation": evaluation}}
 

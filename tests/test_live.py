@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fedtune.errors import UnknownNameError
-from fedtune.report.frames import FAULTS
 from fedtune.report.live import LiveProgress, describe_faults
+from fedtune.simulation.records import FAULTS
 
 STUDIES = [("asha", 0), ("fedex", 1)]
 ROUNDS = 5

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from pydantic import ValidationError
 
+from fedtune.errors import InputError
 from fedtune.server import optimizers
+from fedtune.settings import ServerSettings
 
 W = torch.tensor([1.0, -2.0, 0.5])
 MEANS = [torch.tensor([0.5, -1.0, 0.5]), torch.tensor([0.0, -3.0, 1.0]), torch.tensor([2.0, 0.0, -1.0])]
@@ -51,3 +54,18 @@ def test_inputs_are_left_alone():
     assert torch.equal(W, torch.tensor([1.0, -2.0, 0.5]))
     assert not state.first.any()
     assert not state.second.any()
+
+
+@pytest.mark.parametrize("name", list(optimizers.HYPERPARAMETERS))
+@pytest.mark.parametrize("value", [-1e-9, 0.0, 1e-9, 1 - 1e-9, 1.0, 1 + 1e-9, 1e9, float("inf"), float("nan")])
+def test_a_searched_value_is_allowed_where_the_setting_is(name, value):
+    hyperparameter = optimizers.HYPERPARAMETERS[name]
+    assert hyperparameter.default == getattr(ServerSettings(), name)
+    allowed = []
+    for check in (lambda: ServerSettings(**{name: value}), lambda: hyperparameter.check(name, value)):
+        try:
+            check()
+            allowed.append(True)
+        except (ValidationError, InputError):
+            allowed.append(False)
+    assert allowed[0] == allowed[1]

@@ -6,8 +6,7 @@ import pytest
 
 from fedtune.runs.history import TrialHistory
 from fedtune.runs.results import result_row, runner_up, trial_rows
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import RoundRecord
+from fedtune.simulation.records import Evaluation, RoundRecord
 from fedtune.tuning.trial import Score, Trial, incumbent
 
 
@@ -17,7 +16,7 @@ def history(number: int, *evaluations: tuple[int, float, float]) -> TrialHistory
     for server_round, error, standard_error in evaluations:
         evaluation = Evaluation(error, 1.0, 0.9, 1.0, standard_error)
         counts = dict.fromkeys(("asked", "cohort", "client_updates"), 1) | dict.fromkeys(
-            ("late", "left", "unavailable", "lost", "dropped", "clipped", "bytes"), 0
+            ("stragglers", "dropouts", "unavailable", "failed", "rejected", "clipped", "bytes"), 0
         )
         record = RoundRecord(server_round, **counts, error=0.5, loss=1.0, entropy=math.nan, evaluation=evaluation)
         found.records.append(record)

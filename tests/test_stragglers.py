@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedtune import rng
-from fedtune.simulation.stragglers import attempt_duration, dropped_after
+from fedtune.simulation.stragglers import attempt_duration, fails_after
 
 NUM_DRAWS = 20_000
 # By Dvoretzky, Kiefer and Wolfowitz an empirical distribution of n draws strays further than this from its own
@@ -39,7 +39,7 @@ def test_drop_time_is_the_formula():
     uniforms = rng.stream(0, "drops").random(100)
     draws = rng.stream(0, "drops")
     for k, uniform in enumerate(uniforms, 1):
-        time = dropped_after(k / 4, 0.1, draws)
+        time = fails_after(k / 4, 0.1, draws)
         survives = 1 - uniform <= 0.9 ** (k / 4)
         assert (time is None) == survives
         if time is not None:
@@ -50,7 +50,7 @@ def test_drop_time_is_the_formula():
 def test_drop_times_have_a_constant_hazard_up_to_the_duration(duration, drop_probability):
     """False alarm: 1e-9 a case. P(dropped by t) = 1 - (1 - p)^t for t <= d, and the rest survives."""
     draws = rng.stream(2, "drops")
-    times = [dropped_after(duration, drop_probability, draws) for _ in range(NUM_DRAWS)]
+    times = [fails_after(duration, drop_probability, draws) for _ in range(NUM_DRAWS)]
     dropped = [time for time in times if time is not None]
     assert all(0 <= time < duration for time in dropped)
     distance = strayed(dropped, lambda t: 1 - (1 - drop_probability) ** t) if dropped else 0
@@ -62,14 +62,14 @@ def test_without_noise():
     draws = rng.stream(3, "noise")
     assert attempt_duration(7.0, 0.0, draws) == 7.0
     assert attempt_duration(0.0, 2.0, draws) == 0.0
-    assert all(dropped_after(1e300, 0.0, draws) is None for _ in range(100))
-    assert all(dropped_after(0.0, 0.999, draws) is None for _ in range(100))  # no time to be dropped in
+    assert all(fails_after(1e300, 0.0, draws) is None for _ in range(100))
+    assert all(fails_after(0.0, 0.999, draws) is None for _ in range(100))  # no time to be dropped in
 
 
 def test_hazards_at_the_ends_of_the_range():
     draws = rng.stream(4, "noise")
-    assert all(dropped_after(1e6, math.nextafter(1, 0), draws) < 1e6 for _ in range(100))
-    assert all(dropped_after(1e6, 5e-324, draws) is None for _ in range(100))
+    assert all(fails_after(1e6, math.nextafter(1, 0), draws) < 1e6 for _ in range(100))
+    assert all(fails_after(1e6, 5e-324, draws) is None for _ in range(100))
 
 
 def test_no_setting_shifts_the_draws_that_follow():
@@ -77,6 +77,6 @@ def test_no_setting_shifts_the_draws_that_follow():
     for std, drop_probability in ((0.0, 0.0), (2.0, 0.0), (0.0, 0.5), (2.0, 0.001)):
         draws = rng.stream(5, "noise")
         for nominal in (1.0, 256.0):
-            dropped_after(attempt_duration(nominal, std, draws), drop_probability, draws)
+            fails_after(attempt_duration(nominal, std, draws), drop_probability, draws)
         following.add(draws.random())
     assert len(following) == 1

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.report.frames import ERRORS, FAULTS
+from fedtune.report.frames import ERRORS
 from fedtune.report.tables import chosen_lines, duration, percent, size_histogram, stats_table, summary_table
+from fedtune.simulation.records import FAULTS
 
 NAN = math.nan
 COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fedtune import rng
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
-from fedtune.simulation.stragglers import attempt_duration, dropped_after
+from fedtune.simulation.stragglers import attempt_duration, fails_after
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.successive_halving import successive_halving
 from fedtune.tuning.trial import Job, Trial, Tuner
@@ -74,7 +74,7 @@ class SimulatedJobs:
         cell, draws = self.cell, self._attempt_draws
         nominal = float(job.rounds - self._trained.get(job.trial.number, 0))
         duration = attempt_duration(nominal, cell.straggler_std, draws)
-        dropped = dropped_after(duration, cell.drop_probability, draws)
+        dropped = fails_after(duration, cell.drop_probability, draws)
         return Attempt(job, number, now + (duration if dropped is None else dropped), dropped is not None)
 
     def ready(self, attempt: Attempt) -> bool:

@@ -6,7 +6,7 @@ something was computed, `collect` gives the results of a finished ticket in the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NewType, Protocol, runtime_checkable
 
 from fedtune.tuning.space import Config, Number
 
@@ -71,6 +71,8 @@ class Failure:
 
 Result = Update | Failure | list[Metrics]
 
+Ticket = NewType("Ticket", int)  # of a batch that an executor was given
+
 
 @runtime_checkable
 class Executor(Protocol):
@@ -79,19 +81,19 @@ class Executor(Protocol):
     def describe(self) -> str:
         """Where clients train: "in ..."."""
 
-    def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> int:
+    def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """A ticket for this batch."""
 
     def step(self) -> None:
         """Computes something, or blocks until a worker has; does nothing when there is nothing to do."""
 
-    def finished(self, ticket: int) -> bool:
+    def finished(self, ticket: Ticket) -> bool:
         """True once all results of the ticket are there."""
 
-    def collect(self, ticket: int) -> list[Result]:
+    def collect(self, ticket: Ticket) -> list[Result]:
         """The results of a finished ticket, in the order of its tasks; once."""
 
-    def release(self, ticket: int) -> None:
+    def release(self, ticket: Ticket) -> None:
         """Gives back the memory of a collected ticket's updates."""
 
     def close(self) -> None:

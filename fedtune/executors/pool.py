@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fedtune.client.tasks import Failure, Result, Task, TrainTask, Update, describe
+from fedtune.client.tasks import Failure, Result, Task, Ticket, TrainTask, Update, describe
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.executors.machine import MachineSettings, side_by_side
@@ -79,7 +79,7 @@ class PoolExecutor:
         """The pool for a study, which gets workers in proportion to its share while others have work too."""
         return StudyExecutor(self, self._schedule.add_study(share))
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> Ticket:
         """A ticket for this batch, which waits in the queue of the study."""
         # Put the weights into shared memory that has a row for each update too.
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
@@ -87,7 +87,7 @@ class PoolExecutor:
         rows = torch.from_numpy(self._blocks[block].array).unbind()
         rows[0].copy_(weights)
         # Let the tasks wait.
-        ticket = next(self._tickets)
+        ticket = Ticket(next(self._tickets))
         self._batches[ticket] = Batch(tasks, block, rows, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
             self._schedule.add(order, Piece(study, ticket, index, task_cost(task, self._dataset)))
@@ -100,15 +100,15 @@ class PoolExecutor:
             return
         self._wait()
 
-    def finished(self, ticket: int) -> bool:
+    def finished(self, ticket: Ticket) -> bool:
         """True once all results of the ticket are there."""
         return self._batches[ticket].num_missing == 0
 
-    def collect(self, ticket: int) -> list[Result]:
+    def collect(self, ticket: Ticket) -> list[Result]:
         """The results of a finished ticket, in the order of its tasks."""
         return cast(list[Result], self._batches[ticket].results)
 
-    def release(self, ticket: int) -> None:
+    def release(self, ticket: Ticket) -> None:
         """Gives back the memory of the ticket's updates."""
         self._free_blocks.append(self._batches.pop(ticket).block)
 
@@ -219,7 +219,7 @@ class StudyExecutor:
         """Where clients train."""
         return self._pool.describe()
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """A ticket for this batch."""
         return self._pool.submit(weights, tasks, order, self._study)
 
@@ -227,15 +227,15 @@ class StudyExecutor:
         """Blocks until a worker of the pool has answered, is ready or has died."""
         self._pool.step()
 
-    def finished(self, ticket: int) -> bool:
+    def finished(self, ticket: Ticket) -> bool:
         """True once all results of the ticket are there."""
         return self._pool.finished(ticket)
 
-    def collect(self, ticket: int) -> list[Result]:
+    def collect(self, ticket: Ticket) -> list[Result]:
         """The results of a finished ticket, in the order of its tasks."""
         return self._pool.collect(ticket)
 
-    def release(self, ticket: int) -> None:
+    def release(self, ticket: Ticket) -> None:
         """Gives back the memory of the ticket's updates."""
         self._pool.release(ticket)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedtune.client.tasks import Result, Task
+from fedtune.client.tasks import Result, Task, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.executors.machine import Machine, MachineSettings
 
@@ -39,11 +39,11 @@ class SerialExecutor:
         """Where clients train."""
         return self._machine.describe()
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> int:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """A ticket for this batch. `order` is not used: batches are computed as they come."""
         self._num_submitted += 1
         self._waiting.append((self._num_submitted, weights, tasks))
-        return self._num_submitted
+        return Ticket(self._num_submitted)
 
     def step(self) -> None:
         """Computes the oldest batch that waits; does nothing if none waits."""
@@ -51,15 +51,15 @@ class SerialExecutor:
             ticket, weights, tasks = self._waiting.popleft()
             self._results[ticket] = self._machine.run_all(weights, tasks)
 
-    def finished(self, ticket: int) -> bool:
+    def finished(self, ticket: Ticket) -> bool:
         """True once the batch was computed."""
         return ticket in self._results
 
-    def collect(self, ticket: int) -> list[Result]:
+    def collect(self, ticket: Ticket) -> list[Result]:
         """The results of a finished ticket, in the order of its tasks."""
         return self._results.pop(ticket)
 
-    def release(self, ticket: int) -> None:
+    def release(self, ticket: Ticket) -> None:
         """Gives back the memory of a ticket's updates. There is none to give back: each update has its own memory."""
 
     def close(self) -> None:

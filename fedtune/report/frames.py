@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fedtune.errors import InputError
+from fedtune.simulation.records import FAULTS
 
 ERRORS = (
     "validation_error",
@@ -19,7 +20,6 @@ ERRORS = (
     "test_error_at_max_rounds",
 )
 CLOSE = ("runner_up", "lead", "lead_se")  # the second-best trial of a study, and how close it came
-FAULTS = ("dropped", "clipped", "lost", "late", "left")
 READINGS = {"test_error": "test error at the end", "test_error_at_max_rounds": "test error at {max_rounds} rounds"}
 
 

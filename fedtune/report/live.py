@@ -13,8 +13,8 @@ from rich.text import Text
 
 from fedtune.errors import UnknownNameError
 from fedtune.events import EVENTS
-from fedtune.report.frames import FAULTS
 from fedtune.report.tables import duration, percent
+from fedtune.simulation.records import FAULTS
 
 REFRESHES_PER_SECOND = 5
 

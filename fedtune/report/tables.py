@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.data.problems import Problem
-from fedtune.report.frames import FAULTS, READINGS, lead_line
+from fedtune.report.frames import READINGS, lead_line
+from fedtune.simulation.records import FAULTS
 
 MISSING = "–"
 COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")

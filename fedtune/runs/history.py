@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from fedtune.runs.journal import Journal
-from fedtune.simulation.evaluation import Evaluation, tail_mean
-from fedtune.simulation.records import RoundRecord, record_from_json
+from fedtune.simulation.evaluation import tail_mean
+from fedtune.simulation.records import Evaluation, RoundRecord, record_from_json
 from fedtune.tuning.trial import Trial
 
 # Which of a trial's personalised evaluations (at_max_rounds, sampled or argmax), its number, and its round then.

@@ -2,13 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import RoundRecord
+from fedtune.simulation.records import KEY_TYPES, Evaluation
 
 _Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -20,7 +19,6 @@ def _fields(**kinds: Any) -> type[BaseModel]:
     return model
 
 
-_Record = _fields(**{field.name: field.type for field in fields(RoundRecord)})
 LINES = {  # by event
     "study": _fields(
         event=str,
@@ -59,7 +57,7 @@ LINES = {  # by event
     ),
     "extend": _fields(event=str, num_configs=_Whole | None, total_rounds=int),
     "end": _fields(event=str, incumbent=int, time=float),
-    "round": _fields(event=str, trial=int, record=_Record),
+    "round": _fields(event=str, trial=int, record=_fields(**KEY_TYPES)),
     "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
     "checkpoint": _fields(event=str, trial=int, round=int),
     "personalised": _fields(

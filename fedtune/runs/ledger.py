@@ -11,7 +11,7 @@ from fedtune.errors import InputError
 from fedtune.runs.history import Reading, TrialHistory
 from fedtune.runs.results import result_row
 from fedtune.settings import ExtensionSettings, Settings
-from fedtune.simulation.evaluation import Evaluation
+from fedtune.simulation.records import Evaluation
 from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
 
 MOST_ATTEMPTS = 1000  # at one job

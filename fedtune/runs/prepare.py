@@ -13,7 +13,7 @@ from fedtune.errors import InputError
 from fedtune.hyperparameters import initial_weights, resolve_hyperparameters, resolve_tuners
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
-from fedtune.simulation.devices import check_jobs_can_end, quantities
+from fedtune.simulation.devices import check_jobs_can_end, distributions
 from fedtune.tuning.tuners import tuner_kind
 
 
@@ -56,7 +56,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
 
 def check_devices(settings: Settings) -> None:
     """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
-    quantities(settings.devices)
+    distributions(settings.devices)
     if any(not tuner_kind(name).searches for name in settings.tuners):
         check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
     elif settings.devices.on_drop == "retry":

@@ -11,20 +11,8 @@ import pandas as pd
 
 from fedtune.runs.history import Reading, TrialHistory
 from fedtune.runs.run_folder import replacing
-from fedtune.simulation.evaluation import Evaluation
-from fedtune.simulation.records import record_as_row
+from fedtune.simulation.records import RECORD_COLUMNS, Evaluation, record_as_row, totals
 from fedtune.tuning.trial import Pool, Score, Trial, rank_key
-
-TOTALS = (
-    "client_updates",
-    "bytes",
-    "lost",
-    "dropped",
-    "clipped",
-    "late",
-    "left",
-)  # summed over all rounds of all trials
-
 
 FILES = ("rounds.parquet", "trials.parquet", "timings.csv", "results.csv")  # in the order of writing
 
@@ -105,7 +93,7 @@ def result_row(
     return {
         "rounds": len(records),
         "rounds_of_trial": best.rounds,
-        **{name: sum(getattr(record, name) for record in records) for name in TOTALS},
+        **totals(records),
         "validation_error": history.tail("validation_error", best.rounds),
         "validation_error_se": history.tail("validation_error_se", best.rounds),
         **runner_up(trials, best),
@@ -159,21 +147,13 @@ def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[st
 
 
 ROUND_COLUMNS = [
-    *("tuner", "seed", "trial", "round", "virtual_time", "spent", "incumbent", "score"),
-    *(
-        "asked",
-        "late",
-        "left",
-        "unavailable",
-        "cohort",
-        "lost",
-        "dropped",
-        "clipped",
-        "client_updates",
-        "bytes",
-        "error",
-        "loss",
-        "entropy",
-    ),
-    *("validation_error", "validation_error_se", "validation_loss", "test_error", "test_loss"),
+    "tuner",
+    "seed",
+    "trial",
+    "round",
+    "virtual_time",
+    "spent",
+    "incumbent",
+    "score",
+    *RECORD_COLUMNS,
 ]

@@ -1,11 +1,12 @@
 """A study's jobs as they are trained: many federations at once, which share one executor."""
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
+from fedtune.client.tasks import Ticket
 from fedtune.errors import InputError
 from fedtune.runs.history import TrialHistory
 from fedtune.runs.journal import Journal
@@ -50,13 +51,13 @@ class TrainedJobs:
         self._store = store
         self._say = say
         self._trained: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
-        self._running: dict[JobAttempt, Generator[int, None, None]] = {}
-        self._tickets: dict[JobAttempt, int] = {}  # that the running jobs wait for
+        self._running: dict[JobAttempt, Generator[Ticket, None, None]] = {}
+        self._tickets: dict[JobAttempt, Ticket] = {}  # that the running jobs wait for
 
     def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
         """The attempt that starts now. An attempt that will fail is never computed."""
         after = history.reported_rounds
-        failure_time, round_ends = self._setup.devices.fate(job, number, after)
+        failure_time, round_ends = self._setup.devices.attempt_fate(job, number, after)
         failed = failure_time is not None
         lasts = failure_time if failure_time is not None else float(round_ends[-1])
         return JobAttempt(
@@ -117,7 +118,7 @@ class TrainedJobs:
         else:
             self._tickets[attempt] = ticket
 
-    def _train(self, attempt: JobAttempt) -> Generator[int, None, None]:
+    def _train(self, attempt: JobAttempt) -> Generator[Ticket, None, None]:
         """Brings the trial to the last round of the job: as far as the journal knows the rounds, then by training."""
         job, history = attempt.job, attempt.history
         trial, first, order = job.trial, history.reported_rounds, attempt.finish_time
@@ -134,7 +135,7 @@ class TrainedJobs:
         # A copy of a trial starts with the state that its parent had.
         if trial.parent is not None and not self._store.latest(trial.number):
             parent = yield from self._federation(self._ledger.trials[trial.parent].trial, first, order)
-            self._store.inherit(trial.number, parent.round, parent.heritage())
+            self._store.inherit(trial.number, parent.round, parent.inherited_state())
         # A study that was stopped had trained some of the rounds already.
         latest = self._store.latest(trial.number)
         for record in self._store.past_records(trial.number, first, min(latest, job.rounds)):
@@ -150,18 +151,19 @@ class TrainedJobs:
         """Writes a new round down, with the federation's state if the round was evaluated."""
         trial = federation.trial.number
         self._store.write(trial, record, None if record.evaluation is None else federation.arrays())
-        if reasons := federation.strategy.lost_reasons:
+        outcome = federation.strategy.outcome
+        if outcome is not None and (reasons := outcome.failures):
             self._journal.note("lost", trial=trial, round=record.round, reasons=reasons)
             self._say("lost", reasons=reasons)
 
-    def _federation(self, trial: Trial, server_round: int, order: float) -> Generator[int, None, Federation]:
+    def _federation(self, trial: Trial, server_round: int, order: float) -> Generator[Ticket, None, Federation]:
         """The trial's federation after a round."""
         checkpoint = yield from self._checkpoint(trial, server_round, order)
         return (yield from train(self._setup, trial, checkpoint, server_round, order, ignore))
 
     def _checkpoint(
         self, trial: Trial, server_round: int, order: float
-    ) -> Generator[int, None, Mapping[str, np.ndarray] | None]:
+    ) -> Generator[Ticket, None, Mapping[str, np.ndarray] | None]:
         """The trial's checkpoint of a round; None for round 0. If it is lost, it is trained again, to the same bits."""
         if server_round == 0:
             return None
@@ -176,13 +178,13 @@ class TrainedJobs:
         if trial.parent is not None:
             inherited_round = self._ledger.trials[trial.number].start
             parent = yield from self._federation(self._ledger.trials[trial.parent].trial, inherited_round, order)
-            start = parent.heritage()
+            start = parent.inherited_state()
         federation = yield from train(self._setup, trial, start, server_round, order, ignore)
         arrays = federation.arrays()
         self._store.replace(trial.number, server_round, arrays)
         return arrays
 
-    def _personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[int, None, None]:
+    def _personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[Ticket, None, None]:
         """Evaluates the trial after local training on each evaluation client, unless the ledger has that reading."""
         key = reading, trial.number, rounds
         if key in self._ledger.personalised:
@@ -190,12 +192,13 @@ class TrainedJobs:
         federation = yield from self._federation(trial, rounds, order=0.0)
         best = federation.best_config()
         config_of = (lambda client: best) if reading == "argmax" else federation.sampled_config
-        into: list[Any] = []
-        yield from federation.personalise(config_of, into)
-        self._ledger.personalised[key] = into[0]
-        self._journal.note("personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(into[0]))
+        evaluation = yield from federation.personalise(config_of)
+        self._ledger.personalised[key] = evaluation
+        self._journal.note(
+            "personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(evaluation)
+        )
 
-    def _waiting(self, work: Generator[int, None, Made]) -> Generator[None, None, Made]:
+    def _waiting(self, work: Generator[Ticket, None, Made]) -> Generator[None, None, Made]:
         """What `work` returns. Yields as long as a ticket that `work` waits for is not finished."""
         while True:
             try:

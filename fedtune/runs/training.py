@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from fedtune.client.tasks import Executor
+from fedtune.client.tasks import Executor, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import Settings
@@ -44,10 +44,10 @@ def train(
     to_round: int,
     order: float,
     on_round: OnRound,
-) -> Generator[int, None, Federation]:
+) -> Generator[Ticket, None, Federation]:
     """The trial's federation after `to_round` rounds, trained on from a checkpoint; from its first round if None.
 
-    It yields the executor's tickets that it waits for. `order` is its place in the executor's queue, smaller first.
+    It yields the tickets that it waits for. `order` is its place in the executor's queue, smaller first.
     """
     strategy = FedTuneStrategy(
         trial,
@@ -55,7 +55,6 @@ def train(
         setup.make_policy(trial),
         cohort_size=setup.settings.cohort_size,
         seed=setup.seed,
-        cohort_of=lambda server_round: setup.devices.plan(trial, server_round).cohort,
     )
     federation = Federation(
         strategy,
@@ -63,10 +62,10 @@ def train(
         setup.dataset,
         setup.executor,
         setup.evaluation_clients,
-        lambda server_round: setup.devices.plan(trial, server_round),
+        setup.devices,
         on_round,
+        order,
     )
-    federation.grid.order = order
     if checkpoint is not None:
         federation.restore(checkpoint)
     yield from federation.advance(to_round, setup.settings.evaluate_every)

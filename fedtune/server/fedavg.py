@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class Average(NamedTuple):
-    """The clients' mean, None where nobody returned a usable update, and what happened to each update."""
+    """The clients' mean, None if no client returned a usable update, and what happened to each update."""
 
     weights: Float[Tensor, "weight"] | None
-    dropped: Bool[np.ndarray, "client"]
+    rejected: Bool[np.ndarray, "client"]
     clipped: Bool[np.ndarray, "client"]
 
 

@@ -6,21 +6,40 @@ beta_1, beta_2, tau -> beta1, beta2, tau. Departures: v starts at 0, there at ta
 each round (Khodak et al. 2021).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from jaxtyping import Float
 from torch import Tensor
 
+from fedtune.settings import ServerSettings
 from fedtune.tuning.space import Config, Hyperparameter
 
+
+def _hyperparameter(name: str) -> Hyperparameter:
+    """The default and the range that the setting `server.<name>` has."""
+    setting = ServerSettings.model_fields[name]
+    bounds: dict[str, Any] = {}
+    for constraint in setting.metadata:
+        if isinstance(constraint, Gt | Ge):
+            low = constraint.gt if isinstance(constraint, Gt) else constraint.ge
+            bounds |= {"low": float(low), "low_open": isinstance(constraint, Gt)}  # type: ignore[arg-type]
+        elif isinstance(constraint, Lt):
+            bounds |= {"high": float(constraint.lt), "high_open": True}  # type: ignore[arg-type]
+    return Hyperparameter(default=setting.default, **bounds)
+
+
 HYPERPARAMETERS = {
-    "learning_rate": Hyperparameter(default=1.0, low=0.0, low_open=True),
-    "momentum": Hyperparameter(default=0.0, low=0.0, high=1.0, high_open=True),
-    "decay": Hyperparameter(default=0.0, low=0.0, high=1.0, high_open=True),
-    "beta1": Hyperparameter(default=0.9, low=0.0, high=1.0, high_open=True),
-    "beta2": Hyperparameter(default=0.99, low=0.0, high=1.0, high_open=True),
-    "tau": Hyperparameter(default=1e-3, low=0.0, low_open=True),
+    name: _hyperparameter(name)
+    for name in (
+        "learning_rate",
+        "momentum",
+        "decay",
+        "beta1",
+        "beta2",
+        "tau",
+    )
 }
 
 

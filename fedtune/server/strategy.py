@@ -5,8 +5,8 @@ Algorithm 7 (FedEx) with Flower's two halves of a round: `configure_train` does 
 policy. A pool of one configuration is plain federated averaging.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,30 +19,43 @@ from fedtune.errors import InputError
 from fedtune.server import fedavg, optimizers
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import fill, pack
+from fedtune.server.metrics import column, evaluation_means, finite_mean
 from fedtune.settings import ServerSettings
 from fedtune.tuning import fedex
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
 
 
-@dataclass(frozen=True)
-class RoundPlan:
-    """What the server remembers of a round between sending and aggregating."""
+class SentRound(NamedTuple):
+    """What the server remembers of a round between sending the messages and aggregating the replies."""
 
     server_round: int
     weights: torch.Tensor
-    nodes: list[int]  # in client order
-    drawn: np.ndarray  # (client, factor): the configuration of each
+    nodes: list[int]  # the cohort's, in client order
+    drawn: np.ndarray  # (client, factor): the configuration of each client
+
+
+class RoundOutcome(NamedTuple):
+    """What happened in a round to the clients that were sent messages."""
+
+    cohort: int  # clients that were sent a message
+    failed: int  # clients without a reply, or whose program raised
+    rejected: int  # updates that were not finite
+    clipped: int  # updates that were scaled down
+    error: float  # mean validation error after local training, over the clients whose error is finite; NaN if none is
+    loss: float  # likewise
+    entropy: float  # of theta, in nats; NaN if the pool has one configuration
+    failures: list[str]  # what the failed clients reported, sorted
 
 
 class FedTuneStrategy(Strategy):
-    """FedAvg with a server optimiser, for one trial whose configurations a policy hands out.
+    """FedAvg with a server optimiser, for one trial; a policy chooses each client's configuration.
 
-    All randomness comes from streams keyed by `seed`.
-    `nodes` are the nodes in client order; None means by ascending node id. `cohort_of` gives a round's clients,
-    ascending; None draws `cohort_size` of them. Every `evaluate_every` rounds Flower's own
-    loop has all of them evaluate the weights. Between rounds the whole state is `optimizer_state` and the policy's;
-    the weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
+    All randomness comes from streams keyed by `seed`. `nodes` are the nodes in client order; None means by ascending
+    node id. Flower calls `configure_train`, which draws a cohort of `cohort_size` clients; a simulation, which knows
+    the cohort, calls `configure_cohort`. In Flower's own loop all nodes evaluate the weights every `evaluate_every`
+    rounds. `outcome` says what happened in the last round. Between rounds the whole state is `optimizer_state` and the
+    policy's state. The weights travel as Flower's ArrayRecord, one flat float32 array called "weights".
     """
 
     def __init__(
@@ -55,7 +68,6 @@ class FedTuneStrategy(Strategy):
         seed: int,
         nodes: Sequence[int] | None = None,
         evaluate_every: int = 1,
-        cohort_of: Callable[[int], list[int]] | None = None,
     ) -> None:
         self.trial = trial
         self.settings = settings
@@ -65,63 +77,66 @@ class FedTuneStrategy(Strategy):
         self.optimizer_state: optimizers.OptimizerState | None = None
         self._nodes = nodes
         self._evaluate_every = evaluate_every
-        self._cohort_of = cohort_of
-        self._plan: RoundPlan | None = None
-        self.lost_reasons: list[str] = []  # what the last round's lost clients said
+        self._sent: SentRound | None = None
+        self.outcome: RoundOutcome | None = None  # of the last round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's messages: the shared weights, and for each client its own configuration and seed."""
+        """The messages to a cohort that is drawn at random."""
+        cohort = self._cohort(server_round, len(self._nodes_in_client_order(grid)))
+        return self.configure_cohort(server_round, cohort, arrays, config, grid)
+
+    def configure_cohort(
+        self, server_round: int, cohort: Sequence[int], arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The messages to the clients of the cohort, ascending: the weights, and each one's configuration and seed."""
         all_nodes = self._nodes_in_client_order(grid)
-        clients = self._cohort_of(server_round) if self._cohort_of else self._cohort(server_round, len(all_nodes))
-        nodes = [all_nodes[client] for client in clients]
+        nodes = [all_nodes[client] for client in cohort]
         drawn = self.policy.draw(rng.stream(self.seed, "policy", self.trial.number, server_round), len(nodes))  # 4
-        self._plan = RoundPlan(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
-        return [
-            Message(
-                fill(
-                    RecordDict(), {"arrays": arrays, "config": self._client_config(config, server_round, client, row)}
-                ),
-                dst_node_id=node,
-                message_type=MessageType.TRAIN,
-            )  # 3
-            for client, node, row in zip(clients, nodes, drawn, strict=True)
-        ]
+        self._sent = SentRound(server_round, torch.from_numpy(arrays["weights"].numpy()), nodes, drawn)
+        messages = []
+        for client, node, row in zip(cohort, nodes, drawn, strict=True):
+            client_config = self._client_config(config, server_round, client, row)
+            content = fill(RecordDict(), {"arrays": arrays, "config": client_config})
+            messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))  # 3
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new weights and the round's numbers; without a usable update the weights stay as they were."""
-        plan = self._plan
-        assert plan is not None
-        assert plan.server_round == server_round
+        sent = self._sent
+        assert sent is not None
+        assert sent.server_round == server_round
+        # Read the replies in client order.
         replies = list(replies)
-        self.lost_reasons = sorted(reply.error.reason or "" for reply in replies if reply.has_error())
-        answers = _in_order(replies, plan.nodes)
+        answers = _in_order(replies, sent.nodes)
         metrics = [protocol.metrics(reply) for reply in answers.values()]
         updates = [protocol.weights(reply) for reply in answers.values()]
-        num_train = _column(metrics, "num_train").astype(np.int64)
-        mean = fedavg.average(plan.weights, updates, num_train, self.settings.clip_factor)
-        weights = plan.weights
+        # Move the weights and the policy.
+        num_train = column(metrics, "num_train").astype(np.int64)
+        mean = fedavg.average(sent.weights, updates, num_train, self.settings.clip_factor)
+        weights = sent.weights
         if mean.weights is not None:
-            state = self.optimizer_state or optimizers.init(plan.weights)
+            state = self.optimizer_state or optimizers.init(sent.weights)
             weights, self.optimizer_state = optimizers.update(
-                self.settings.optimizer, state, plan.weights, mean.weights, self.trial.server, server_round
+                self.settings.optimizer, state, sent.weights, mean.weights, self.trial.server, server_round
             )  # 8
-        self._update_policy(plan, list(answers), metrics, mean.dropped)  # 9, 10
-        entropy = fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan")
-        return pack(weights.numpy()), MetricRecord(
-            {
-                "cohort": len(plan.nodes),
-                "lost": len(plan.nodes) - len(answers),
-                "dropped": int(mean.dropped.sum()),
-                "clipped": int(mean.clipped.sum()),
-                "error": _mean(metrics, "error"),
-                "loss": _mean(metrics, "loss"),
-                "entropy": entropy,
-            }
+        self._update_policy(sent, list(answers), metrics, mean.rejected)  # 9, 10
+        # Say what happened.
+        self.outcome = RoundOutcome(
+            cohort=len(sent.nodes),
+            failed=len(sent.nodes) - len(answers),
+            rejected=int(mean.rejected.sum()),
+            clipped=int(mean.clipped.sum()),
+            error=finite_mean(metrics, "error"),
+            loss=finite_mean(metrics, "loss"),
+            entropy=fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan"),
+            failures=sorted(reply.error.reason or "" for reply in replies if reply.has_error()),
         )
+        numbers = {name: value for name, value in self.outcome._asdict().items() if name != "failures"}
+        return pack(weights.numpy()), MetricRecord(numbers)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -142,13 +157,7 @@ class FedTuneStrategy(Strategy):
         metrics = [protocol.metrics(reply) for reply in _in_order(replies, nodes).values()]
         if not metrics:
             return None
-        return MetricRecord(
-            {
-                name: float(np.average(_column(metrics, name), weights=_column(metrics, f"num_{part}")))
-                for part in ("validation", "test")
-                for name in (f"{part}_error", f"{part}_loss")
-            }
-        )
+        return MetricRecord({**evaluation_means(metrics)})
 
     def summary(self) -> None:
         """Nothing: the run folder's settings.toml says it all."""
@@ -177,17 +186,17 @@ class FedTuneStrategy(Strategy):
         )
 
     def _update_policy(
-        self, plan: RoundPlan, answered: list[int], metrics: list[MetricRecord], dropped: np.ndarray
+        self, sent: SentRound, answered: list[int], metrics: list[MetricRecord], rejected: np.ndarray
     ) -> None:
-        """Tells the policy of the whole cohort: a dropped update has the error NaN, a lost client no examples."""
+        """Reports the whole cohort to the policy: a rejected update has the error NaN, a failed client no examples."""
         signal = self.policy.signal
-        error, before = np.full(len(plan.nodes), np.nan), np.full(len(plan.nodes), np.nan)
-        num_validation = np.zeros(len(plan.nodes), np.int64)
-        error[answered] = np.where(dropped, np.nan, _column(metrics, signal))
-        num_validation[answered] = _column(metrics, "num_validation")
+        error, before = np.full(len(sent.nodes), np.nan), np.full(len(sent.nodes), np.nan)
+        num_validation = np.zeros(len(sent.nodes), np.int64)
+        error[answered] = np.where(rejected, np.nan, column(metrics, signal))
+        num_validation[answered] = column(metrics, "num_validation")
         if self.policy.needs_error_before:
-            before[answered] = _column(metrics, f"{signal}_before")
-        self.policy.update(plan.drawn, error, num_validation, before if self.policy.needs_error_before else None)
+            before[answered] = column(metrics, f"{signal}_before")
+        self.policy.update(sent.drawn, error, num_validation, before if self.policy.needs_error_before else None)
 
 
 def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Message]:
@@ -195,14 +204,3 @@ def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Mes
     position = {node: index for index, node in enumerate(nodes)}
     answers = {position[reply.metadata.src_node_id]: reply for reply in replies if reply.has_content()}
     return {index: answers[index] for index in sorted(answers)}
-
-
-def _column(metrics: list[MetricRecord], name: str) -> np.ndarray:
-    return np.array([float(record[name]) for record in metrics])  # type: ignore[arg-type]
-
-
-def _mean(metrics: list[MetricRecord], name: str) -> float:
-    """The mean by validation examples over the clients whose value is finite; NaN if there is none."""
-    values, sizes = _column(metrics, name), _column(metrics, "num_validation")
-    finite = np.isfinite(values)
-    return float(np.average(values[finite], weights=sizes[finite])) if sizes[finite].sum() > 0 else float("nan")

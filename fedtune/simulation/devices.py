@@ -21,11 +21,10 @@ from jaxtyping import Bool, Float, Int
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
-from fedtune.simulation.stragglers import attempt_duration, dropped_after
+from fedtune.simulation.stragglers import attempt_duration, fails_after
 from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
 from fedtune.tuning.trial import Job, Trial
 
-FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time
 LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does
 
 
@@ -39,7 +38,14 @@ class LogNormal(NamedTuple):
         return float(self.median * math.exp(self.sigma * draws.standard_normal()))
 
 
-Quantity = float | Domain | LogNormal
+Distribution = float | Domain | LogNormal  # a number is the same for every client
+
+RANGES: dict[str, dict[str, Any]] = {  # in which a distribution's values must lie, for each field of Device
+    "seconds_per_example": {"low": 0},
+    "download_speed": {"low": 0, "low_open": True},
+    "upload_speed": {"low": 0, "low_open": True},
+    "availability": {"low": 0, "low_open": True, "high": 1},
+}
 
 
 class Device(NamedTuple):
@@ -52,22 +58,29 @@ class Device(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Whom the server asks in a round, whatever it trains; clients ascend."""
+    """The clients that the server asks in a round, ascending; the same for every trial."""
 
     clients: Int[np.ndarray, "client"]
-    left: Bool[np.ndarray, "client"]  # who drops out before answering
-    unavailable: int  # how many were drawn and could not be asked
+    drops_out: Bool[np.ndarray, "client"]  # whether the client drops out before it answers
+    unavailable: int  # number of clients that were drawn and could not be asked
 
 
 class RoundPlan(NamedTuple):
-    """One round of a trial as its devices decide it."""
+    """One round of a trial as its devices decide it: the cohort, the duration, and numbers of clients."""
 
     cohort: list[int]  # the clients whose updates count, ascending
     duration: float
     asked: int
-    late: int
-    left: int
+    stragglers: int
+    dropouts: int
     unavailable: int
+
+
+class Fate(NamedTuple):
+    """What will happen to one attempt at a job, known before it is trained. Times count from the attempt's start."""
+
+    fails_after: float | None  # None if the attempt succeeds
+    finish_times: Float[np.ndarray, "round"]  # when each of its rounds ends, unless the attempt fails before
 
 
 class Devices:
@@ -80,9 +93,11 @@ class Devices:
         self._weight_bytes = weight_bytes
         self._cohort_size = settings.cohort_size
         self._num_asked = min(len(num_train), math.ceil(settings.cohort_size * (1 + self._settings.over_selection)))
-        self._quantities = quantities(self._settings)
-        self._always_there = self._quantities["availability"] == 1.0
-        self._instant = all(self._quantities[name] == free for name, free in FREE.items())
+        self._distributions = distributions(self._settings)
+        without_table = distributions(DevicesSettings())
+        usual = {name for name in RANGES if self._distributions[name] == without_table[name]}
+        self._always_available = "availability" in usual
+        self._instant = usual >= RANGES.keys() - {"availability"}  # clients take no time
         self._asked: dict[int, Asked] = {}  # by round
         self._devices: dict[int, Device] = {}  # of the clients that were asked so far
 
@@ -90,40 +105,37 @@ class Devices:
         """Who takes part in the trial's round, and how long it takes."""
         if server_round not in self._asked:
             self._asked[server_round] = self._ask(server_round)
-        clients, left, unavailable = self._asked[server_round]
-        finishes = self._finishes(clients, mean_epochs(trial))
-        in_time = np.flatnonzero(~left & (finishes <= self._settings.deadline))
-        counted = in_time[np.argsort(finishes[in_time], kind="stable")][: self._cohort_size]
+        clients, drops_out, unavailable = self._asked[server_round]
+        answer_times = self._answer_times(clients, mean_epochs(trial))
+        in_time = np.flatnonzero(~drops_out & (answer_times <= self._settings.deadline))
+        counted = in_time[np.argsort(answer_times[in_time], kind="stable")][: self._cohort_size]
         if len(counted) == min(self._cohort_size, len(clients)):
-            waited = float(finishes[counted].max(initial=0.0))
+            waited = float(answer_times[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):
             waited = self._settings.deadline
         else:
-            waited = float(finishes[~left].max(initial=0.0))
+            waited = float(answer_times[~drops_out].max(initial=0.0))
         return RoundPlan(
             cohort=np.sort(clients[counted]).tolist(),
             duration=self._settings.round_time + waited,
             asked=len(clients),
-            late=int((~left).sum()) - len(counted),
-            left=int(left.sum()),
+            stragglers=int((~drops_out).sum()) - len(counted),
+            dropouts=int(drops_out.sum()),
             unavailable=unavailable,
         )
 
-    def ends(self, trial: Trial, after: int, up_to: int) -> Float[np.ndarray, "round"]:
-        """The times at which the trial's rounds after + 1 to up_to end, counted from the first one's begin."""
-        return np.cumsum([self.plan(trial, server_round).duration for server_round in range(after + 1, up_to + 1)])
-
-    def fate(self, job: Job, number: int, after: int) -> tuple[float | None, Float[np.ndarray, "round"]]:
-        """When the attempt fails, None if it does not, and when each of its rounds ends, counted from its start."""
+    def attempt_fate(self, job: Job, number: int, after: int) -> Fate:
+        """What will happen to attempt `number` (from 0) at a job whose trial has had `after` rounds."""
         draws = rng.stream(self._seed, "attempt", job.trial.number, job.rounds, number)
         slowdown = attempt_duration(1.0, self._settings.straggler_std, draws)
-        ends = slowdown * self.ends(job.trial, after, job.rounds)
-        return dropped_after(float(ends[-1]), self._settings.drop_probability, draws), ends
+        durations = [self.plan(job.trial, server_round).duration for server_round in range(after + 1, job.rounds + 1)]
+        finish_times = slowdown * np.cumsum(durations)
+        return Fate(fails_after(float(finish_times[-1]), self._settings.drop_probability, draws), finish_times)
 
     def _ask(self, server_round: int) -> Asked:
         num_clients = len(self._num_train)
         draws = rng.stream(self._seed, "cohort", server_round)
-        if self._always_there:
+        if self._always_available:
             clients, unavailable = draws.choice(num_clients, self._num_asked, replace=False).tolist(), 0
         else:
             clients, unavailable = self._available(server_round, draws)
@@ -150,7 +162,7 @@ class Devices:
         coins = [rng.stream(self._seed, purpose, server_round, client).random() for client in clients.tolist()]
         return np.array(coins, float) < probability
 
-    def _finishes(self, clients: Int[np.ndarray, "client"], epochs: float) -> Float[np.ndarray, "client"]:
+    def _answer_times(self, clients: Int[np.ndarray, "client"], epochs: float) -> Float[np.ndarray, "client"]:
         """When each client has answered, in seconds after it was asked."""
         if self._instant:
             return np.zeros(len(clients))
@@ -164,46 +176,53 @@ class Devices:
         return self._devices[client]
 
     def _draw_device(self, client: int) -> Device:
-        return Device(
-            **{
-                name: quantity
-                if isinstance(quantity, float)
-                else float(quantity.sample(rng.stream(self._seed, f"device {name}", client)))
-                for name, quantity in self._quantities.items()
-            }
-        )
+        values = {}
+        for name, distribution in self._distributions.items():
+            if isinstance(distribution, float):
+                values[name] = distribution
+            else:
+                values[name] = float(distribution.sample(rng.stream(self._seed, f"device {name}", client)))
+        return Device(**values)
 
 
-def quantities(settings: DevicesSettings) -> dict[str, Quantity]:
-    """What each device is drawn from, checked: a number or a distribution for each field of Device."""
-    return {name: _quantity(f"devices.{name}", getattr(settings, name)) for name in Device._fields}
+def distributions(settings: DevicesSettings) -> dict[str, Distribution]:
+    """What each field of a Device is drawn from. Raises InputError if a setting has an impossible value."""
+    return {name: _distribution(name, getattr(settings, name)) for name in RANGES}
 
 
-def _quantity(name: str, value: float | dict[str, Any]) -> Quantity:
-    ends: tuple[float, ...]
-    quantity: Quantity
-    if not isinstance(value, dict):
-        quantity, ends = float(value), (value,)
-    elif list(value) == ["log_normal"]:
-        given = value["log_normal"]
-        if not isinstance(given, list) or len(given) != 2:
-            raise InputError(f"{name}: log_normal must be [median, sigma], got {given!r}")
-        median = float(checked_number(f"{name}: the median of log_normal", given[0], low=0, low_open=True))
-        sigma = float(checked_number(f"{name}: the sigma of log_normal", given[1], low=0, high=10))
-        quantity, ends = LogNormal(median, sigma), (median,)
-        if name == "devices.availability":
-            raise InputError(f"{name} must be a probability, got {value!r}, which has no upper end")
+def _distribution(name: str, value: float | dict[str, Any]) -> Distribution:
+    """The distribution that the setting `devices.<name>` describes, checked."""
+    setting = f"devices.{name}"
+    distribution = _parse(setting, value)
+    bounds: tuple[Any, ...]
+    if isinstance(distribution, float):
+        bounds = (distribution,)
+    elif isinstance(distribution, Choice):
+        bounds = distribution.options
+    elif not isinstance(distribution, LogNormal):
+        bounds = (distribution.low, distribution.high)
+    elif name == "availability":
+        raise InputError(f"{setting} must be a probability, got {value!r}, which has no upper end")
     else:
-        quantity = parse_domain(name, value)
-        ends = quantity.options if isinstance(quantity, Choice) else (quantity.low, quantity.high)
-    for end in ends:
-        if name == "devices.availability":
-            checked_number(name, end, low=0, high=1, low_open=True)
-        elif name == "devices.seconds_per_example":
-            checked_number(name, end, low=0)
-        elif end != math.inf:
-            checked_number(name, end, low=0, low_open=True)
-    return quantity
+        bounds = (distribution.median,)
+    for bound in bounds:
+        if not (bound == math.inf and name in ("download_speed", "upload_speed")):
+            checked_number(setting, bound, **RANGES[name])
+    return distribution
+
+
+def _parse(setting: str, value: float | dict[str, Any]) -> Distribution:
+    if not isinstance(value, dict):
+        return float(value)
+    if list(value) != ["log_normal"]:
+        return parse_domain(setting, value)
+    given = value["log_normal"]
+    if not isinstance(given, list) or len(given) != 2:
+        raise InputError(f"{setting}: log_normal must be [median, sigma], got {given!r}")
+    return LogNormal(
+        float(checked_number(f"{setting}: the median of log_normal", given[0], low=0, low_open=True)),
+        float(checked_number(f"{setting}: the sigma of log_normal", given[1], low=0, high=10)),
+    )
 
 
 def check_jobs_can_end(settings: DevicesSettings, longest_job: int) -> None:

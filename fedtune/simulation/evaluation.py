@@ -9,7 +9,6 @@ them does not make it 0. It is the noise of evaluation alone; that of training s
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,22 +16,11 @@ from jaxtyping import Float, Int
 from fedtune import rng
 from fedtune.client.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.server.metrics import column, evaluation_means
+from fedtune.simulation.records import Evaluation
 from fedtune.tuning.trial import TAIL
 
 STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
-
-
-class Evaluation(NamedTuple):
-    """Errors in [0, 1] and losses, means over the examples of all evaluated clients.
-
-    `validation_error_se` is that of `standard_error`.
-    """
-
-    validation_error: float
-    validation_loss: float
-    test_error: float
-    test_loss: float
-    validation_error_se: float
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
@@ -52,16 +40,9 @@ def evaluation_tasks(dataset: FederatedDataset, clients: Int[np.ndarray, "client
 
 
 def combine(metrics: Sequence[Metrics]) -> Evaluation:
-    """The clients' metrics, weighted by their numbers of examples, summed in client order."""
-    means = {}
-    for part in ("validation", "test"):
-        sizes = np.array([client[f"num_{part}"] for client in metrics], float)
-        for kind in ("error", "loss"):
-            values = np.array([client[f"{part}_{kind}"] for client in metrics])
-            means[f"{part}_{kind}"] = float(np.dot(sizes, values) / sizes.sum())
-    sizes = np.array([client["num_validation"] for client in metrics], float)
-    errors = np.array([client["validation_error"] for client in metrics], float)
-    return Evaluation(**means, validation_error_se=standard_error(errors, sizes))
+    """The evaluation that the clients' metrics, in client order, make together."""
+    errors, sizes = column(metrics, "validation_error"), column(metrics, "num_validation")
+    return Evaluation(**evaluation_means(metrics), validation_error_se=standard_error(errors, sizes))
 
 
 def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray, "client"]) -> float:

@@ -1,10 +1,10 @@
 """One federation in training: the body of a trial.
 
-`advance` and `personalise` are generators that yield the executor's ticket they wait for, so that a study can keep many
-federations in flight at once and the executor always has work of several to choose from.
+A generator here yields the executor's ticket that it waits for, and is resumed once that ticket is finished. So a study
+can keep many federations in flight at once, and the executor always has work of several to choose from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ from flwr.app import ConfigRecord
 from jaxtyping import Float, Int
 
 from fedtune import rng
-from fedtune.client.tasks import Executor, Failure, Metrics, PersonaliseTask
+from fedtune.client.tasks import Executor, Failure, Metrics, PersonaliseTask, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.flower_compat import pack
 from fedtune.server.optimizers import OptimizerState
-from fedtune.server.strategy import FedTuneStrategy
-from fedtune.simulation.devices import RoundPlan
-from fedtune.simulation.evaluation import Evaluation, combine, evaluation_tasks, flatten
+from fedtune.server.strategy import FedTuneStrategy, RoundOutcome
+from fedtune.simulation.devices import Devices, RoundPlan
+from fedtune.simulation.evaluation import combine, evaluation_tasks, flatten
 from fedtune.simulation.grid import ExecutorGrid
-from fedtune.simulation.records import RoundRecord
+from fedtune.simulation.records import Evaluation, RoundRecord
 from fedtune.tuning import fedex
+from fedtune.tuning.policy import with_prefix
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool
 
@@ -30,7 +31,8 @@ from fedtune.tuning.trial import Pool
 class Federation:
     """The weights, the server's state and the round of one trial.
 
-    `plan_of` says of a round who takes part; `on_round` is called after each one.
+    `on_round` is called after each round. If the executor has work of several federations, it does the work of the one
+    with the smallest `order` first.
     """
 
     def __init__(
@@ -40,47 +42,52 @@ class Federation:
         dataset: FederatedDataset,
         executor: Executor,
         evaluation_clients: Int[np.ndarray, "client"],
-        plan_of: Callable[[int], RoundPlan],
+        devices: Devices,
         on_round: Callable[["Federation", RoundRecord], None],
+        order: float = 0.0,
     ) -> None:
         self.strategy = strategy
         self.trial = strategy.trial
         self.weights = weights
         self.round = 0
-        self.grid = ExecutorGrid(executor, dataset.num_clients)
+        self._grid = ExecutorGrid(executor, dataset.num_clients, order)
         self._dataset = dataset
         self._executor = executor
         self._clients = evaluation_clients
-        self._plan_of = plan_of
+        self._devices = devices
         self._on_round = on_round
+        self._order = order
 
-    def advance(self, to_round: int, evaluate_every: int) -> Iterator[int]:
+    def advance(self, to_round: int, evaluate_every: int) -> Iterator[Ticket]:
         """Trains until `to_round` rounds are done; evaluates every `evaluate_every` rounds and after the last."""
         while self.round < to_round:
             self.round += 1
+            # Train the clients that the devices let take part.
+            plan = self._devices.plan(self.trial, self.round)
             arrays = pack(self.weights.numpy())
-            message_ids = self.grid.push_messages(
-                self.strategy.configure_train(self.round, arrays, ConfigRecord(), self.grid)
+            message_ids = self._grid.push_messages(
+                self.strategy.configure_cohort(self.round, plan.cohort, arrays, ConfigRecord(), self._grid)
             )
-            if message_ids:  # nobody is asked where no client is in time
-                yield self.grid.ticket(message_ids)
-            replies = self.grid.pull_messages(message_ids)
-            new_arrays, metrics = self.strategy.aggregate_train(self.round, replies)
+            if message_ids:  # without a client in time there is nothing to wait for
+                yield self._grid.ticket(message_ids)
+            # Aggregate their replies.
+            new_arrays, _ = self.strategy.aggregate_train(self.round, self._grid.pull_messages(message_ids))
+            outcome = self.strategy.outcome
             assert new_arrays is not None
-            assert metrics is not None
+            assert outcome is not None
             self.weights = torch.from_numpy(new_arrays["weights"].numpy())
+            # Evaluate the new weights.
             evaluation = None
             if self.round % evaluate_every == 0 or self.round == to_round:
-                ticket = self._executor.submit(
-                    self.weights, evaluation_tasks(self._dataset, self._clients), self.grid.order
-                )
+                tasks = evaluation_tasks(self._dataset, self._clients)
+                ticket = self._executor.submit(self.weights, tasks, self._order)
                 yield ticket
                 evaluation = combine(flatten(self._take(ticket)))
-            self._record(dict(metrics), evaluation)
-        self.grid.release()
+            self._on_round(self, self._record(plan, outcome, evaluation))
+        self._grid.release()
 
-    def personalise(self, config_of: Callable[[int], Config], into: list[Evaluation]) -> Iterator[int]:
-        """Appends the evaluation after local training with `config_of(client)`, each client from the global weights.
+    def personalise(self, config_of: Callable[[int], Config]) -> Generator[Ticket, None, Evaluation]:
+        """Returns the evaluation after local training with `config_of(client)`, each client from the global weights.
 
         A client whose program raises counts as wrong on every example.
         """
@@ -92,17 +99,12 @@ class Federation:
             )
             for client in self._clients.tolist()
         ]
-        ticket = self._executor.submit(self.weights, tasks, self.grid.order)
+        ticket = self._executor.submit(self.weights, tasks, self._order)
         yield ticket
-        results = zip(tasks, self._take(ticket), strict=True)
-        into.append(
-            combine(
-                [
-                    self._all_wrong(task.client) if isinstance(result, Failure) else flatten([result])[0]
-                    for task, result in results
-                ]
-            )
-        )
+        metrics: list[Metrics] = []
+        for task, result in zip(tasks, self._take(ticket), strict=True):
+            metrics += [self._all_wrong(task.client)] if isinstance(result, Failure) else flatten([result])
+        return combine(metrics)
 
     def sampled_config(self, client: int) -> Config:
         """The configuration that a client draws from theta for its own personalisation (Algorithm 7's result)."""
@@ -123,57 +125,64 @@ class Federation:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state to checkpoint."""
-        moments = self.strategy.optimizer_state
-        return {
-            "round": np.array(self.round),
-            "weights": self.weights.numpy(),
-            **({f"optimizer.{name}": moment.numpy() for name, moment in moments._asdict().items()} if moments else {}),
-            **{f"policy.{name}": array for name, array in self.strategy.policy.to_arrays().items()},
-        }
+        arrays = {"round": np.array(self.round), "weights": self.weights.numpy()}
+        if self.strategy.optimizer_state:
+            moments = self.strategy.optimizer_state._asdict()
+            arrays |= {f"optimizer.{name}": moment.numpy() for name, moment in moments.items()}
+        arrays |= {f"policy.{name}": array for name, array in self.strategy.policy.to_arrays().items()}
+        return arrays
 
-    def heritage(self) -> dict[str, np.ndarray]:
-        """The state that a copy of this trial starts from: all but the policy's, which is of this trial's own pool."""
+    def inherited_state(self) -> dict[str, np.ndarray]:
+        """The state that a copy of this trial starts from: without the policy's, which belongs to this trial's pool."""
         return {name: array for name, array in self.arrays().items() if not name.startswith("policy.")}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Goes on from a checkpoint."""
+        """Continues from a checkpoint, or from the state inherited from another trial."""
         self.round = int(arrays["round"])
         self.weights = torch.from_numpy(arrays["weights"])
-        moments = _with_prefix(arrays, "optimizer.")
-        if moments:
-            self.strategy.optimizer_state = OptimizerState(**{n: torch.from_numpy(a) for n, a in moments.items()})
-        if policy := _with_prefix(arrays, "policy."):
+        if moments := with_prefix(arrays, "optimizer."):
+            self.strategy.optimizer_state = OptimizerState(
+                **{name: torch.from_numpy(moment) for name, moment in moments.items()}
+            )
+        if policy := with_prefix(arrays, "policy."):
             self.strategy.policy.restore(policy)
 
-    def _take(self, ticket: int) -> list[Any]:
+    def _take(self, ticket: Ticket) -> list[Any]:
         results = self._executor.collect(ticket)
         self._executor.release(ticket)
         return results
 
-    def _record(self, metrics: dict[str, Any], evaluation: Evaluation | None) -> None:
-        answered = metrics["cohort"] - metrics["lost"]
-        plan = self._plan_of(self.round)
-        record = RoundRecord(
+    def _record(self, plan: RoundPlan, outcome: RoundOutcome, evaluation: Evaluation | None) -> RoundRecord:
+        answered = outcome.cohort - outcome.failed
+        return RoundRecord(
             round=self.round,
             asked=plan.asked,
-            late=plan.late,
-            left=plan.left,
+            stragglers=plan.stragglers,
+            dropouts=plan.dropouts,
             unavailable=plan.unavailable,
+            cohort=outcome.cohort,
+            failed=outcome.failed,
+            rejected=outcome.rejected,
+            clipped=outcome.clipped,
             client_updates=answered,
             bytes=self.weights.nbytes * (plan.asked + answered),
+            error=outcome.error,
+            loss=outcome.loss,
+            entropy=outcome.entropy,
             evaluation=evaluation,
-            **metrics,
         )
-        self._on_round(self, record)
 
     def _all_wrong(self, client: int) -> Metrics:
-        _, validation, test = (self._dataset.ranges[client, :, 1] - self._dataset.ranges[client, :, 0]).tolist()
-        error, loss = (fedex.worst_error(signal, self._dataset.spec.num_classes) for signal in ("error", "loss"))
+        """The metrics of a client whose predictions are all wrong."""
+        starts, stops = self._dataset.ranges[client].T
+        _, num_validation, num_test = (stops - starts).tolist()
+        num_classes = self._dataset.spec.num_classes
+        error, loss = fedex.worst_error("error", num_classes), fedex.worst_error("loss", num_classes)
         return {
-            **{"num_validation": validation, "validation_error": error, "validation_loss": loss},
-            **{"num_test": test, "test_error": error, "test_loss": loss},
+            "num_validation": num_validation,
+            "validation_error": error,
+            "validation_loss": loss,
+            "num_test": num_test,
+            "test_error": error,
+            "test_loss": loss,
         }
-
-
-def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedtune.client.tasks import Executor
+from fedtune.client.tasks import Executor, Ticket
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import empty_run, ensure_task_identity, stamp
 
@@ -21,20 +21,20 @@ class ExecutorGrid(Grid):
     """The grid of a simulation: a push hands the clients' work to an executor, which several grids may share.
 
     All work of one push must be of one type, for the same weights. What a pull returned holds views that stay valid
-    until the next push.
+    until the next push. The executor does the work of the grid with the smallest `order` first.
     """
 
-    def __init__(self, executor: Executor, num_clients: int) -> None:
+    def __init__(self, executor: Executor, num_clients: int, order: float = 0.0) -> None:
         ensure_task_identity()
         self._run = empty_run()
         self._num_clients = num_clients
         self._next_id = itertools.count()
         self._replies: dict[str, Message] = {}  # that were not pulled yet, by the id of the message that they answer
         self._executor = executor
-        self._under_way: dict[int, list[Message]] = {}  # by ticket
-        self._tickets: dict[str, int] = {}  # of the messages whose replies were not pulled yet, by id
-        self._collected: set[int] = set()
-        self.order = 0.0  # which grid's work goes first in the shared executor
+        self._under_way: dict[Ticket, list[Message]] = {}
+        self._tickets: dict[str, Ticket] = {}  # of the messages whose replies were not pulled yet, by id
+        self._collected: set[Ticket] = set()
+        self._order = order
 
     def set_run(self, run: Run) -> None:
         """Remembers the run."""
@@ -69,7 +69,7 @@ class ExecutorGrid(Grid):
         if work:
             _check_alike(work)
             tasks = [protocol.task(message, _client(message)) for message in work]
-            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self.order)
+            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self._order)
             self._under_way[ticket] = work
             self._tickets |= {message.metadata.message_id: ticket for message in work}
         return message_ids
@@ -93,7 +93,7 @@ class ExecutorGrid(Grid):
                 self._executor.step()
         return self.pull_messages(message_ids)
 
-    def ticket(self, message_ids: list[str]) -> int:
+    def ticket(self, message_ids: list[str]) -> Ticket:
         """The executor's ticket of the push that returned these ids, until the replies are pulled."""
         return self._tickets[message_ids[0]]
 

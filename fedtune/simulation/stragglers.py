@@ -20,7 +20,7 @@ def attempt_duration(nominal: float, straggler_std: float, rng: np.random.Genera
     return nominal * (1 + straggler_std * abs(rng.standard_normal()))
 
 
-def dropped_after(duration: float, drop_probability: float, rng: np.random.Generator) -> float | None:
+def fails_after(duration: float, drop_probability: float, rng: np.random.Generator) -> float | None:
     """The time, less than `duration`, after which an attempt is dropped; None where it survives.
 
     `drop_probability` is p, in [0, 1).

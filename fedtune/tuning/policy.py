@@ -4,7 +4,7 @@ One small interface over the algorithms that work within a federation, for the s
 a round, `update` after it, `to_arrays` and `restore` around a checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -187,11 +187,11 @@ class EliminationThenFedEx:
         }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self._first.restore(_with_prefix(arrays, "elimination."))
+        self._first.restore(with_prefix(arrays, "elimination."))
         self._second = None
         self._hand_over()
         if self._second is not None:
-            self._second.restore(_with_prefix(arrays, "fedex."))
+            self._second.restore(with_prefix(arrays, "fedex."))
 
     @property
     def _current(self) -> Policy:
@@ -240,5 +240,6 @@ class RSWSPolicy:
         self.state = rsws.from_arrays(arrays)
 
 
-def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with the prefix, by the rest of their names."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
