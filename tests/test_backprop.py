@@ -6,8 +6,9 @@ from torch import nn
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune_clients import local_sgd
-from fedtune_clients.backprop import Backprop, Client, Dropout, Flatten, Linear, Part, ReLU
-from fedtune_clients.descent import Descent
+from fedtune_clients.backprop import Backprop, Block, Client, Dropout, Flatten, Linear, ReLU
+from fedtune_clients.hyperparameters import complete
+from fedtune_clients.sgd_step import SGDStep
 
 EVERYTHING = {"momentum": 0.9, "weight_decay": 0.1, "proximal_mu": 0.3, "dropout": 0.4}
 
@@ -119,13 +120,13 @@ def make_examples(objective="classification", n=11):
 
 def train(model, config, *, written_out, objective="classification"):
     """As local SGD does it, for two epochs of three batches, the last of them smaller."""
-    config = local_sgd.complete({"learning_rate": 0.2} | config)
+    config = complete({"learning_rate": 0.2} | config)
     for layer in model.module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = config["dropout"]
     torch.manual_seed(3)
     backprop = Backprop(model, written_out=written_out)
-    client = Client(Descent(model.slices(model.flat), config), config["dropout"])
+    client = Client(SGDStep(model.slices(model.flat), config), config["dropout"])
     examples = make_examples(objective)
     for rows in [*torch.arange(len(examples.y)).split(4)] * 2:
         backprop.step([examples.take(rows)], [client])
@@ -148,33 +149,33 @@ def test_what_is_written_out_is_what_autograd_does(name, objective, config):
 
 def kinds(model):
     backprop = Backprop(FlatModel(model))
-    return [type(part) for part in backprop._parts]
+    return [type(block) for block in backprop._blocks]
 
 
 def test_what_is_written_out():
     assert kinds(MODELS["in place"]()) == [Flatten, Linear, ReLU, Dropout, Linear]
-    assert kinds(MODELS["own layers"]()) == [Flatten, Part, Linear, Part, ReLU, Part, Linear, Part]
-    assert kinds(MODELS["convolutions"]()) == [Part, ReLU, Part, ReLU, Flatten, Dropout, Linear]
-    assert kinds(MODELS["frozen"]()) == [Flatten, Part, ReLU, Linear]
-    assert kinds(MODELS["with unused weights"]()) == [Flatten, Part, Linear]
+    assert kinds(MODELS["own layers"]()) == [Flatten, Block, Linear, Block, ReLU, Block, Linear, Block]
+    assert kinds(MODELS["convolutions"]()) == [Block, ReLU, Block, ReLU, Flatten, Dropout, Linear]
+    assert kinds(MODELS["frozen"]()) == [Flatten, Block, ReLU, Linear]
+    assert kinds(MODELS["with unused weights"]()) == [Flatten, Block, Linear]
     assert kinds(nn.Linear(16, 3)) == [Linear]
 
 
 @pytest.mark.parametrize("name", ["tied", "half hooked", "with an unused weight beside its layers"])
 def test_what_is_left_to_autograd_as_a_whole(name):
-    assert kinds(MODELS[name]()) == [Part]
+    assert kinds(MODELS[name]()) == [Block]
 
 
 def test_a_hook_of_the_only_layer_is_called():
     model = nn.Linear(16, 3)
     model.register_forward_hook(lambda module, inputs, outputs: outputs * 3)
-    assert kinds(model) == [Part]
+    assert kinds(model) == [Block]
 
 
 def test_the_examples_stay_as_they_are():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=False), nn.Linear(16, 3)))
     examples, untouched = make_examples(), make_examples()
-    client = Client(Descent(model.slices(model.flat), local_sgd.complete({})))
+    client = Client(SGDStep(model.slices(model.flat), complete({})))
     Backprop(model).step([examples], [client])
     assert torch.equal(examples.x, untouched.x)
 

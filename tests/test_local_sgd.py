@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import numpy as np
@@ -11,8 +10,7 @@ from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
-from fedtune_clients import local_sgd
-from fedtune_clients.local_sgd import HYPERPARAMETERS, MOST_TOGETHER, num_together, train, train_together
+from fedtune_clients.local_sgd import HYPERPARAMETERS, client_update, train
 from fedtune_clients.models import cnn, logistic, mlp
 
 SPEC = DatasetSpec((8, 8), "real", 4)
@@ -34,35 +32,29 @@ def generator(seed=0):
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def run(model, weights, examples, config, seed=0):
-    return train(model, weights, examples, config, generator(seed)).clone()
+def run(model, weights, examples, config, seed=0, form=train):
+    return form(model, weights, examples, config, generator(seed)).clone()
 
 
-def plain_loop(model, weights, examples, config, seed=0):
-    """The same training as anyone would write it: a copy of the model, torch.optim, FedProx's term in the loss."""
-    config = {name: hyperparameter.default for name, hyperparameter in HYPERPARAMETERS.items()} | config
-    module = copy.deepcopy(model.module)
-    module.load_state_dict(model.state_dict(weights))
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    sent = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.SGD(
-        parameters, config["learning_rate"], config["momentum"], weight_decay=config["weight_decay"]
-    )
-    rng = generator(seed)
+both_forms = pytest.mark.parametrize("form", [client_update, train], ids=lambda form: form.__name__)
+
+
+def softmax_regression(weight, bias, x, y, config, rng):
+    """The weight and the bias that local SGD gives, with the gradients worked out by hand, in float64."""
+    w, velocity = np.hstack([weight, bias[:, None]]), 0.0
+    sent, x = w.copy(), np.hstack([x, np.ones((len(x), 1))])
     rng.integers(2**63)  # the seed for dropout
-    module.train()
     for _ in range(config["epochs"]):
-        order = rng.permutation(len(examples.y))
-        for start in range(0, len(order), config["batch_size"]):
+        order = rng.permutation(len(y))
+        for start in range(0, len(y), config["batch_size"]):
             batch = order[start : start + config["batch_size"]]
-            loss = cross_entropy(module(examples.x[batch]), examples.y[batch])
-            if config["proximal_mu"]:
-                distance = sum((p - s).square().sum() for p, s in zip(parameters, sent, strict=True))
-                loss = loss + config["proximal_mu"] / 2 * distance
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return FlatModel(module).flat
+            scores = np.exp(x[batch] @ w.T)
+            residual = scores / scores.sum(1, keepdims=True) - np.eye(4)[y[batch]]  # the gradient by the logits
+            gradient = residual.T @ x[batch] / len(batch)
+            gradient += config["weight_decay"] * w + config["proximal_mu"] * (w - sent)
+            velocity = config["momentum"] * velocity + gradient
+            w = w - config["learning_rate"] * velocity
+    return w[:, :-1], w[:, -1]
 
 
 # 23 examples: batches of 5 leave 3 for the last one, batches of 40 are all the examples at once.
@@ -74,27 +66,66 @@ SETTINGS = [
 ]
 
 
+@both_forms
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
-def test_equals_torch_optim(config):
-    model, examples = make_model(), make_data()
-    weights = model.flat.clone()
-    trained = run(model, weights, examples, config)
-    torch.testing.assert_close(trained, plain_loop(model, weights, examples, config), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(trained, weights)
-
-
-def test_one_step_of_logistic_regression_by_hand():
+def test_softmax_regression_by_hand(config, form):
     model, examples = make_model("logistic"), make_data()
     weight, bias = (part.double().numpy().copy() for part in model.slices(model.flat))
     x, y = examples.x.double().numpy().reshape(23, 64), examples.y.numpy()
-    scores = np.exp(x @ weight.T + bias)
-    residual = (
-        scores / scores.sum(1, keepdims=True) - np.eye(4)[y]
-    )  # softmax minus the label: the gradient by the logit
-    trained = run(model, model.flat, examples, {"learning_rate": 0.2, "batch_size": 23})
-    trained_weight, trained_bias = model.slices(trained)
-    assert trained_weight.numpy() == pytest.approx(weight - 0.2 * residual.T @ x / 23, abs=1e-6)
-    assert trained_bias.numpy() == pytest.approx(bias - 0.2 * residual.mean(0), abs=1e-6)
+    expected = softmax_regression(weight, bias, x, y, {"learning_rate": 0.1} | config, generator())
+    trained = model.slices(run(model, model.flat.clone(), examples, config, form=form))
+    for part, other, before in zip(trained, expected, (weight, bias), strict=True):
+        assert part.numpy() == pytest.approx(other, abs=1e-5)
+        assert abs(other - before).max() > 1e-3  # so that agreement says something
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+def test_the_fast_form_is_the_plain_one_to_rounding(config, dropout):
+    model, examples = make_model(), make_data()
+    weights = model.flat.clone()
+    config = config | {"dropout": dropout}
+    trained = run(model, weights, examples, config)
+    expected = run(model, weights, examples, config, form=client_update)
+    torch.testing.assert_close(trained, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(trained, weights)
+
+
+class Plain(nn.Module):
+    """Of a kind that is never written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout, self.last = nn.Linear(64, 9), nn.Dropout(), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.last(self.dropout(self.first(x.flatten(1)).tanh()))
+
+
+# What needs no other order of operations: neither weight decay nor FedProx's term.
+SAME_ORDER = [{}, {"momentum": 0.9}, {"momentum": 0.9, "dropout": 0.4, "epochs": 2, "batch_size": 5}]
+
+
+@pytest.mark.parametrize("config", SAME_ORDER, ids=str)
+def test_the_fast_form_has_the_bits_of_the_plain_one_if_all_is_left_to_autograd(config):
+    torch.manual_seed(0)
+    model = FlatModel(Plain(), objective="regression")
+    examples = Examples(make_data().x, torch.randn(23, 4))
+    weights = model.flat.clone()
+    trained = run(model, weights, examples, config)
+    assert torch.equal(trained, run(model, weights, examples, config, form=client_update))
+    assert not torch.equal(trained, weights)
+
+
+@pytest.mark.parametrize("config", SAME_ORDER, ids=str)
+@pytest.mark.parametrize("name", ["logistic", "mlp", "cnn"])
+def test_the_fast_form_has_the_bits_of_the_plain_one_under_autocast(name, config):
+    model, examples = make_model(name), make_data()
+    weights = model.flat.clone()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        trained = run(model, weights, examples, config)
+        assert torch.equal(trained, run(model, weights, examples, config, form=client_update))
+    assert not torch.equal(trained, weights)
 
 
 class Awkward(nn.Module):
@@ -124,14 +155,15 @@ def test_odd_gradients(momentum, mu):
     assert plain[4] is None
     weights = model.flat.clone()
     config = {"momentum": momentum, "proximal_mu": mu, "learning_rate": 0.01}
-    expected = plain_loop(model, weights, examples, config)
+    expected = run(model, weights, examples, config, form=client_update)
     torch.testing.assert_close(run(model, weights, examples, config), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_decay_shrinks_a_parameter_that_the_loss_does_not_depend_on():
+@both_forms
+def test_weight_decay_shrinks_a_parameter_that_the_loss_does_not_depend_on(form):
     model = FlatModel(Awkward())
     unused, frozen = (model.module.get_parameter(name).detach().clone() for name in ("unused", "frozen"))
-    run(model, model.flat, make_data(10), {"weight_decay": 0.5, "learning_rate": 0.1, "batch_size": 10})
+    run(model, model.flat, make_data(10), {"weight_decay": 0.5, "learning_rate": 0.1, "batch_size": 10}, form=form)
     torch.testing.assert_close(model.module.unused.detach(), unused * (1 - 0.1 * 0.5))
     assert torch.equal(model.module.frozen, frozen)
 
@@ -147,15 +179,16 @@ CHANGES = {
 }
 
 
+@both_forms
 @pytest.mark.parametrize("name", ["logistic", "mlp", "cnn"])
-def test_every_hyperparameter_moves_every_model(name):
+def test_every_hyperparameter_moves_every_model(name, form):
     assert CHANGES.keys() == HYPERPARAMETERS.keys()
     model, examples = make_model(name), make_data()
     weights = model.flat.clone()
-    plain = run(model, weights, examples, {})
+    default = run(model, weights, examples, {}, form=form)
     for hyperparameter, value in CHANGES.items():
-        changed = run(model, weights, examples, {hyperparameter: value})
-        for part, changed_part in zip(model.slices(plain), model.slices(changed), strict=True):
+        changed = run(model, weights, examples, {hyperparameter: value}, form=form)
+        for part, changed_part in zip(model.slices(default), model.slices(changed), strict=True):
             assert not torch.equal(part, changed_part), hyperparameter
 
 
@@ -166,18 +199,19 @@ def test_what_is_left_out_keeps_its_default():
     assert torch.equal(run(model, weights, examples, {}), run(model, weights, examples, defaults))
 
 
+@both_forms
 @pytest.mark.parametrize("name", ["logistic", "mlp", "cnn"])
-def test_the_same_seed_gives_the_same_bits_whatever_ran_before(name):
+def test_the_same_seed_gives_the_same_bits_whatever_ran_before(name, form):
     model, other, examples = make_model(name), make_model(name), make_data()
     weights = model.flat.clone()
     config = {"dropout": 0.4, "momentum": 0.9, "epochs": 2}
-    first = run(model, weights, examples, config)
-    run(model, torch.full_like(weights, torch.nan), make_data(9, seed=1), {"dropout": 0.1}, seed=5)
+    first = run(model, weights, examples, config, form=form)
+    run(model, torch.full_like(weights, torch.nan), make_data(9, seed=1), {"dropout": 0.1}, seed=5, form=form)
     model.module.eval()
     torch.rand(17)
-    assert torch.equal(run(model, weights, examples, config), first)
-    assert torch.equal(run(other, weights, examples, config), first)
-    assert not torch.equal(run(model, weights, examples, config, seed=1), first)
+    assert torch.equal(run(model, weights, examples, config, form=form), first)
+    assert torch.equal(run(other, weights, examples, config, form=form), first)
+    assert not torch.equal(run(model, weights, examples, config, seed=1, form=form), first)
 
 
 def test_batch_norm_starts_from_the_weights_too():
@@ -201,7 +235,7 @@ def test_dropout_does_not_shift_the_batches():
     torch.testing.assert_close(barely, run(model, weights, examples, {"epochs": 2}), rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_drops_the_share_it_is_told():
+def test_dropout_drops_its_share_of_the_units():
     seen = []
 
     class Watch(nn.Module):
@@ -225,20 +259,22 @@ def test_fedprox_keeps_near_the_weights_that_were_sent():
     assert distances[-1] < distances[0] / 2
 
 
-def test_the_weights_may_be_the_models_own():
+@both_forms
+def test_the_weights_may_be_the_models_own(form):
     model, examples = make_model(), make_data()
     weights = model.flat.clone()
     config = {"proximal_mu": 0.5, "momentum": 0.9, "epochs": 2}
-    expected = run(model, weights, examples, config)
+    expected = run(model, weights, examples, config, form=form)
     model.load(weights)
-    assert torch.equal(run(model, model.flat, examples, config), expected)
+    assert torch.equal(run(model, model.flat, examples, config, form=form), expected)
 
 
-def test_the_weights_that_were_sent_stay_as_they_were():
+@both_forms
+def test_the_weights_that_were_sent_stay_as_they_were(form):
     model, examples = make_model(), make_data()
     weights = model.flat.clone()
     sent = weights.clone()
-    run(model, sent, examples, {"proximal_mu": 0.5})
+    run(model, sent, examples, {"proximal_mu": 0.5}, form=form)
     assert torch.equal(sent, weights)
 
 
@@ -276,86 +312,3 @@ def test_a_value_outside_its_range_is_an_input_error(name, value):
     model = make_model()
     with pytest.raises(InputError, match=rf"{name} must be .*, got {value}"):
         run(model, model.flat, make_data(), {name: value})
-
-
-# Clients of unequal sizes, whose batches end at different steps; the last has all defaults.
-GROUP = (
-    (23, {"learning_rate": 0.1, "batch_size": 5, "epochs": 2, "momentum": 0.9, "dropout": 0.3}),
-    (1, {"learning_rate": 0.3, "batch_size": 5, "epochs": 3, "weight_decay": 0.1}),
-    (7, {"learning_rate": 0.2, "batch_size": 7, "proximal_mu": 0.5, "dropout": 0.1}),
-    (40, {"learning_rate": 0.05, "batch_size": 5, "momentum": 0.5, "weight_decay": 0.01, "proximal_mu": 0.2}),
-    (23, {"learning_rate": 0.15, "batch_size": 20, "epochs": 4, "dropout": 0.6, "momentum": 0.3}),
-    (40, {"learning_rate": 0.15, "batch_size": 20, "epochs": 4}),
-    (12, {}),
-)
-TOGETHER = {
-    "logistic": logistic,
-    "mlp": lambda spec: mlp(spec, hidden=[9, 8]),
-    "wide": lambda spec: mlp(spec, hidden=[128]),
-    "no bias": lambda spec: nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False), nn.ReLU(), nn.Linear(5, 4)),
-    "rows": lambda spec: nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(24, 4)),
-    "dropout first and last": lambda spec: nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(64, 4), nn.Dropout()),
-}
-
-
-@pytest.mark.parametrize("clients", [GROUP, GROUP[::-1], GROUP[2:5] * 3, [(40, {"batch_size": 20})] * 5], ids=len)
-@pytest.mark.parametrize("name", TOGETHER)
-def test_clients_that_train_together_get_the_bits_of_each_alone(name, clients):
-    torch.manual_seed(0)
-    model = FlatModel(TOGETHER[name](SPEC))
-    assert num_together(model) >= len(clients)
-    weights = model.flat.clone()
-    data = [make_data(size, seed) for seed, (size, _) in enumerate(clients)]
-    configs = [config for _, config in clients]
-    together = train_together(model, weights, data, configs, list(map(generator, range(len(clients)))))
-    for row, examples, (seed, config) in zip(together, data, enumerate(configs), strict=True):
-        alone = run(model, weights, examples, config, seed)
-        assert torch.equal(row, alone)
-        assert not torch.equal(row, weights)
-
-
-def test_a_client_of_nan_weights_leaves_those_beside_it_alone():
-    model = make_model()
-    weights = model.flat.clone()
-    wild, tame = {"learning_rate": 1e30}, {"learning_rate": 0.1}
-    data, configs = [make_data(seed=seed) for seed in range(3)], [wild, tame, wild]
-    lost, kept, _ = train_together(model, weights, data, configs, list(map(generator, range(3))))
-    assert not lost.isfinite().all()
-    assert torch.equal(kept, run(model, weights, data[1], tame, 1))
-
-
-def test_batches_are_filled_up_to_those_of_similar_sizes_alone(monkeypatch):
-    """A client of many examples a batch must not cost all beside it as much memory."""
-    model = make_model()
-    filled = []
-
-    def new_zeros(self, *shape):
-        filled.append(shape)
-        return torch.zeros(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
-    sizes = [900, 700, 40, 39, 10, 9, 1]
-    data = [make_data(size) for size in sizes]
-    configs = [{"batch_size": 1000}] * len(sizes)
-    together = train_together(model, model.flat.clone(), data, configs, list(map(generator, range(len(sizes)))))
-    assert {num_clients for num_clients, *_ in filled} == {3}  # of 40, 39 and 10; the others step alone
-    assert {length for _, length, _ in filled} <= set(range(40, 49))
-    monkeypatch.undo()
-    for seed, row in enumerate(together):
-        assert torch.equal(row, run(model, make_model().flat.clone(), data[seed], configs[seed], seed))
-
-
-def test_a_model_that_is_partly_autograds_takes_one_client():
-    model = make_model("cnn")
-    with pytest.raises(InputError, match="clients of this model must train one at a time, got 2"):
-        train_together(model, model.flat.clone(), [make_data()] * 2, [{}] * 2, [generator(), generator()])
-
-
-def test_how_many_train_together(monkeypatch):
-    assert num_together(make_model("logistic")) == MOST_TOGETHER
-    monkeypatch.setattr(local_sgd, "TOGETHER_WEIGHTS", 1000)
-    assert num_together(make_model("logistic")) == 1000 // (64 * 4 + 4)
-    assert num_together(FlatModel(mlp(SPEC))) == 1  # large
-    assert num_together(make_model("cnn")) == 1  # partly autograd's
-    assert num_together(FlatModel(logistic(SPEC), "meta")) == 1  # not on a CPU
-    assert num_together(FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), objective="regression")) == 1

@@ -1,8 +1,8 @@
-"""The Flower ClientApp: what a client does, for Flower's own engine or a SuperNode on a device of one's own.
+"""The Flower ClientApp: what a client does in Flower's own engine, or on a SuperNode that runs on a device.
 
-Of the run's settings [data], [model], `device`, `precision` and the name in [client] count. The node's config says
-which client it is ("partition-id"); the "config" of a message may say otherwise ("client"). What else messages hold is
-written in `fedtune.server.messages`.
+It uses these settings of the run: [data], [model], `device`, `precision` and the name in [client]. The node's config
+says which client the node is ("partition-id"), unless the "config" of a message names another one ("client").
+`fedtune.server.messages` says what else messages hold.
 """
 
 import functools
@@ -22,7 +22,7 @@ app = ClientApp()
 @app.train()
 @app.evaluate()
 def work(message: Message, context: Context) -> Message:
-    """What the task in the message gives, by the machine that does it in a simulation."""
+    """The reply to a training or evaluation message, computed by the same machine as in a simulation."""
     machine = _machine(context)
     task = protocol.task(message, _client(protocol.config_of(message), context, machine.dataset.num_clients))
     return protocol.answer(message, detached_copy(machine.compute(protocol.weights(message), task)))
@@ -30,7 +30,7 @@ def work(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Which client this node is, as the metric "client"."""
+    """A reply that says which client this node is, as the metric "client"."""
     return protocol.answer(
         message, [{"client": _client(ConfigRecord(), context, _machine(context).dataset.num_clients)}]
     )

@@ -1,12 +1,12 @@
-"""Local SGD of many clients in one tensor program, for devices on which one small step at a time leaves most idle.
+"""Local SGD of many clients in one tensor program, for devices that are mostly idle if one small step runs at a time.
 
-The many-clients twin of `fedtune_clients.local_sgd.train`, whose source and numbered lines it has: from the same
-generators come the same batches, the same dropout (on a GPU, where torch has another kernel for a lone client's
-dropout, different draws of the same law) and, to rounding, the same weights.
+It is `fedtune_clients.local_sgd.client_update` for many clients, with the same numbered lines. From the same generators
+it draws the same batches and the same dropout. The weights are the same to rounding. On a GPU the dropout draws differ,
+with the same distribution: torch has another kernel there for the dropout of a single client.
 
-Every tensor has the client as its first axis. Clients of one batch size go together, those with the most steps first,
-so that the ones still training are the first rows. A batch that is smaller than the others of its step is filled up
-with examples that do not count.
+Every tensor has the client as its first axis. Clients with the same batch size train together. The clients with the
+most steps come first, so that the clients that are still training are the first rows. A batch that is smaller than the
+others of its step is filled up with examples that do not count.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,25 +19,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from fedtune.client.examples import Examples
-from fedtune.client.flat_model import FlatModel
+from fedtune.client import Config, Examples, FlatModel, Number
 from fedtune.data.spec import IGNORED
 from fedtune.errors import InputError
-from fedtune.tuning.space import Config, Number
-from fedtune_clients.local_sgd import complete
+from fedtune_clients.hyperparameters import complete
 
 
-class Client(NamedTuple):
-    """What one client does: its batches, each the indices of its examples among all clients'."""
+class LocalTraining(NamedTuple):
+    """What one client does: a batch for each step, given as the indices of its examples among those of all clients."""
 
-    row: int
+    row: int  # of the result
     config: dict[str, Number]
     dropout_seed: int
     batches: list[Int[np.ndarray, "example"]]
 
 
 class Rates(NamedTuple):
-    """What local SGD multiplies with, a number a client; None where it is 0 for all."""
+    """The factors of local SGD, one number for each client; None if the factor is 0 for all clients."""
 
     learning_rate: Float[Tensor, "client"]
     momentum: Float[Tensor, "client"] | None
@@ -45,7 +43,7 @@ class Rates(NamedTuple):
     mu: Float[Tensor, "client"] | None
 
 
-def train(
+def train_batched(
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     examples: Examples,
@@ -53,26 +51,31 @@ def train(
     configs: Sequence[Config],
     rngs: Sequence[np.random.Generator],
 ) -> Float[Tensor, "client weight"]:
-    """The weights of each client after local SGD from `weights` on its part of the examples.
+    """The weights of each client after local SGD from `weights` on its part of the examples, to rounding as `train`'s.
 
-    `examples` holds those of the first client, then those of the second, and so on; `sizes` says how many each has.
+    `examples` holds the examples of the first client, then those of the second, and so on; `sizes` says how many
+    examples each client has.
     """
-    clients = _clients(sizes, configs, rngs)
+    trainings = _trainings(sizes, configs, rngs)
     model.load(weights)
     model.module.train()
     sent = model.flat.clone()
-    trained = sent.repeat(len(clients), 1)
-    shapes = _dropout_shapes(model, examples) if any(client.config["dropout"] > 0 for client in clients) else []
-    for batch_size in sorted({client.config["batch_size"] for client in clients}):
-        members = [client for client in clients if client.config["batch_size"] == batch_size]
-        members.sort(key=lambda client: -len(client.batches))
-        rows = torch.tensor([client.row for client in members], device=sent.device)
-        trained[rows] = _train_bucket(model, sent, examples, members, shapes)
+    trained = sent.repeat(len(trainings), 1)  # (client, weight)
+    has_dropout = any(training.config["dropout"] > 0 for training in trainings)
+    shapes = _dropout_shapes(model, examples) if has_dropout else []
+    # A bucket holds the clients with one batch size; the clients with the most steps come first.
+    for batch_size in sorted({training.config["batch_size"] for training in trainings}):
+        bucket = [training for training in trainings if training.config["batch_size"] == batch_size]
+        bucket.sort(key=lambda training: -len(training.batches))
+        rows = torch.tensor([training.row for training in bucket], device=sent.device)
+        trained[rows] = _train_bucket(model, sent, examples, bucket, shapes)
     return trained  # 5
 
 
-def _clients(sizes: Sequence[int], configs: Sequence[Config], rngs: Sequence[np.random.Generator]) -> list[Client]:
-    clients = []
+def _trainings(
+    sizes: Sequence[int], configs: Sequence[Config], rngs: Sequence[np.random.Generator]
+) -> list[LocalTraining]:
+    trainings = []
     starts = np.cumsum([0, *sizes])
     for row, (size, given, rng) in enumerate(zip(sizes, configs, rngs, strict=True)):
         config = complete(given)
@@ -80,51 +83,56 @@ def _clients(sizes: Sequence[int], configs: Sequence[Config], rngs: Sequence[np.
         orders = [starts[row] + rng.permutation(size) for _ in range(int(config["epochs"]))]  # 1
         stops = range(int(config["batch_size"]), size, int(config["batch_size"]))
         batches = [batch for order in orders for batch in np.split(order, stops)]  # 2
-        clients.append(Client(row, config, seed, batches))
-    return clients
+        trainings.append(LocalTraining(row, config, seed, batches))
+    return trainings
 
 
 def _train_bucket(
     model: FlatModel,
     sent: Float[Tensor, "weight"],
     examples: Examples,
-    clients: list[Client],
+    bucket: list[LocalTraining],
     shapes: list[torch.Size],
 ) -> Float[Tensor, "client weight"]:
-    """The trained weights of clients of one batch size, of which those with the most steps come first."""
+    """The trained weights of clients that have one batch size. The clients with the most steps come first."""
     device = sent.device
-    weights = sent.repeat(len(clients), 1)
-    rates = _rates_of(clients, device)
+    weights = sent.repeat(len(bucket), 1)  # (client, weight)
+    rates = _rates_of(bucket, device)
     velocities = [torch.zeros_like(p) for p in model.slices(weights)] if rates.momentum is not None else []
-    generators = [torch.Generator(device).manual_seed(client.dropout_seed) for client in clients]
-    gradients = vmap(grad(_loss_of(model)))
-    index, counts = (array.to(device) for array in _schedule(clients))
+    generators = [torch.Generator(device).manual_seed(training.dropout_seed) for training in bucket]
+    gradients_of = vmap(grad(_loss_of(model)))
+    index, counts = (array.to(device) for array in _schedule(bucket))
     for step in range(len(index)):  # 3
-        active = [client for client in clients if len(client.batches) > step]
+        # Only the first rows still train.
+        active = [training for training in bucket if len(training.batches) > step]
         now = slice(len(active))
-        x, y = (tensor[index[step, now]] for tensor in examples)
+        x, y = (tensor[index[step, now]] for tensor in examples)  # (client, example, ...)
         masks = _masks(shapes, active, generators, step, index.shape[2])
         with torch.no_grad():
-            parameters = model.slices(weights[now])
-            slopes = gradients(parameters, weights[now], x, y, counts[step, now], masks)
-            _sgd_step(parameters, slopes, [v[now] for v in velocities], model.slices(sent), rates)  # 4
+            parameters = model.slices(weights[now])  # (client, *parameter)
+            gradients = gradients_of(parameters, weights[now], x, y, counts[step, now], masks)
+            _sgd_step(parameters, gradients, [v[now] for v in velocities], model.slices(sent), rates)  # 4
     return weights
 
 
-def _schedule(clients: list[Client]) -> tuple[Int[Tensor, "step client example"], Bool[Tensor, "step client example"]]:
+def _schedule(
+    bucket: list[LocalTraining],
+) -> tuple[Int[Tensor, "step client example"], Bool[Tensor, "step client example"]]:
     """The indices of the examples in each batch, filled up to one length, and which of them count."""
-    index = np.zeros((len(clients[0].batches), len(clients), max(len(c.batches[0]) for c in clients)), np.int64)
+    longest = max(len(training.batches[0]) for training in bucket)
+    index = np.zeros((len(bucket[0].batches), len(bucket), longest), np.int64)
     counts = np.zeros(index.shape, np.bool_)
-    for place, client in enumerate(clients):
-        for step, batch in enumerate(client.batches):
-            index[step, place] = batch[0]  # an example of its own is as finite as the others
+    for place, training in enumerate(bucket):
+        for step, batch in enumerate(training.batches):
+            # Filled up with an example of the client's own, which is as finite as its others.
+            index[step, place] = batch[0]
             index[step, place, : len(batch)] = batch
             counts[step, place, : len(batch)] = True
     return torch.from_numpy(index), torch.from_numpy(counts)
 
 
 def _loss_of(model: FlatModel) -> Callable[..., Float[Tensor, ""]]:
-    """One client's loss on a batch, as a function of its trainable parameters first."""
+    """One client's loss on a batch, as a function whose first argument is the trainable parameters."""
 
     def loss(
         parameters: list[Tensor], weights: Tensor, x: Tensor, y: Tensor, counts: Tensor, masks: list[Tensor]
@@ -134,28 +142,28 @@ def _loss_of(model: FlatModel) -> Callable[..., Float[Tensor, ""]]:
             outputs = model.outputs(weights, x, parameters)
         if not y.is_floating_point():
             return model.loss(outputs, torch.where(_beside(counts, y), y, IGNORED))
-        # Real targets have no label that does not count: there the error is made zero, and the mean put right.
+        # For real targets there is no label that does not count. So the error is made zero, and the mean corrected.
         outputs, y = (torch.where(_beside(counts, tensor), tensor, 0.0) for tensor in (outputs, y))
         return model.loss(outputs, y) / counts.float().mean()
 
     return loss
 
 
-def _rates_of(clients: list[Client], device: torch.device) -> Rates:
+def _rates_of(bucket: list[LocalTraining], device: torch.device) -> Rates:
     def column(*names: str) -> Tensor:
-        values = [sum(client.config[name] for name in names) for client in clients]
+        values = [sum(training.config[name] for name in names) for training in bucket]
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     # proximal_mu (w - w0) = proximal_mu w - proximal_mu w0
     columns = column("momentum"), column("weight_decay", "proximal_mu"), column("proximal_mu")
-    momentum, decay, mu = (each if each.any() else None for each in columns)
+    momentum, decay, mu = (factor if factor.any() else None for factor in columns)
     return Rates(column("learning_rate"), momentum, decay, mu)
 
 
 def _sgd_step(
     parameters: list[Tensor], gradients: Sequence[Tensor], velocities: list[Tensor], sent: list[Tensor], rates: Rates
 ) -> None:
-    """One step of SGD in place, each client with its own rates; see `fedtune_clients.descent`."""
+    """One step of SGD in place, each client with its own rates. `SGDStep` gives the formula."""
     learning_rate, momentum, decay, mu = rates
     for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         # Not in place: two parameters may share one gradient.
@@ -169,13 +177,13 @@ def _sgd_step(
 
 
 def _beside(column: Tensor, tensor: Tensor) -> Tensor:
-    """The column, as far as the tensor's first axis goes, in a shape that broadcasts along it."""
+    """As much of the column as the tensor's first axis is long, in a shape that broadcasts along that axis."""
     return column[: len(tensor)].view(-1, *[1] * (tensor.ndim - 1))
 
 
 @contextmanager
 def _dropout_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets `forward` do the work of the module's dropout layers."""
+    """Within it, `forward` takes the place of the module's dropout layers."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
     for layer in layers:
         layer.forward = forward  # type: ignore[assignment]
@@ -187,7 +195,7 @@ def _dropout_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
 
 
 def _dropout_shapes(model: FlatModel, examples: Examples) -> list[torch.Size]:
-    """The shape of what each dropout layer is given for one example, in the order in which they are called."""
+    """The shape of each dropout layer's input for one example, in the order in which the layers are called."""
     shapes: list[torch.Size] = []
 
     def note(inputs: Tensor) -> Tensor:
@@ -203,12 +211,12 @@ def _dropout_shapes(model: FlatModel, examples: Examples) -> list[torch.Size]:
 
 
 def _masks(
-    shapes: list[torch.Size], clients: list[Client], generators: list[torch.Generator], step: int, width: int
+    shapes: list[torch.Size], active: list[LocalTraining], generators: list[torch.Generator], step: int, width: int
 ) -> list[Float[Tensor, "client example ..."]]:
-    """What each dropout layer multiplies its input with: for each client the draws that `nn.Dropout` would make."""
-    masks = [torch.ones(len(clients), width, *shape, device=generators[0].device) for shape in shapes]
+    """The factors of each dropout layer: for each client the random numbers that `nn.Dropout` would draw."""
+    masks = [torch.ones(len(active), width, *shape, device=generators[0].device) for shape in shapes]
     for mask in masks:
-        for row, client, generator in zip(mask, clients, generators, strict=False):
-            if (dropout := client.config["dropout"]) > 0:
-                row[: len(client.batches[step])].bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        for row, training, generator in zip(mask, active, generators, strict=False):
+            if (dropout := training.config["dropout"]) > 0:
+                row[: len(training.batches[step])].bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
     return masks

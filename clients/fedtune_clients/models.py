@@ -1,6 +1,6 @@
 """The models that a client trains: each function makes one for a data set. README.md lists them.
 
-Every model holds `nn.Dropout` layers with p = 0; local SGD sets p to the client's `dropout`.
+Every model has `nn.Dropout` layers with p = 0. Local SGD sets p to the client's `dropout`.
 """
 
 import math
@@ -36,7 +36,7 @@ def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
     _check_real("cnn", spec)
     _check_width("model.dense", dense)
     channels, height, width = _image_shape(spec.input_shape)
-    # ReLU after the pool: the same function, as both are monotone, for a quarter of the work.
+    # ReLU comes after the pool: the function is the same, since both are monotone, and the work is a quarter.
     return nn.Sequential(
         _ChannelsLast((channels, height, width)),
         nn.Conv2d(channels, 32, 5, padding=2),
@@ -56,7 +56,7 @@ def cnn(spec: DatasetSpec, *, dense: int = 512) -> nn.Module:
 def lstm(spec: DatasetSpec, *, embedding: int = 8, hidden: int = 256, layers: int = 2) -> nn.Module:
     """The stacked LSTM of McMahan et al. (2017) and LEAF, which predicts the next token; dropout after each layer.
 
-    Tokens are classes, 0 to num_classes - 1. Each layer has torch's two biases, of which only the sum matters.
+    Tokens are classes, 0 to num_classes - 1. Each layer has the two biases of torch; only their sum matters.
     """
     if spec.input_kind != "token" or len(spec.input_shape) != 1:
         raise InputError(
@@ -72,7 +72,7 @@ class _LSTM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, embedding)
         widths = [embedding] + [hidden] * layers
-        # One nn.LSTM a layer: a stack in one module would not heed the client's dropout.
+        # One nn.LSTM for each layer: a stack of layers in one module would not use the client's dropout.
         self.layers = nn.ModuleList(nn.LSTM(*pair, batch_first=True) for pair in pairwise(widths))
         self.dropouts = nn.ModuleList(nn.Dropout(0.0) for _ in range(layers))
         self.output = nn.Linear(hidden, num_classes)
@@ -87,9 +87,9 @@ class _LSTM(nn.Module):
 
 
 class _ChannelsLast(nn.Module):
-    """Images in the memory format in which a CPU's convolutions and pools are fastest, torch.channels_last.
+    """Images in torch.channels_last, the memory format in which convolutions and pools are fastest on a CPU.
 
-    Written without `memory_format`, which torch.func.vmap does not know.
+    It is written without `memory_format`, which torch.func.vmap does not know.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -98,7 +98,7 @@ class _ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         images = x.reshape(-1, *self.shape).movedim(1, -1)
-        # By way of a flat form: of one channel, torch takes the strides that images have for another format's.
+        # Through a flat form: torch takes the strides of images with one channel for the strides of another format.
         return images.flatten(1).view(images.shape).movedim(-1, 1)
 
 

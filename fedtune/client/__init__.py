@@ -1,1 +1,31 @@
-"""What one client is asked, and does."""
+"""What one client is asked, and does. The public names are those that a client program needs.
+
+A name is imported when it is first used, so that `import fedtune.client` imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.client.examples import Examples, StoredExamples
+    from fedtune.client.flat_model import FlatModel
+    from fedtune.client.program import ClientProgram
+    from fedtune.tuning.space import Config, Hyperparameter, Number
+
+__all__ = ["ClientProgram", "Config", "Examples", "FlatModel", "Hyperparameter", "Number", "StoredExamples"]
+
+_MODULES = {
+    "ClientProgram": "fedtune.client.program",
+    "Config": "fedtune.tuning.space",
+    "Examples": "fedtune.client.examples",
+    "FlatModel": "fedtune.client.flat_model",
+    "Hyperparameter": "fedtune.tuning.space",
+    "Number": "fedtune.tuning.space",
+    "StoredExamples": "fedtune.client.examples",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""A torch module over one flat float32 tensor, its examples as tensors, and its error on them."""
+"""A torch module whose weights are views of one flat float32 tensor."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,17 +10,19 @@ from torch.func import functional_call
 from fedtune.client.objectives import OBJECTIVES
 from fedtune.errors import InputError
 
-EVALUATION_BATCH = 128  # small models gain little beyond it, and large ones lose as their activations outgrow the cache
+# Examples. In larger batches small models gain little, and large models lose as their activations outgrow the cache.
+EVALUATION_BATCH = 128
 
 
 class FlatModel:
     """A torch module whose floating-point parameters and buffers are views of one flat float32 tensor.
 
-    They lie in it in the order of the module's state_dict; a tensor that has several names lies there once. Integer
-    buffers are no part of it: they get their first values back whenever weights are loaded.
+    The views are in the order of the module's state_dict; a tensor that has several names has one view. Integer buffers
+    are not in the flat tensor: they get their first values back whenever weights are loaded.
 
-    `parameters` are the trainable ones, `flat` holds `num_weights` numbers. `loss(outputs, y)` is the objective's mean
-    loss, which is trained on.
+    `module` is the torch module, `flat` the tensor of its `num_weights` numbers, and `parameters` are the parameters
+    that can be trained. `loss(outputs, y)` is the objective's mean loss, on which the model is trained, and
+    `measure(outputs, y)` gives a loss and an error for each example.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class FlatModel:
     def outputs(
         self, weights: Float[Tensor, "weight"], x: Shaped[Tensor, "example ..."], parameters: Sequence[Tensor] = ()
     ) -> Tensor:
-        """The module's outputs with these weights instead of its own: a function that torch.func can transform.
+        """The module's outputs with these weights in place of its own: a function that torch.func can transform.
 
-        `parameters`, if given, take the place of the trainable ones.
+        `parameters`, if given, take the place of the parameters that can be trained.
         """
         views = self._views(weights)
         for index, parameter in zip(self._trainable, parameters, strict=False):
@@ -65,15 +67,15 @@ class FlatModel:
         return outputs
 
     def slices(self, weights: Float[Tensor, "*client weight"]) -> list[Tensor]:
-        """Views of the weights in the shapes of the trainable parameters, in the order of `parameters`.
+        """Views of the weights in the shapes of `parameters`, and in their order.
 
-        Of several clients' weights, a row each, each view has the client as its first axis.
+        If `weights` has a row for each of several clients, the first axis of each view is the client.
         """
         views = self._views(weights)
         return [views[index] for index in self._trainable]
 
     def state_dict(self, weights: Float[Tensor, "weight"]) -> dict[str, Tensor]:
-        """Those weights by name, as views; a module like this one can load them."""
+        """Views of the weights by the names that `load_state_dict` of the same kind of module takes."""
         views = self._views(weights)
         integers = {name: first for name, (_, first) in self._integers.items()}
         return {name: views[index] for name, index in self._names.items()} | integers
@@ -84,6 +86,6 @@ class FlatModel:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own tensors by name: parameters and persistent buffers, no copies."""
-    state = module.state_dict(keep_vars=True)  # detached copies have no identity by which to find tied weights
+    """The module's own tensors by name: parameters and persistent buffers, not copies of them."""
+    state = module.state_dict(keep_vars=True)  # tied weights are found by their identity, which detached ones lack
     return ((name, value) for name, value in state.items() if isinstance(value, Tensor))

@@ -1,10 +1,11 @@
-"""What a model is trained for: how its outputs on an example become a loss and an error. Lower is better in both.
+"""What a model is trained for: how its outputs on an example become a loss and an error. Lower is better for both.
 
-`classification` has one label an example; the model returns logits of shape (example, class). `next_token` has a label
-a position; the logits are (example, position, class), and a position whose label is IGNORED does not count.
-`regression` has real targets; the model returns them. Its loss is the squared error and so is its error: where targets
-have variance 1, as the loaders make them, that is the share of the variance which the model does not explain, 1 for a
-model that knows the mean alone.
+- `classification`: one label for each example. The model returns logits of shape (example, class).
+- `next_token`: one label for each position. The logits have shape (example, position, class), and a position whose
+  label is IGNORED does not count.
+- `regression`: real targets, which the model returns. Its loss and its error are the squared error. If the targets have
+  variance 1, as the loaders make them, that is the share of the variance that the model does not explain: 1 for a model
+  that only knows the mean.
 """
 
 from collections.abc import Callable
@@ -19,27 +20,27 @@ from fedtune.errors import InputError
 
 
 class Measures(NamedTuple):
-    """A loss and an error an example."""
+    """A loss and an error for each example."""
 
     loss: Float[Tensor, "example"]
     error: Float[Tensor, "example"]
 
 
 class Objective(NamedTuple):
-    """Two functions of a model's outputs and the labels: the loss to train on, a mean; and what to measure."""
+    """Two functions of a model's outputs and the labels: the mean loss to train on, and what to measure."""
 
     loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
     measure: Callable[[Tensor, Tensor], Measures]
 
 
 def _measure_classification(logits: Float[Tensor, "example class"], y: Shaped[Tensor, "example"]) -> Measures:
-    """The cross-entropy, and 0 or 1. NaN among the logits is an error, though argmax would name a class."""
+    """The cross-entropy, and an error of 0 or 1. NaN among the logits is an error, though argmax would name a class."""
     wrong = (logits.argmax(1) != y) | logits.isnan().any(1)
     return Measures(cross_entropy(logits, y, reduction="none"), wrong.float())
 
 
 def _next_token_loss(logits: Float[Tensor, "example ..."], y: Shaped[Tensor, "example position"]) -> Float[Tensor, ""]:
-    """The mean over all positions that count."""
+    """The mean cross-entropy over all positions that count."""
     if logits.shape[:-1] != y.shape:
         raise InputError(
             f"a next_token model must return logits of shape {(*y.shape, 'class')}, got {(*logits.shape,)}"
@@ -59,7 +60,7 @@ def _measure_next_token(
 
 def _squared_errors(outputs: Shaped[Tensor, "example ..."], y: Shaped[Tensor, "example ..."]) -> Tensor:
     if outputs.shape != y.shape:
-        # A target of shape () is predicted by one output unit; anything else would broadcast to a wrong answer.
+        # One output unit may predict a target of shape (). Any other difference would broadcast to a wrong answer.
         if outputs.numel() != y.numel() or len(outputs) != len(y):
             raise InputError(f"a regression model must return {(*y.shape,)} outputs, got {(*outputs.shape,)}")
         outputs = outputs.reshape(y.shape)
@@ -76,7 +77,7 @@ def _measure_regression(outputs: Shaped[Tensor, "example ..."], y: Shaped[Tensor
 
 
 def check_outputs(objective: str, outputs: Tensor, y: Tensor, num_outputs: int) -> None:
-    """Raises InputError unless a model's outputs on examples with these labels have the shape that it needs."""
+    """Raises InputError unless a model's outputs on examples with these labels have the shape the objective needs."""
     if objective == "regression":
         _squared_errors(outputs, y)
     elif outputs.shape != (*y.shape, num_outputs):

@@ -1,12 +1,13 @@
 """What executors are asked to compute, and what they answer.
 
-An executor takes batches of tasks that share the same weights. `submit` returns a ticket at once, `step` blocks until
-something was computed, `collect` gives the results of a finished ticket in the order of its tasks.
+An executor takes batches of tasks; the tasks of a batch start from the same weights. `submit` returns a ticket at once,
+`step` blocks until something was computed, and `collect` gives the results of a finished ticket in the order of its
+tasks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from fedtune.tuning.space import Config, Number
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """Train one client from the batch's weights; the result is an Update."""
+    """Train one client from the batch's weights. The result is an Update.
+
+    `seed` is for the generator that the client program gets. If `error_before` is True, the weights are also measured
+    before training, on the validation part.
+    """
 
     client: int
     config: Config
@@ -26,14 +31,14 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Evaluate the batch's weights on the validation and test parts of some clients; a dict of metrics for each."""
+    """Evaluate the batch's weights on the validation and test parts of some clients. The result is Metrics for each."""
 
     clients: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PersonaliseTask:
-    """Train one client, then evaluate what came out on its validation and test parts; a dict of metrics."""
+    """Train one client, then evaluate the trained weights on its validation and test parts. The result is Metrics."""
 
     client: int
     config: Config
@@ -45,7 +50,7 @@ Task = ClientTask | EvaluateTask
 
 
 def describe(task: Task) -> str:
-    """What a message calls the task."""
+    """The task in the words of a message."""
     if isinstance(task, EvaluateTask):
         return f"evaluating clients {task.clients[0]}..{task.clients[-1]}"
     return f"client {task.client} with {dict(task.config)}"
@@ -56,7 +61,7 @@ Metrics = dict[str, Number]
 
 @dataclass(frozen=True)
 class Update:
-    """What a client returns: flat weights, valid until the batch is released, and its metrics."""
+    """What a client returns: its flat weights, valid until the batch is released, and its metrics."""
 
     weights: "Tensor"
     metrics: Metrics
@@ -64,37 +69,35 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """The client program raised, or took its process with it; the message names the client and its configuration."""
+    """A client program raised or ended its process. The message names the client and its configuration."""
 
     message: str
 
 
 Result = Update | Failure | list[Metrics]
 
-Ticket = NewType("Ticket", int)  # of a batch that an executor was given
-
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs tasks. `order` says which batch goes first where there is a choice: the smaller one."""
+    """Runs tasks. If several batches wait, the batch with the smallest `order` goes first."""
 
     def describe(self) -> str:
-        """Where clients train: "in ..."."""
+        """Where clients train, in words that begin with "in"."""
 
     def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> Ticket:
-        """A ticket for this batch."""
+        """The ticket of this batch of tasks."""
 
     def step(self) -> None:
-        """Computes something, or blocks until a worker has; does nothing when there is nothing to do."""
+        """Computes something, or blocks until a worker has computed something. Does nothing if no task waits."""
 
     def finished(self, ticket: Ticket) -> bool:
-        """True once all results of the ticket are there."""
+        """True if all results of the ticket are there."""
 
     def collect(self, ticket: Ticket) -> list[Result]:
-        """The results of a finished ticket, in the order of its tasks; once."""
+        """The results of a finished ticket, in the order of its tasks. A ticket can be collected once."""
 
     def release(self, ticket: Ticket) -> None:
-        """Gives back the memory of a collected ticket's updates."""
+        """Frees the memory of a collected ticket's updates."""
 
     def close(self) -> None:
-        """Ends all workers. The executor can't be used any more."""
+        """Ends all workers. The executor can't be used afterwards."""

@@ -1,18 +1,18 @@
-"""SGD's step on one weight tensor of a client's model at a time; its source is `fedtune_clients.local_sgd`'s."""
+"""The step of SGD, on one weight tensor of a client's model at a time. Its source is in `fedtune_clients.local_sgd`."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedtune.tuning.space import Number
+from fedtune.client import Number
 
 
-class Descent:
+class SGDStep:
     """v <- momentum v + gradient + decay w - attraction, w <- w - learning_rate v, for one weight tensor at a time.
 
     `decay` is weight_decay + proximal_mu and the attraction proximal_mu w0, since the gradient of the proximal term is
-    proximal_mu (w - w0); w0 is what `weights` hold now. The steps change them in place.
+    proximal_mu (w - w0). w0 is what `weights` hold when this is made; the steps then change `weights` in place.
     """
 
     def __init__(self, weights: Sequence[Tensor], config: dict[str, Number]) -> None:
@@ -24,21 +24,21 @@ class Descent:
         self._velocities = [torch.zeros_like(weight) for weight in weights] if momentum > 0 else None
         # Without momentum the gradient goes straight to the weight.
         self._targets = self._velocities or weights
-        self._keep, self._scale = (momentum, 1.0) if self._velocities else (1 - rate * self._decay, -rate)
+        self._retained, self._scale = (momentum, 1.0) if self._velocities else (1 - rate * self._decay, -rate)
 
-    def step(self, number: int, gradient: Tensor) -> None:
-        """Steps the weight of that number along its gradient."""
+    def along(self, number: int, gradient: Tensor) -> None:
+        """Steps the weight tensor of that number along its gradient."""
         target = self._targets[number]
-        if self._keep != 1:
-            target.mul_(self._keep)
+        if self._retained != 1:
+            target.mul_(self._retained)
         target.add_(gradient, alpha=self._scale)
         self._finish(number)
 
-    def step_along_product(self, number: int, left: Tensor, right: Tensor) -> None:
-        """`step` along the product of a matrix with another or with a vector, as one operation."""
+    def along_product(self, number: int, left: Tensor, right: Tensor) -> None:
+        """What `along` does with the product of two matrices, or of a matrix and a vector, as one operation."""
         target = self._targets[number]
         add_product = target.addmm_ if right.ndim > 1 else target.addmv_
-        add_product(left, right, beta=self._keep, alpha=self._scale)
+        add_product(left, right, beta=self._retained, alpha=self._scale)
         self._finish(number)
 
     def _finish(self, number: int) -> None:
