@@ -22,9 +22,9 @@ from fedtune.runs.results import StudyResult, write_frames
 from fedtune.runs.run_folder import locked
 from fedtune.runs.study import Study
 from fedtune.settings import Settings
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
+from fedtune.tuning.tuner_kind import TunerSettings
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_row
 from fedtune.simulation.stragglers import attempt_duration, dropped_after
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Score, Trial, Tuner, incumbent
+from fedtune.tuning.tuner_kind import TunerSettings
 
 Made = TypeVar("Made")
 
