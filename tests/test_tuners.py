@@ -7,6 +7,7 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
+from fedtune.tuning.domains import LogUniform
 from fedtune.tuning.elimination import EliminationPolicy
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
@@ -16,7 +17,7 @@ from fedtune.tuning.policy import Policy
 from fedtune.tuning.pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.rsws import RSWSPolicy
-from fedtune.tuning.space import LogUniform, SearchSpace
+from fedtune.tuning.space import SearchSpace
 from fedtune.tuning.successive_halving import SynchronousBrackets
 from fedtune.tuning.trial import Extendable, Job, Trial, Tuner
 from fedtune.tuning.tuner_kind import Budget, TrialSource

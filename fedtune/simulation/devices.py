@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
-from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
+from fedtune.tuning.domains import Choice, Domain, parse_domain
+from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Trial
 
 FREE = {"seconds_per_example": 0.0, "download_speed": math.inf, "upload_speed": math.inf}  # take no time

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtune import rng
+from fedtune.tuning.domains import Domain
 from fedtune.tuning.elimination import EliminationPolicy, EliminationSettings
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.pool import make_pool, whole_space_pool
 from fedtune.tuning.rsws import RSWSPolicy
-from fedtune.tuning.space import Config, Domain
+from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool, Trial
 
 MakePool = Callable[[Config, Mapping[str, Domain], np.random.Generator], Pool]
