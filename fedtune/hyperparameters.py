@@ -11,9 +11,10 @@ from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.server import optimizers
 from fedtune.settings import Settings, client_program
-from fedtune.tuning.kinds import Budget, TrialSource, TunerSettings
-from fedtune.tuning.space import Config, SearchSpace, check_space, parse_domain, sample
+from fedtune.tuning.domains import parse_domain
+from fedtune.tuning.space import Config, SearchSpace, check_space, sample
 from fedtune.tuning.trial import Compose, Draw, Trial, Tuner
+from fedtune.tuning.tuner_kind import Budget, TrialSource, TunerSettings
 from fedtune.tuning.tuners import tuner_kind
 
 

@@ -9,8 +9,9 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.tuning import bohb
 from fedtune.tuning.bohb import BOHB, bandwidths, log_density, propose, ranks_used, sample_around
+from fedtune.tuning.domains import Choice, Integer, LogUniform, Uniform
 from fedtune.tuning.hyperband import hyperband
-from fedtune.tuning.space import Choice, Integer, LogUniform, SearchSpace, Uniform, sample
+from fedtune.tuning.space import SearchSpace, sample
 from fedtune.tuning.trial import Trial, Tuner
 
 SPACE = SearchSpace(

@@ -12,8 +12,7 @@ from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, resolve
 from fedtune.simulation.devices import Devices, distributions, mean_epochs, shuffled
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.policy import FedExPolicy
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Trial
 
 BYTES = 4000  # of the weights

@@ -20,8 +20,7 @@ from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, write_settings
 from fedtune.settings import resolve as resolve_settings
 from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.policy import FedExPolicy
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Trial
 from fedtune_clients.app import app
 

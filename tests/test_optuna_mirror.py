@@ -16,7 +16,8 @@ import fedtune
 from fedtune import cli
 from fedtune.errors import InputError
 from fedtune.report.optuna_mirror import OptunaMirror, distribution
-from fedtune.tuning.space import Choice, Integer, LogUniform, PowerOfTwo, SearchSpace, Uniform
+from fedtune.tuning.domains import Choice, Integer, LogUniform, PowerOfTwo, Uniform
+from fedtune.tuning.space import SearchSpace
 
 TUNERS = ["manual", "asha", "asha+fedex"]
 SETTINGS = {"tuners": TUNERS, "max_rounds": 3, "total_rounds": 8, "executor": "serial"}

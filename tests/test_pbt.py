@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError
+from fedtune.tuning.domains import Choice, Integer, LogUniform, PowerOfTwo, Uniform
 from fedtune.tuning.pbt import PBT, Member, Population, default_population_size, explore_config, make_explore, moved
-from fedtune.tuning.space import Choice, Integer, LogUniform, PowerOfTwo, SearchSpace, Uniform
+from fedtune.tuning.space import SearchSpace
 from fedtune.tuning.trial import Job, Trial, Tuner
 
 

@@ -17,7 +17,7 @@ from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune.errors import InputError
-from fedtune.tuning.policy import FedExPolicy
+from fedtune.tuning.fedex import FedExPolicy
 
 NAMES = ("manual", "asha", "fedex", "asha+fedex")
 SETTINGS = {"max_rounds": 9, "total_rounds": 36, "seeds": 1, "tuners": list(NAMES)}

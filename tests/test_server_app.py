@@ -16,8 +16,7 @@ from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server_app import app, nodes_in_client_order
 from fedtune.settings import resolve
 from fedtune.simulation.grid import ExecutorGrid
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.policy import FedExPolicy
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune_clients.app import app as client_app
 
 NUM_CLIENTS = 5

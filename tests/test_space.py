@@ -7,21 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.space import (
-    FEDEX_CLIENT_SPACE,
-    FEDEX_SERVER_SPACE,
-    Choice,
-    Domain,
-    Hyperparameter,
-    Integer,
-    LogUniform,
-    PowerOfTwo,
-    Uniform,
-    check_space,
-    parse_domain,
-    perturb,
-    sample,
-)
+from fedtune.tuning.domains import Choice, Domain, Integer, LogUniform, PowerOfTwo, Uniform, parse_domain
+from fedtune.tuning.space import FEDEX_CLIENT_SPACE, FEDEX_SERVER_SPACE, Hyperparameter, check_space, perturb, sample
 
 DOMAINS = [
     Uniform(-2.0, 0.5),

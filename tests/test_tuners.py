@@ -7,16 +7,20 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.kinds import Budget, TrialSource
+from fedtune.tuning.domains import LogUniform
+from fedtune.tuning.elimination import EliminationPolicy
+from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.one_federation import OneFederation
 from fedtune.tuning.pbt import PBT
-from fedtune.tuning.policy import EliminationPolicy, EliminationThenFedEx, FedExPolicy, Policy, RSWSPolicy
+from fedtune.tuning.policy import Policy
 from fedtune.tuning.pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.random_search import RandomSearch
-from fedtune.tuning.space import LogUniform, SearchSpace
+from fedtune.tuning.rsws import RSWSPolicy
+from fedtune.tuning.space import SearchSpace
 from fedtune.tuning.successive_halving import SynchronousBrackets
 from fedtune.tuning.trial import Extendable, Job, Trial, Tuner
+from fedtune.tuning.tuner_kind import Budget, TrialSource
 from fedtune.tuning.tuners import TUNERS, tuner_kind
 
 DOMAINS = {"learning_rate": LogUniform(1e-3, 1.0)}

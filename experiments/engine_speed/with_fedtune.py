@@ -32,8 +32,7 @@ from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
 from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.policy import FedExPolicy
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Trial
 
 CONFIG = {"learning_rate": work.LEARNING_RATE, "batch_size": work.BATCH_SIZE, "epochs": 1}

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 from fedtune import rng
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
-from fedtune.tuning.kinds import Budget, TrialSource
-from fedtune.tuning.space import Config, LogUniform, SearchSpace, Uniform, sample
+from fedtune.tuning.domains import LogUniform, Uniform
+from fedtune.tuning.space import Config, SearchSpace, sample
 from fedtune.tuning.trial import Job, Score, Trial, incumbent
+from fedtune.tuning.tuner_kind import Budget, TrialSource
 from fedtune.tuning.tuners import TUNERS
 
 FOLDER = Path(__file__).parent

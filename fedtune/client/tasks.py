@@ -7,7 +7,7 @@ tasks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NewType, Protocol, runtime_checkable
 
 from fedtune.tuning.space import Config, Number
 
@@ -75,6 +75,9 @@ class Failure:
 
 
 Result = Update | Failure | list[Metrics]
+
+
+Ticket = NewType("Ticket", int)  # of a batch that an executor has taken
 
 
 @runtime_checkable

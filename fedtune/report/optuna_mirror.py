@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from fedtune.errors import InputError
-from fedtune.tuning.space import Choice, Domain, Integer, LogUniform, PowerOfTwo, SearchSpace, Uniform
+from fedtune.tuning.domains import Choice, Domain, Integer, LogUniform, PowerOfTwo, Uniform
+from fedtune.tuning.space import SearchSpace
 
 try:
     import optuna

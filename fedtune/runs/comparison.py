@@ -29,9 +29,9 @@ from fedtune.runs.trial_store import TrialStore
 from fedtune.settings import Settings
 from fedtune.simulation.devices import Devices
 from fedtune.simulation.evaluation import evaluation_clients
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
+from fedtune.tuning.tuner_kind import TunerSettings
 
 Key = tuple[str, int]  # a study: its tuner and its seed
 

@@ -23,8 +23,8 @@ from fedtune.runs.run_folder import settings_path
 from fedtune.runs.study import JobAttempt, NoJobEnded, Study
 from fedtune.settings import Settings, read_settings, resolve
 from fedtune.simulation.records import record_as_row
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.trial import Job, Score, Trial
+from fedtune.tuning.tuner_kind import TunerSettings
 
 
 @dataclass(frozen=True)

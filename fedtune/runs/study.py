@@ -18,8 +18,8 @@ from fedtune.runs.ledger import Ledger
 from fedtune.runs.results import trial_as_json
 from fedtune.settings import ExtensionSettings, Settings, digest
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.trial import Job, Score, Trial, Tuner
+from fedtune.tuning.tuner_kind import TunerSettings
 
 
 @dataclass(eq=False)

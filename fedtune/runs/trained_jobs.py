@@ -16,9 +16,9 @@ from fedtune.runs.training import TrainingSetup, ignore, train
 from fedtune.runs.trial_store import TrialStore
 from fedtune.simulation.federation import Federation
 from fedtune.simulation.records import RoundRecord, record_as_row
-from fedtune.tuning.kinds import TunerSettings
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Job, Pool, Score, Trial
+from fedtune.tuning.tuner_kind import TunerSettings
 
 Made = TypeVar("Made")
 

@@ -22,7 +22,8 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
 from fedtune.simulation.stragglers import attempt_duration, fails_after
-from fedtune.tuning.space import Choice, Domain, checked_number, parse_domain
+from fedtune.tuning.domains import Choice, Domain, parse_domain
+from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Job, Trial
 
 LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fedtune import rng
+from fedtune.tuning.domains import Choice
 from fedtune.tuning.hyperband import hyperband
 from fedtune.tuning.rungs import Key
-from fedtune.tuning.space import Choice, Config, SearchSpace
+from fedtune.tuning.space import Config, SearchSpace
 from fedtune.tuning.trial import Compose, Draw, Job, Trial, rank_key
 
 RANDOM_FRACTION = 1 / 3

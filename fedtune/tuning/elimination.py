@@ -25,8 +25,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Real
 
 from fedtune.errors import InputError
-from fedtune.tuning.fedex import bounded
+from fedtune.tuning.fedex import bounded, worst_error
+from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
 from fedtune.tuning.space import checked_number
+from fedtune.tuning.trial import Pool
 
 SWEEPS = 12
 SHRINKAGE = 0.5
@@ -148,3 +150,41 @@ def _halve(state: EliminationState) -> EliminationState:
     if over(state):
         state = state._replace(row_round=state.row_round[:0], row_config=state.row_config[:0], row_loss=np.zeros(0))
     return state
+
+
+class EliminationPolicy:
+    """Successive elimination of a flat pool's configurations; once it is over, all clients use the survivor."""
+
+    signal = "loss"
+    needs_error_before = False
+
+    def __init__(self, pool: Pool, rounds_per_halving: int, num_classes: int) -> None:
+        (configs,) = pool
+        self.pool = pool
+        self.state = init(len(configs))
+        self._rounds_per_halving = rounds_per_halving
+        self._worst = worst_error(self.signal, num_classes)
+
+    def draw(self, draws: np.random.Generator, cohort_size: int) -> Drawn:
+        """Line 3: configurations dealt evenly to the cohort."""
+        return draw(self.state, draws, cohort_size)
+
+    def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:
+        """Lines 6 to 10: a round of losses, and a halving every `rounds_per_halving` rounds."""
+        self.state = update(self.state, drawn, error, num_validation, self._rounds_per_halving, self._worst)
+
+    def probabilities(self) -> Thetas:
+        """Equal for the live configurations, and 0 for the eliminated ones."""
+        return (self.state.live / self.state.live.sum(),)
+
+    def best(self) -> tuple[int, ...]:
+        """The best configuration so far."""
+        return (survivor(self.state),)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state as a checkpoint holds it."""
+        return to_arrays(self.state)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Continues from the state that `to_arrays` gave, bit for bit."""
+        self.state = from_arrays(arrays)

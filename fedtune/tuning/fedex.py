@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
 from fedtune.tuning.space import Config, Number, checked_number
 from fedtune.tuning.trial import Pool
 
@@ -221,3 +222,40 @@ def _mean(error: Float[np.ndarray, " client"], num_validation: Real[np.ndarray, 
     # As an offset, here and above: equal errors then differ from their mean by exactly 0, where `aggressive` would blow
     # a rounding error up to a whole step.
     return float(error[0] + num_validation @ (error - error[0]) / num_validation.sum())
+
+
+class FedExPolicy:
+    """FedEx; it is `uniform` if its steps are off, and plain federated averaging if the pool is one configuration."""
+
+    def __init__(self, pool: Pool, settings: FedExSettings, num_classes: int) -> None:
+        self.pool = pool
+        self.signal = settings.signal
+        self.needs_error_before = settings.baseline == "client"
+        self.settings = settings
+        self.state = init(pool)
+        self._worst = worst_error(settings.signal, num_classes)
+
+    def draw(self, draws: np.random.Generator, cohort_size: int) -> Drawn:
+        """Line 4: each client draws from theta."""
+        return draw(self.state, self.settings, draws, cohort_size)
+
+    def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:
+        """Lines 6, 9 and 10, unless no client returned a usable update."""
+        if np.isfinite(error).any():  # else theta stays as it is, like the weights
+            self.state = update(self.state, drawn, error, num_validation, self.settings, self._worst, error_before)
+
+    def probabilities(self) -> Thetas:
+        """Theta, with min_probability mixed in."""
+        return probabilities(self.state, self.settings)
+
+    def best(self) -> tuple[int, ...]:
+        """The most probable element of each factor."""
+        return best(self.state)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state as a checkpoint holds it."""
+        return to_arrays(self.state)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Continues from the state that `to_arrays` gave, bit for bit."""
+        self.state = from_arrays(arrays)

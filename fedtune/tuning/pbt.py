@@ -29,8 +29,9 @@ import numpy as np
 
 from fedtune import rng
 from fedtune.errors import InputError
+from fedtune.tuning.domains import Choice, Domain, Integer, PowerOfTwo
 from fedtune.tuning.rungs import Key
-from fedtune.tuning.space import Choice, Config, Domain, Integer, Number, PowerOfTwo, SearchSpace, checked_number
+from fedtune.tuning.space import Config, Number, SearchSpace, checked_number
 from fedtune.tuning.trial import Compose, Draw, Job, Trial, rank_key
 
 POPULATION_SIZE = 25

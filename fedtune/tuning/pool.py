@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedtune.tuning.domains import Domain
 from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.space import Config, Domain, perturb, sample
+from fedtune.tuning.space import Config, perturb, sample
 from fedtune.tuning.trial import Pool
 
 

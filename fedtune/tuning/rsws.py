@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from fedtune.tuning.fedex import bounded
-from fedtune.tuning.trial import TAIL
+from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
+from fedtune.tuning.trial import TAIL, Pool
 
 
 class RSWSState(NamedTuple):
@@ -79,3 +80,40 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> RSWSState:
     """The state that `to_arrays` wrote, to the last bit."""
     rows = (arrays[name] for name in ("row_round", "row_config", "row_error", "row_weight"))
     return RSWSState(int(arrays["rounds"][0]), *rows)
+
+
+class RSWSPolicy:
+    """Random search with weight-sharing over a flat pool."""
+
+    signal = "error"
+    needs_error_before = False
+
+    def __init__(self, pool: Pool) -> None:
+        (configs,) = pool
+        self.pool = pool
+        self.state = init()
+        self._num_configs = len(configs)
+
+    def draw(self, draws: np.random.Generator, cohort_size: int) -> Drawn:
+        """For each client a configuration, drawn uniformly."""
+        return draw(self._num_configs, draws, cohort_size)
+
+    def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:
+        """Adds the errors of a round."""
+        self.state = update(self.state, drawn, error, num_validation)
+
+    def probabilities(self) -> Thetas:
+        """Uniform, in every round."""
+        return (np.full(self._num_configs, 1 / self._num_configs),)
+
+    def best(self) -> tuple[int, ...]:
+        """The configuration with the smallest mean error over the last quarter of the rounds."""
+        return (int(mean_errors(self.state, self._num_configs).argmin()),)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state as a checkpoint holds it."""
+        return to_arrays(self.state)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Continues from the state that `to_arrays` gave, bit for bit."""
+        self.state = from_arrays(arrays)

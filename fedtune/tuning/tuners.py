@@ -13,10 +13,9 @@ from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
 from fedtune.tuning.hyperband import hyperband
-from fedtune.tuning.kinds import Budget, TrialSource, TunerKind
 from fedtune.tuning.one_federation import OneFederation
 from fedtune.tuning.pbt import PBT, default_population_size, make_explore
-from fedtune.tuning.policies import (
+from fedtune.tuning.policy_kinds import (
     ELIMINATION,
     ELIMINATION_THEN_FEDEX,
     FEDEX,
@@ -28,6 +27,7 @@ from fedtune.tuning.policies import (
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.successive_halving import successive_halving
 from fedtune.tuning.trial import Tuner
+from fedtune.tuning.tuner_kind import Budget, TrialSource, TunerKind
 
 
 def drawing(make: Callable[..., Tuner]) -> Callable[..., Tuner]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.policies import ONE_CONFIGURATION, PolicyKind, PolicySettings
+from fedtune.tuning.policy_kinds import ONE_CONFIGURATION, PolicyKind, PolicySettings
 from fedtune.tuning.space import SearchSpace, checked_number
 from fedtune.tuning.trial import Compose, Draw, Trial, Tuner
 

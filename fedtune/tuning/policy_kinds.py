@@ -1,6 +1,6 @@
 """What can go on inside a trial: its client configurations, and the policy that hands them out and learns from them.
 
-A `PolicyKind` is a part of a tuner's description (`fedtune.tuning.kinds`). It turns options into `PolicySettings`,
+A `PolicyKind` is a part of a tuner's description (`fedtune.tuning.tuner_kind`). It turns options into `PolicySettings`,
 which make the pool and the policy of each trial.
 """
 
@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtune import rng
-from fedtune.tuning.elimination import EliminationSettings
-from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.policy import EliminationPolicy, EliminationThenFedEx, FedExPolicy, Policy, RSWSPolicy
+from fedtune.tuning.domains import Domain
+from fedtune.tuning.elimination import EliminationPolicy, EliminationSettings
+from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
+from fedtune.tuning.fedex import FedExPolicy, FedExSettings
+from fedtune.tuning.policy import Policy
 from fedtune.tuning.pool import make_pool, whole_space_pool
-from fedtune.tuning.space import Config, Domain
+from fedtune.tuning.rsws import RSWSPolicy
+from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool, Trial
 
 MakePool = Callable[[Config, Mapping[str, Domain], np.random.Generator], Pool]
