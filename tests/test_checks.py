@@ -3,9 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedtune.data import checks, chunks
+from fedtune.data import FederatedDataset, checks, chunks, from_clients
 from fedtune.data.checks import find_problems
-from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import BadDataError
 from fedtune.data.repeats import find_repeats
 from fedtune.data.spec import DatasetSpec
@@ -83,7 +82,7 @@ def test_clients_that_fit_are_checked_beside_those_that_do_not():
     x, y = np.arange(8, dtype=np.float32).reshape(4, 2), np.zeros(4, np.int64)
     clients = {"nan": (x * np.nan, y), "thin": (x[:, :1], y), 1: (x, y), "1": (x, y), "none": ([], []), "ok": (x, y)}
     with pytest.raises(BadDataError) as caught:
-        FederatedDataset.from_clients(clients, name="bad", num_classes=1)
+        from_clients(clients, name="bad", num_classes=1)
     assert [problem.message for problem in checks.errors_of(caught.value.problems)] == [
         "client 'nan': x must be finite, got NaN or infinity in 4 of its examples",
         "client 'thin': an example must have shape (2,) and dtype float32, as client 'nan' has, got (1,) and float32",
@@ -100,7 +99,8 @@ def test_labels_of_other_objectives():
     spec = DatasetSpec((1,), "real", 2, objective="next_token", target_shape=(2,))
     tokens = FederatedDataset("t", spec, x, np.array([[0, 1], [-100, 2], [-100, 1]]), ["a"], ranges)
     assert tokens.check() == [
-        "client 'a': labels must be in 0..1, or -100 if a position does not count, got others in 1 of its examples, such as 2"
+        "client 'a': labels must be in 0..1, or -100 if a position does not count, got others in 1 of its examples, "
+        "such as 2"
     ]
     stats = replace(tokens, y=np.zeros((3, 2), np.int64)).stats()
     assert stats["examples"] == 3

@@ -3,6 +3,7 @@
 import ast
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ import datasets
 import fedtune.data
 from fedtune.data import FederatedDataset, from_clients
 from fedtune.data.formats.leaf_export import export_leaf
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_python(code):
@@ -40,6 +43,13 @@ def test_every_public_name_is_there_and_described():
 def test_no_module_hides_a_public_name():
     modules = {module.name for module in pkgutil.iter_modules(fedtune.data.__path__)}
     assert modules & {*fedtune.data.__all__} == set()
+
+
+@pytest.mark.parametrize("pattern", ["docs/*.md", "docs/algorithms/*.md", "datasets/*.md", "datasets/*/*.py"])
+def test_docs_and_plug_ins_import_from_no_deeper_path(pattern):
+    texts = {path: path.read_text() for path in ROOT.glob(pattern)}
+    assert texts
+    assert {path for path, text in texts.items() if re.search(r"(from|import) fedtune\.data\.", text)} == set()
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data import FederatedDataset, from_clients
 from fedtune.data.parts import PARTS
 from fedtune.data.problems import BadDataError
 from fedtune.data.spec import DatasetSpec
@@ -19,7 +19,7 @@ def numbered(sizes, seed=0, fractions=(0.8, 0.1, 0.1)):
         f"c{i}": (np.arange(a, b, dtype=np.float32)[:, None], np.arange(a, b) % 10)
         for i, (a, b) in enumerate(pairwise(bounds))
     }
-    return FederatedDataset.from_clients(clients, name="numbered", num_classes=10, seed=seed, fractions=fractions)
+    return from_clients(clients, name="numbered", num_classes=10, seed=seed, fractions=fractions)
 
 
 def parts_of(dataset, client):
@@ -98,12 +98,12 @@ def test_a_partition_gives_the_named_examples_to_each_client():
 
 def test_both_constructors_split_alike():
     x, y = np.arange(40.0)[:, None], np.arange(40) % 3
-    from_partition = FederatedDataset.from_partition(x, y, [np.arange(15), np.arange(15, 40)], name="a", seed=3)
-    from_clients = FederatedDataset.from_clients({"0": (x[:15], y[:15]), "1": (x[15:], y[15:])}, name="a", seed=3)
-    assert (from_partition.x == from_clients.x).all()
-    assert (from_partition.y == from_clients.y).all()
-    assert (from_partition.ranges == from_clients.ranges).all()
-    assert from_partition.spec == from_clients.spec == DatasetSpec((1,), "real", 3)
+    one = FederatedDataset.from_partition(x, y, [np.arange(15), np.arange(15, 40)], name="a", seed=3)
+    other = from_clients({"0": (x[:15], y[:15]), "1": (x[15:], y[15:])}, name="a", seed=3)
+    assert (one.x == other.x).all()
+    assert (one.y == other.y).all()
+    assert (one.ranges == other.ranges).all()
+    assert one.spec == other.spec == DatasetSpec((1,), "real", 3)
 
 
 def test_splitting_a_thousand_clients_and_reading_one_of_a_million_is_cheap():
@@ -131,7 +131,7 @@ def test_check_reports_every_problem_by_client():
     labels = (np.zeros((6, 1), np.float32), np.array([0, 1, 2, -1, 2, 5]))
     clients = {"good": three, "empty": (three[0][:0], three[1][:0]), "two": (three[0][:2], three[1][:2])}
     clients |= {"nan": nan, "labels": labels}
-    problems = FederatedDataset.from_clients(clients, name="bad", num_classes=3).check()
+    problems = from_clients(clients, name="bad", num_classes=3).check()
     assert problems[:-1] == [
         "client 'empty': train must have at least 1 example, got 0 of the client's 0",
         "client 'empty': validation must have at least 1 example, got 0 of the client's 0",
@@ -211,7 +211,7 @@ def test_clients_whose_arrays_differ_are_refused_all_at_once():
         "e": (x, y.astype(np.float64)),
     }
     with pytest.raises(BadDataError) as caught:
-        FederatedDataset.from_clients(clients, name="bad")
+        from_clients(clients, name="bad")
     assert str(caught.value) == f"{caught.value.problems[0].message} (and 3 more)"
     assert [problem.message for problem in caught.value.problems] == [
         "client 'b': an example must have shape (2,) and dtype float32, as client 'a' has, got (1,) and float32",
@@ -223,7 +223,7 @@ def test_clients_whose_arrays_differ_are_refused_all_at_once():
 
 def test_a_data_set_without_clients_is_refused():
     with pytest.raises(InputError, match="at least one client"):
-        FederatedDataset.from_clients({}, name="none")
+        from_clients({}, name="none")
     with pytest.raises(InputError, match="at least one client"):
         FederatedDataset.from_partition(np.zeros((3, 1)), np.zeros(3, np.int64), [], name="none")
 
@@ -231,14 +231,14 @@ def test_a_data_set_without_clients_is_refused():
 def test_the_wrong_kind_of_input_is_refused():
     clients = {"a": (np.zeros((4, 2), np.float32), np.zeros(4, np.int64))}
     with pytest.raises(InputError, match="x must hold token inputs, got dtype float32"):
-        FederatedDataset.from_clients(clients, name="bad", input_kind="token")
+        from_clients(clients, name="bad", input_kind="token")
     with pytest.raises(UnknownNameError, match="unknown input_kind 'image'; known: real, token"):
-        FederatedDataset.from_clients(clients, name="bad", input_kind="image")
+        from_clients(clients, name="bad", input_kind="image")
 
 
 def test_tokens_are_kept_as_they_are_stored():
     clients = {"a": (np.full((4, 80), 79, np.uint8), np.arange(4))}
-    dataset = FederatedDataset.from_clients(clients, name="text", num_classes=80, input_kind="token")
+    dataset = from_clients(clients, name="text", num_classes=80, input_kind="token")
     assert (dataset.x.dtype, dataset.spec) == (np.uint8, DatasetSpec((80,), "token", 80))
 
 

@@ -6,9 +6,9 @@ from typer.testing import CliRunner
 
 import fedtune
 from fedtune import cli
+from fedtune.data import FederatedDataset, from_clients, from_leaf
 from fedtune.data.checks import find_problems
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.leaf import from_leaf, is_leaf_folder
+from fedtune.data.formats.leaf import is_leaf_folder
 from fedtune.data.formats.leaf_export import export_leaf
 from fedtune.data.formats.text import UNKNOWN, VOCABULARY, decode_rows, encode_characters
 from fedtune.data.parts import PARTS
@@ -227,14 +227,14 @@ def made(dtype=np.uint8, kind="real", shape=(2, 3)):
         name: ((rng.random((n, *shape)) * 200).astype(dtype), rng.integers(0, 7, n))
         for name, n in [("z", 12), ("é", 30), ("a", 3)]
     }
-    return FederatedDataset.from_clients(clients, name="made", num_classes=9, scale=1 / 3, input_kind=kind)
+    return from_clients(clients, name="made", num_classes=9, scale=1 / 3, input_kind=kind)
 
 
 def labelled(objective, labels):
     """Clients with labels of a form of their own."""
     rng = np.random.default_rng(0)
     clients = {name: (rng.integers(0, 9, (n, 4)), labels(rng, n)) for name, n in [("a", 12), ("b", 5), ("c", 3)]}
-    return FederatedDataset.from_clients(clients, name="made", objective=objective, input_kind="token")
+    return from_clients(clients, name="made", objective=objective, input_kind="token")
 
 
 def next_tokens(rng, n):
@@ -307,7 +307,7 @@ def test_many_users_are_read_as_few_are(tmp_path, monkeypatch):
     monkeypatch.setattr("fedtune.data.formats.leaf.LARGE", 1)  # so that the arrays grow often
     rng = np.random.default_rng(0)
     clients = {f"c{n}": (rng.random((n, 3)), rng.integers(0, 9, n)) for n in range(3, 60)}
-    dataset = FederatedDataset.from_clients(clients, name="made")
+    dataset = from_clients(clients, name="made")
     export_leaf(dataset, tmp_path / "out", users_per_file=20)
     again = from_leaf(tmp_path / "out")
     assert_equal(again, dataset)

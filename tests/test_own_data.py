@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 import datasets
 import fedtune
 from fedtune.cli import app
-from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.formats.tables import from_frame
+from fedtune.data import from_clients, from_folder, from_frame, from_hub, from_torch
 from fedtune.data.parts import PARTS
 from fedtune.errors import InputError, UnknownNameError
 
@@ -185,10 +184,10 @@ def same(dataset, expected):
 
 
 def test_every_form_gives_the_same_data_set(tmp_path):
-    expected = FederatedDataset.from_clients(pairs(), name="own")
+    expected = from_clients(pairs(), name="own")
     tensors = {name: (torch.from_numpy(x), torch.from_numpy(y)) for name, (x, y) in pairs().items()}
-    same(FederatedDataset.from_clients(tensors, name="own"), expected)
-    same(FederatedDataset.from_torch({n: TensorDataset(*pair) for n, pair in tensors.items()}, name="own"), expected)
+    same(from_clients(tensors, name="own"), expected)
+    same(from_torch({n: TensorDataset(*pair) for n, pair in tensors.items()}, name="own"), expected)
     (tmp_path / "npz").mkdir()
     for name, (x, y) in pairs().items():
         np.savez(tmp_path / "npz" / f"{name}.npz", x=x, y=y)
@@ -196,16 +195,16 @@ def test_every_form_gives_the_same_data_set(tmp_path):
             folder = tmp_path / "images" / name / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{number:02}.png")
-    same(FederatedDataset.from_folder(tmp_path / "npz"), expected)
+    same(from_folder(tmp_path / "npz"), expected)
     same(fedtune.load(str(tmp_path / "npz")), expected)
-    images = FederatedDataset.from_folder(tmp_path / "images")
+    images = from_folder(tmp_path / "images")
     assert images.spec.scale == 1 / 255
     assert sorted(map(bytes, images.x)) == sorted(map(bytes, expected.x))  # in another order: class by class
     rows = [(name, x, y) for name, (xs, ys) in pairs().items() for x, y in zip(xs, ys, strict=True)]
     hub = datasets.Dataset.from_dict(
         {"writer": [row[0] for row in rows], "image": [row[1] for row in rows], "label": [row[2] for row in rows]}
     )
-    dealt = FederatedDataset.from_hub(hub, NaturalIdPartitioner("writer"), name="own")
+    dealt = from_hub(hub, NaturalIdPartitioner("writer"), name="own")
     same(dealt, expected)
 
 
@@ -214,7 +213,7 @@ def test_a_folder_of_tables(tmp_path):
     for user, rows in table.groupby("user"):
         rows.drop(columns="user").to_csv(tmp_path / f"{user}.csv", index=False)
     same(
-        FederatedDataset.from_folder(tmp_path, label="likes"),
+        from_folder(tmp_path, label="likes"),
         from_frame(table.sort_values("user", kind="stable"), client="user", label="likes"),
     )
 
@@ -235,7 +234,7 @@ def test_a_bad_folder_is_one_line(tmp_path, files, message):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        FederatedDataset.from_folder(tmp_path)
+        from_folder(tmp_path)
 
 
 def mapped_pages(path):
@@ -282,7 +281,7 @@ def test_a_hundred_thousand_clients_in_a_mapped_file(tmp_path):
 
 MAKE = """
 import numpy as np
-from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data import from_clients
 
 def make(*, kind):
     x = np.arange(40.0).reshape(20, 2)
@@ -299,7 +298,7 @@ def make(*, kind):
         clients[1] = clients["1"] = (x + 300, np.arange(20) % 2)
     if kind == "repeats":
         clients["b"] = (np.ones((20, 2)), np.zeros(20, int))
-    return FederatedDataset.from_clients(clients, name="made", num_classes=2)
+    return from_clients(clients, name="made", num_classes=2)
 """
 
 
