@@ -3,16 +3,18 @@
 The functions here do what the commands of the same names do:
 
     run = fedtune.compare("mnist", tuners=["manual", "asha", "fedex"], max_rounds=27, total_rounds=135, seeds=3)
-    run.results  # a pandas DataFrame, a row a tuner and seed
+    run.results  # a pandas DataFrame, a row for each tuner and seed
+
+All that users need is in `__all__`. Torch, Flower and pandas are imported when they are first needed.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.layers import resolve_settings
-from fedtune.layers import tune_settings as tune_settings
+from fedtune.errors import InputError
+from fedtune.events import Listener
+from fedtune.layers import resolve_settings, tune_settings
 
 if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
@@ -21,11 +23,57 @@ if TYPE_CHECKING:
     from fedtune.runs.replay import ReplayedStudy
     from fedtune.settings import Settings
 
-__all__ = ["compare", "extend", "load", "read_run", "replay", "resolve_settings", "resume", "run", "train", "tune"]
+__all__ = [
+    "FederatedDataset",
+    "InputError",
+    "ReplayedStudy",
+    "Run",
+    "Settings",
+    "__version__",
+    "compare",
+    "extend",
+    "load",
+    "new_folder",
+    "read_run",
+    "replay",
+    "resolve_settings",
+    "resume",
+    "run",
+    "train",
+    "tune",
+    "tune_settings",
+]
+
+__version__: str
+
+TYPES = {
+    "FederatedDataset": "fedtune.data.federated_dataset",
+    "ReplayedStudy": "fedtune.runs.replay",
+    "Run": "fedtune.report.frames",
+    "Settings": "fedtune.settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The version or one of TYPES, found when it is first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fedtune")
+    if name in TYPES:
+        from importlib import import_module
+
+        return getattr(import_module(TYPES[name]), name)
+    raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
 
 
 def load(name: str, **options: Any) -> "FederatedDataset":
-    """The data set of that name, or that `file.py:function` makes; `options` are those of its `[data]` table."""
+    """The data set of that name, or the one that `file.py:function` makes.
+
+    `options` are the other keys of its settings table `[data]`:
+
+        fedtune.load("digits", num_clients=10)
+    """
     from fedtune.plugins import load_dataset
 
     return load_dataset({"name": name, **options})
@@ -34,7 +82,9 @@ def load(name: str, **options: Any) -> "FederatedDataset":
 def train(what: str | Path, rounds: int | None = None, **keywords: Any) -> "Run":
     """The run of one federation under the fixed `[client]` and `[server]` values, for `rounds` rounds.
 
-    The other keywords are those of `compare`.
+    The other keywords are as in `compare`:
+
+        fedtune.train("digits", rounds=5, client={"learning_rate": 0.1}, out="runs/first")
     """
     budget = {} if rounds is None else {"max_rounds": rounds, "total_rounds": rounds}
     return compare(what, **{**budget, **keywords, "tuners": ["manual"]})
@@ -47,11 +97,16 @@ def tune(
     *,
     out: str | Path | None = None,
     force: bool = False,
-    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    listener: Listener = lambda event: None,
     optuna: str | None = None,
     **settings: Any,
 ) -> "Run":
-    """The run of one tuner, which draws `num_configs` configurations; see `tune_settings` and `compare`."""
+    """The run of one tuner, which draws `num_configs` configurations.
+
+    `tune_settings` says which budget that implies. The other keywords are as in `compare`:
+
+        fedtune.tune("digits", "asha", num_configs=9, max_rounds=9)
+    """
     resolved = tune_settings(what, tuner, num_configs, settings)
     return run(resolved, out=out, force=force, listener=listener, optuna=optuna)
 
@@ -61,15 +116,17 @@ def compare(
     *,
     out: str | Path | None = None,
     force: bool = False,
-    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    listener: Listener = lambda event: None,
     optuna: str | None = None,
     **settings: Any,
 ) -> "Run":
-    """The run of several tuners at an equal budget, on a data set by name or as a settings file says.
+    """The run of several tuners at an equal budget.
 
-    `settings` are laid over those of the data set or file: `max_rounds=27`, `client={"learning_rate": 0.1}`. `out` is
-    the run folder, made anew (`force` overwrites an older run); None makes one under runs/. `listener` hears every
-    event. `optuna` is the URL of an Optuna storage in which the trials appear too, for its dashboard.
+    `what` names a data set or a settings file, whose settings `settings` override. `out` is the run folder; None makes
+    a new one under runs/. `force` overwrites an older run in `out`. `listener` is called with every event. `optuna` is
+    the URL of an Optuna storage that also shows the trials:
+
+        fedtune.compare("digits", tuners=["manual", "asha"], max_rounds=9, total_rounds=27, out="runs/compared")
     """
     return run(resolve_settings(what, settings), out=out, force=force, listener=listener, optuna=optuna)
 
@@ -79,10 +136,10 @@ def run(
     *,
     out: str | Path | None,
     force: bool,
-    listener: Callable[[dict[str, Any]], None],
+    listener: Listener,
     optuna: str | None = None,
 ) -> "Run":
-    """The run that resolved settings describe, with its figures drawn; see `compare`."""
+    """The run that resolved settings describe, with its figures drawn; the keywords are as in `compare`."""
     _start_workers_early(settings)
     from fedtune.runs.prepare import prepare
     from fedtune.runs.run_folder import claim_folder
@@ -100,10 +157,15 @@ def resume(
     *,
     workers: int | None = None,
     executor: str | None = None,
-    listener: Callable[[dict[str, Any]], None] = lambda event: None,
+    listener: Listener = lambda event: None,
     optuna: str | None = None,
 ) -> "Run":
-    """The run in a folder, brought to its end after it was stopped: to the bit as if it had never been."""
+    """The run in a folder, resumed and brought to its end: bit for bit as if it had not been stopped.
+
+    `workers` and `executor` override the settings of the run; the other keywords are as in `compare`:
+
+        fedtune.resume("runs/compared")
+    """
     from fedtune.runs.run_folder import settings_path
 
     folder = Path(folder)
@@ -125,10 +187,12 @@ def extend(
     total_rounds: int | None = None,
     **keywords: Any,
 ) -> "Run":
-    """The finished run in a folder, gone on with: each study draws up to `num_configs` configurations in all.
+    """The finished run in a folder, extended: each study draws up to `num_configs` configurations in all.
 
-    `total_rounds` is each study's new budget; None is what so many configurations can use at most. The other keywords
-    are those of `resume`.
+    `total_rounds` is each study's new budget; None means the most that so many configurations can use. The other
+    keywords are as in `resume`:
+
+        fedtune.extend("runs/search", num_configs=40)
     """
     from fedtune.runs.extension import extend_run
 
@@ -139,7 +203,9 @@ def extend(
 def replay(folder: str | Path) -> "list[ReplayedStudy]":
     """The studies of a run folder, rebuilt from their journals and checked; nothing is trained or written.
 
-    Raises InputError where a journal and its tuner, or the files of results, disagree.
+    Raises InputError if a journal does not agree with its tuner or with the files of results:
+
+        [study.incumbent for study in fedtune.replay("runs/compared")]
     """
     from fedtune.runs.replay import replay
 
@@ -147,22 +213,34 @@ def replay(folder: str | Path) -> "list[ReplayedStudy]":
 
 
 def read_run(folder: str | Path) -> "Run":
-    """What a finished run folder holds."""
+    """The settings, results, trials and rounds of a finished run:
+
+    fedtune.read_run("runs/compared").results["test_error"]
+    """
     from fedtune.report.frames import read_run
 
     return read_run(folder)
+
+
+def new_folder(settings: "Settings") -> Path:
+    """The folder of a run for which the user names no folder: under runs/, by data set and time."""
+    from datetime import datetime
+
+    name = Path(settings.data["name"].partition(":")[0]).stem
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _start_workers_early(settings: "Settings") -> None:
     from fedtune.executors.processes import start_forkserver
 
     if settings.executor != "serial":
-        start_forkserver()  # imports torch over there while we import it here
+        start_forkserver()  # it imports torch while this process imports torch
 
 
 def _mirrored(
-    listener: Callable[[dict[str, Any]], None], storage: str | None, comparison: "Comparison", folder: Path
-) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    listener: Listener, storage: str | None, comparison: "Comparison", folder: Path
+) -> AbstractContextManager[Listener]:
+    """The listener, which also writes the trials into an Optuna storage if one is given."""
     if storage is None:
         return nullcontext(listener)
     from fedtune.report.optuna_mirror import OptunaMirror
@@ -174,17 +252,10 @@ def _mirrored(
 
 
 def _draw(folder: Path) -> "Run":
+    """The finished run, with its figures drawn into its folder."""
     from fedtune.report.plots import plot_entropy, plot_incumbents
 
     finished = read_run(folder)
     plot_incumbents(finished, folder / "figures" / "incumbents.png")
     plot_entropy(finished, folder / "figures" / "entropy.png")
     return finished
-
-
-def new_folder(settings: "Settings") -> Path:
-    """Where a run is put that is given no folder: under runs/, by data set and time."""
-    from datetime import datetime
-
-    name = Path(settings.data["name"].partition(":")[0]).stem
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

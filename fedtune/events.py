@@ -1,9 +1,19 @@
-"""The words in which a run reports what happens."""
+"""The events by which a run reports what happens; live progress, logs and trackers listen to them."""
 
 from collections.abc import Callable
 from typing import Any
 
 Listener = Callable[[dict[str, Any]], None]
 
-
-EVENTS = ("plan", "executor", "ask", "round", "lost", "tell", "drop", "incumbent", "study_end", "warning")
+EVENTS = (
+    "plan",
+    "executor",
+    "ask",
+    "round",
+    "lost",
+    "tell",
+    "drop",
+    "incumbent",
+    "study_end",
+    "warning",
+)

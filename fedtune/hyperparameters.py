@@ -10,7 +10,7 @@ from fedtune.client.flat_model import FlatModel
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.server import optimizers
-from fedtune.settings import Settings, client_program
+from fedtune.settings import Settings, client_program_name
 from fedtune.tuning.domains import parse_domain
 from fedtune.tuning.space import Config, SearchSpace, check_space, sample
 from fedtune.tuning.trial import Compose, Draw, Trial, Tuner
@@ -29,7 +29,7 @@ class Hyperparameters:
 
 def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     """The hyperparameters, checked against those that the client program and the server heed. Raises InputError."""
-    known = plugins.client_program(client_program(settings)).HYPERPARAMETERS
+    known = plugins.load_client_program(client_program_name(settings)).HYPERPARAMETERS
     fixed = {name: value for name, value in settings.client.items() if name != "name"}
     for name in fixed:
         if name not in known:

@@ -1,49 +1,84 @@
-"""How settings are laid over each other: defaults, those of the data set, a file, the command line."""
+"""The settings of a run, made of layers: defaults, what the data set ships, a file, the command line."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedtune.settings import Settings
 
+Tables = Sequence[Mapping[str, Any]]
+
 
 def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings":
-    """The settings for a data set by name, or of a TOML file over those its data set ships, under further layers."""
-    from fedtune import plugins, settings
+    """The settings of a run on a data set, or of a run that a TOML file describes.
 
-    base: list[Mapping[str, Any]]
-    if str(what).endswith(".toml"):
-        table = settings.read_settings(Path(what))
-        name = table.get("data", {}).get("name")
-        base = [plugins.dataset_settings(name), table] if isinstance(name, str) else [table]
-    else:
-        base = [plugins.dataset_settings(str(what))]
-    tables = [*base, *layers]
-    if not any("space" in table for table in tables):  # as with data of one's own
-        client = next((t["client"]["name"] for t in reversed(tables) if "name" in t.get("client", {})), None)
-        tables.insert(0, {"space": plugins.default_space(client)})
-    return settings.resolve(tables)
+    `what` is the data set's name or the file's path. The file overrides what its data set ships, and `layers` override
+    both:
+
+        fedtune.resolve_settings("digits", {"max_rounds": 27}, {"client": {"learning_rate": 0.1}})
+    """
+    from fedtune.settings import resolve
+
+    shipped, given = _shipped_and_given(what, layers)
+    return resolve([*shipped, *given])
 
 
 def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers: Mapping[str, Any]) -> "Settings":
-    """The settings of a search with one tuner; see `resolve_settings`.
+    """The settings of a search with one tuner; `what` and `layers` are as in `resolve_settings`.
 
-    Where it ends after so many configurations, n, and neither the file nor a layer sets `total_rounds`, that is n times
-    `max_rounds`, more than which they can't use: n and R are all that has to be given (thesis, section 3.5.1).
+    If the tuner ends after n configurations and the user sets no `total_rounds`, the budget is n times `max_rounds`,
+    the most that n configurations can use. So n and `max_rounds` are all that a user must give (thesis, section 3.5.1).
     """
-    from fedtune.settings import read_settings
+    from fedtune.settings import merge, resolve
     from fedtune.tuning.tuners import TUNERS
 
     own: dict[str, Any] = {"tuners": [tuner]}
     if num_configs is not None:
         own["tuner"] = {tuner: {"num_configs": num_configs}}
-    given = [*([read_settings(Path(what))] if str(what).endswith(".toml") else []), *layers]
+    shipped, given = _shipped_and_given(what, layers)
+    tables = [*shipped, *given, own]
     ends_after_num_configs = tuner in TUNERS and TUNERS[tuner].extendable
     if ends_after_num_configs and not any("total_rounds" in table for table in given):
-        any_budget = resolve_settings(what, *layers, own, {"total_rounds": sys.maxsize})
-        n = any_budget.tuner.get(tuner, {}).get("num_configs")
-        if isinstance(n, int):
-            own["total_rounds"] = max(n, 1) * any_budget.max_rounds
-    return resolve_settings(what, *layers, own)
+        tables.append(_budget_of_all_configs(merge(tables), tuner))
+    return resolve(tables)
+
+
+def _shipped_and_given(what: str | Path, layers: Tables) -> tuple[Tables, Tables]:
+    """What the data set and the client program bring, and what the user gives: a file, further layers."""
+    from fedtune import plugins, settings
+
+    name: Any = str(what)
+    given = [*layers]
+    if name.endswith(".toml"):
+        file = settings.read_settings(Path(what))
+        given = [file, *layers]
+        name = file.get("data", {}).get("name")
+    # A file without a data set's name, or with something else in its place, is an error that `resolve` names.
+    shipped = [plugins.dataset_settings(name)] if isinstance(name, str) else []
+    tables = [*shipped, *given]
+    # A data set of the user's own brings no search space: then the client program's space is searched.
+    if not any("space" in table for table in tables):
+        shipped = [{"space": plugins.default_space(_client_name(tables))}, *shipped]
+    return shipped, given
+
+
+def _client_name(tables: Tables) -> str | None:
+    name = None
+    for table in tables:
+        name = table.get("client", {}).get("name", name)
+    return name
+
+
+def _budget_of_all_configs(merged: Mapping[str, Any], tuner: str) -> dict[str, Any]:
+    """The layer that sets `total_rounds` to what all of the tuner's configurations can use; empty if n is not set."""
+    from fedtune.settings import Settings
+
+    try:
+        num_configs = merged["tuner"][tuner]["num_configs"]
+    except (KeyError, TypeError):  # not set, or something that is no table, which `resolve` names
+        return {}
+    max_rounds = merged.get("max_rounds", Settings.model_fields["max_rounds"].default)
+    if not isinstance(num_configs, int) or not isinstance(max_rounds, int):
+        return {}
+    return {"total_rounds": max(num_configs, 1) * max_rounds}

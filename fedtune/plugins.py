@@ -1,11 +1,11 @@
-"""Data sets, models and client programs, found by name: an installed entry point, or `file.py:function`.
+"""Data sets, models and client programs, found by name and loaded.
 
-A data set may also be named by the path of a table or a folder.
+A name stands for an installed plug-in or for a function in a file; the name of a data set may also be the path of a
+table or of a folder.
 """
 
 import functools
 import importlib.util
-import inspect
 import sys
 import traceback
 import zlib
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fedtune.client.program import ClientProgram
 from fedtune.data.federated_dataset import FederatedDataset
@@ -23,11 +23,35 @@ from fedtune.data.formats.leaf import from_leaf, is_leaf_folder
 from fedtune.data.formats.tables import SUFFIXES, from_table
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.options import call
 from fedtune.settings import DEFAULT_CLIENT
 from fedtune.tuning.space import Hyperparameter
 
 if TYPE_CHECKING:
     from torch import nn
+
+NameKind = Literal["installed", "file", "table", "LEAF folder", "folder"]
+OWN_DATA: dict[NameKind, Callable[..., FederatedDataset]] = {
+    "table": from_table,
+    "LEAF folder": from_leaf,
+    "folder": from_folder,
+}
+KIND_WORDS = {"datasets": "data set", "models": "model", "clients": "client program"}
+
+
+def name_kind(name: str) -> NameKind:
+    """What the name of a plug-in stands for.
+
+    `mnist` is installed, `mine.py:make` and `mine.py` are files, `users.csv` is a table, `images/` and `data/images`
+    are folders. A folder is a LEAF folder if it holds LEAF's JSON files.
+    """
+    if name.endswith(".py") or ".py:" in name:
+        return "file"
+    if name.endswith(SUFFIXES):
+        return "table"
+    if "/" not in name:
+        return "installed"
+    return "LEAF folder" if is_leaf_folder(name) else "folder"
 
 
 def known(kind: str) -> dict[str, EntryPoint]:
@@ -36,22 +60,23 @@ def known(kind: str) -> dict[str, EntryPoint]:
 
 
 def dataset_settings(name: str) -> dict[str, Any]:
-    """The settings that a data set ships for runs on it; empty for one in a file."""
-    settings = {} if _is_own(name) else getattr(_load("datasets", name), "SETTINGS", {})
+    """The settings that a data set ships for runs on it; a data set of the user's own ships only its name."""
+    settings = getattr(_load_installed("datasets", name), "SETTINGS", {}) if name_kind(name) == "installed" else {}
     return {**settings, "data": {**settings.get("data", {}), "name": name}}
 
 
 def prepare_dataset(name: str) -> Path | None:
-    """Where the data set's files lie, downloaded and verified; None where it needs none."""
-    prepare = None if _is_own(name) else getattr(_load("datasets", name), "prepare", None)
+    """The folder of the data set's files, downloaded and verified; None if the data set needs no download."""
+    if name_kind(name) != "installed":
+        return None
+    prepare = getattr(_load_installed("datasets", name), "prepare", None)
     return prepare() if prepare else None
 
 
 def load_dataset(table: Mapping[str, Any]) -> FederatedDataset:
     """The data set that a `[data]` table describes."""
     name, options = _name_and_options(table)
-    load = _own_loader(name) if _is_own(name) else _load("datasets", name).load
-    dataset = _call(load, options, f"data set {name!r}", "data")
+    dataset = call(_dataset_loader(name), options, f"data set {name!r}", "data")
     if not isinstance(dataset, FederatedDataset):
         raise InputError(f"{name} must return a FederatedDataset, got {type(dataset).__name__}")
     return dataset
@@ -62,16 +87,16 @@ def make_model(table: Mapping[str, Any], spec: DatasetSpec) -> "nn.Module":
     from torch import nn
 
     name, options = _name_and_options(table)
-    make = _load_from_file(name) if _is_file(name) else _load("models", name)
-    model = _call(make, options, f"model {name!r}", "model", spec)
+    make = _function_in_file(name) if name_kind(name) == "file" else _load_installed("models", name)
+    model = call(make, options, f"model {name!r}", "model", spec)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
-def client_program(name: str) -> ClientProgram:
-    """The client program of that name."""
-    program = _load_file(name) if _is_file(name) else _load("clients", name)
+def load_client_program(name: str) -> ClientProgram:
+    """The client program of that name: a module with `HYPERPARAMETERS` and `train`."""
+    program = _load_file(name) if name_kind(name) == "file" else _load_installed("clients", name)
     for attribute in ("HYPERPARAMETERS", "train"):
         if not hasattr(program, attribute):
             raise InputError(f"the client program {name!r} must define {attribute}")
@@ -82,47 +107,41 @@ def client_program(name: str) -> ClientProgram:
 
 
 def default_space(client: str | None) -> dict[str, Any]:
-    """The `[space]` of a client program (None: local_sgd), for data sets that ship none."""
-    space = getattr(client_program(client or DEFAULT_CLIENT), "SPACE", {})
+    """The `[space]` of a client program (None means local_sgd), for a data set that ships no space."""
+    space = getattr(load_client_program(client or DEFAULT_CLIENT), "SPACE", {})
     return {"client": space} if space else {}
 
 
-def _is_own(name: str) -> bool:
-    """Whether a data set is the user's own: a function in a file, a table or a folder."""
-    return _is_file(name) or name.endswith(SUFFIXES) or "/" in name
-
-
-def _own_loader(name: str) -> Callable[..., Any]:
-    if _is_file(name):
-        return _load_from_file(name)
+def _dataset_loader(name: str) -> Callable[..., Any]:
+    """The function that makes the data set from the other options of its table."""
+    kind = name_kind(name)
+    if kind == "installed":
+        load: Callable[..., Any] = _load_installed("datasets", name).load
+        return load
+    if kind == "file":
+        return _function_in_file(name)
     if not Path(name).exists():
-        raise InputError(f"the {'table' if name.endswith(SUFFIXES) else 'folder'} {name} does not exist")
-    load = from_table if name.endswith(SUFFIXES) else from_leaf if is_leaf_folder(name) else from_folder
-    return functools.partial(load, name)
-
-
-def _is_file(name: str) -> bool:
-    return ".py" in name
+        raise InputError(f"the {kind} {name} does not exist")
+    return functools.partial(OWN_DATA[kind], name)
 
 
 def _name_and_options(table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return table["name"], {key: value for key, value in table.items() if key != "name"}
 
 
-def _load(kind: str, name: str) -> Any:
+def _load_installed(kind: str, name: str) -> Any:
     plugins = known(kind)
     if name not in plugins:
         if kind == "datasets" and Path(name).is_dir():
             raise InputError(f"data set {name!r} must be an installed one; for the folder write {name + '/'!r}")
-        what = {"datasets": "data set", "models": "model", "clients": "client program"}[kind]
-        raise UnknownNameError(what, name, plugins)
+        raise UnknownNameError(KIND_WORDS[kind], name, plugins)
     try:
         return plugins[name].load()
     except Exception as error:
         raise InputError(f"the plug-in {name!r} can't be loaded: {_in_one_line(error)}") from error
 
 
-def _load_from_file(name: str) -> Callable[..., Any]:
+def _function_in_file(name: str) -> Callable[..., Any]:
     path, colon, attribute = name.rpartition(":")
     if not colon:
         raise InputError(f"a plug-in in a file must be written file.py:function, got {name!r}")
@@ -142,13 +161,13 @@ def _load_file(path: str) -> ModuleType:
 
 @functools.cache
 def _module(file: Path) -> ModuleType:
-    # Not under its stem: a file called wave.py would then be what everybody imports as wave.
+    # The module does not get the file's own name: otherwise a file wave.py would replace the module wave for everybody.
     name = f"fedtune_plugin_{zlib.crc32(bytes(file)):08x}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
+    sys.modules[name] = module  # dataclasses look for their module there
     with _errors_of(file):
         spec.loader.exec_module(module)
     return module
@@ -156,7 +175,10 @@ def _module(file: Path) -> ModuleType:
 
 @contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
-    """Makes an InputError of what a user's file raises: one line that says where; the cause keeps the traceback."""
+    """Turns an exception from a user's file into an InputError: one line with file and line number.
+
+    The exception stays as the InputError's cause, with its traceback.
+    """
     try:
         yield
     except InputError:
@@ -172,45 +194,3 @@ def _errors_of(file: Path) -> Iterator[None]:
 def _in_one_line(error: Exception) -> str:
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"
-
-
-def _call(function: Callable[..., Any], options: dict[str, Any], what: str, table: str, *arguments: Any) -> Any:
-    """What the function returns for the arguments and the options of its table, which are checked first."""
-    parameters = _parameters(functools.partial(function, *arguments), what)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in options.items():
-        if key not in parameters and not takes_any:
-            known = [f"{table}.{name}" for name in parameters] or ["none"]
-            raise UnknownNameError(f"setting of the {what}", f"{table}.{key}", known)
-        if key in parameters:
-            _check_type(parameters[key].annotation, value, f"{table}.{key}")
-    for name, parameter in parameters.items():
-        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if parameter.default is parameter.empty and not variadic and name not in options:
-            raise InputError(f"the setting {table}.{name} is missing, the {what} needs it")
-    return function(*arguments, **options)
-
-
-def _parameters(function: Callable[..., Any], what: str) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function, eval_str=True).parameters
-    except NameError:  # an annotation that is imported for type checkers only
-        return inspect.signature(function).parameters
-    except ValueError as error:
-        raise InputError(f"the {what} must be a function that can be called: {error}") from None
-
-
-def _check_type(annotation: Any, value: Any, name: str) -> None:
-    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-
-    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
-        return
-    try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-        adapter.validate_python(value, strict=True)
-    except PydanticUserError:  # an annotation that pydantic can't check
-        return
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Input should be ").replace("an instance of Sequence", "a list")
-        message = message.replace("'str' instances are not allowed as a Sequence value", "a list")
-        raise InputError(f"{name} must be {message}, got {value!r}") from None

@@ -1,6 +1,7 @@
-"""What a user can set: TOML, checked; an unknown key or an impossible value is one clear line.
+"""What a user can set, in TOML. An unknown key or an impossible value is one clear line.
 
-Settings come in layers, each over the one before: the defaults below, the data set's own, a file, the command line.
+Settings come in layers. A later layer overrides an earlier one: the defaults below, the settings that the data set
+ships, a file, the command line.
 """
 
 import hashlib
@@ -8,15 +9,25 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import InputError, UnknownNameError
 
-if TYPE_CHECKING:
-    pass
+DEFAULT_CLIENT = "local_sgd"
+NOT_IN_DIGEST = {
+    "tuners",
+    "seeds",
+    "seed",
+    "workers",
+    "executor",
+    "parallel_studies",
+    "shares",
+    "total_rounds",
+    "extensions",
+}
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -28,11 +39,11 @@ class Table(BaseModel):
 
 
 class ServerSettings(Table):
-    """`[server]`: the server's optimiser and its guard against exploded updates.
+    """`[server]`: the server's optimiser, and its guard against exploded updates.
 
-    `optimizer` is one of sgd, adam, yogi (Reddi et al. 2021, algorithm 2). `learning_rate`, `momentum` and `decay` (a
-    fraction by which the rate shrinks each round) can be searched in `[space.server]`. An update is clipped to
-    `clip_factor` times the cohort's median norm; 0 turns that off.
+    `optimizer` is sgd, adam or yogi (Reddi et al. 2021, algorithm 2). `decay` is the fraction by which the learning
+    rate shrinks each round. `learning_rate`, `momentum` and `decay` can be searched in `[space.server]`. An update is
+    clipped to `clip_factor` times the cohort's median norm; 0 turns clipping off.
     """
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
@@ -53,11 +64,10 @@ class SpaceSettings(Table):
 
 
 class EvaluationSettings(Table):
-    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job, on at most
-    `clients` clients: on all where there are fewer.
+    """`[evaluation]`: the global model is evaluated every `every` rounds and at the end of each job.
 
-    None is a twentieth of `max_rounds`, rounded up, and "all" clients. Every trial of a study is evaluated on the
-    same clients.
+    It is evaluated on `clients` clients, or on all if there are fewer. By default `every` is a twentieth of
+    `max_rounds`, rounded up, and `clients` is "all". Every trial of a study is evaluated on the same clients.
     """
 
     every: Count | None = None
@@ -70,14 +80,16 @@ Quantity = Annotated[float, Field(strict=True)] | dict[str, Any]
 class DevicesSettings(Table):
     """`[devices]`: what the clients' machines and the network do to rounds and jobs, in virtual time.
 
-    A round takes `round_time`, and on top of it what its clients need: to download the weights, for
-    `seconds_per_example` of an epoch, and to upload. Speeds are bytes a second. A number holds for every client; a
-    distribution such as {log_normal = [median, sigma]} or {uniform = [low, high]} gives each its own. A client is there
-    to be asked with probability `availability`, and asked it leaves without an answer with probability `drop_out`. The
-    server asks `over_selection` more clients than `cohort_size`, a fraction, and waits until `deadline` at most.
+    A round takes `round_time`, and then the time that its clients need to download the weights, to train
+    (`seconds_per_example` for each example and epoch) and to upload. Speeds are bytes a second. A number holds for
+    every client; a distribution such as {log_normal = [median, sigma]} or {uniform = [low, high]} gives each client its
+    own number. In a round, a client can be asked with probability `availability`. A client that was asked drops out
+    with probability `drop_out`. The server asks more clients than `cohort_size`, by the fraction `over_selection`, and
+    waits until `deadline` at most.
 
-    A job takes 1 + |z| times as long, z normal with standard deviation `straggler_std`, and is dropped with probability
-    `drop_probability` a unit of time. `on_drop` says what becomes of it then: `retry`, `lose` or `worst`.
+    A job takes 1 + |z| times as long; z is normal with standard deviation `straggler_std`. An attempt at a job fails
+    with probability `drop_probability` in each unit of time. `on_drop` decides what then happens to the job: it is
+    tried again (`retry`), forgotten (`lose`), or reported with the worst error (`worst`).
     """
 
     round_time: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -94,7 +106,7 @@ class DevicesSettings(Table):
 
 
 class ExtensionSettings(Table):
-    """`[[extensions]]`: what a study goes on with after it has ended: more configurations, a larger budget, or both."""
+    """`[[extensions]]`: how a finished study was extended: more configurations, a larger budget, or both."""
 
     num_configs: Count | None = None
     total_rounds: Count
@@ -103,9 +115,10 @@ class ExtensionSettings(Table):
 class Settings(Table):
     """Everything that decides a run. `workers`, `executor` and `device` say where it is computed.
 
-    `parallel_studies` are computed at once, which changes no number; each gets workers in proportion to its tuner's
-    number in `shares`, 1 if it has none, as far as it can use them. With `precision` bf16, clients train with torch's
-    autocast to bfloat16, which changes the numbers; weights, their means and all errors stay float32.
+    So many studies as `parallel_studies` says are computed at once; that changes no number. A study gets workers in
+    proportion to its tuner's number in `shares` (1 if the tuner has none), but no more than it can use. With
+    `precision` bf16, clients train with torch's autocast to bfloat16, which changes the numbers. Weights, means of
+    weights and all errors stay float32.
     """
 
     tuners: list[str] = ["manual", "random", "asha", "fedex"]
@@ -159,7 +172,7 @@ class Settings(Table):
 
     @property
     def last_total_rounds(self) -> int:
-        """What a tuner may have spent at the end of all extensions."""
+        """The rounds that a tuner may have spent at the end of all extensions."""
         return self.extensions[-1].total_rounds if self.extensions else self.total_rounds
 
     @property
@@ -169,7 +182,7 @@ class Settings(Table):
 
     @property
     def batches_clients(self) -> bool:
-        """Whether clients train in one tensor program, whose numbers differ from the other executors' by rounding."""
+        """Whether clients train in one tensor program: its numbers differ from other executors' numbers by rounding."""
         return self.executor == "batched" or (self.executor == "auto" and self.device != "cpu")
 
     @property
@@ -179,14 +192,19 @@ class Settings(Table):
 
 
 def resolve(layers: Iterable[Mapping[str, Any]]) -> Settings:
-    """The settings that follow from the layers, later ones over earlier ones. Raises InputError, one line."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer)
+    """The settings of the merged layers, checked. Raises InputError, one line."""
     try:
-        return Settings.model_validate(merged)
+        return Settings.model_validate(merge(layers))
     except ValidationError as error:
         raise input_error(error, Settings, "setting") from None
+
+
+def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One table of settings, not yet checked; a later layer overrides an earlier one, key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge_into(merged, layer)
+    return merged
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -202,7 +220,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 def write_settings(settings: Settings) -> str:
     """TOML text from which `resolve` makes the same settings again."""
     tables = settings.model_dump(exclude_none=True)
-    tables["evaluation"].setdefault("clients", "all")  # else a data set that ships fewer would have its way
+    # Without this line the data set's own number would override "all" when the settings are read again.
+    tables["evaluation"].setdefault("clients", "all")
     return tomli_w.dumps(tables)
 
 
@@ -224,13 +243,13 @@ def _split_key(key: str) -> list[str]:
     return [part.strip().strip("\"'") for part in key.split(".")]
 
 
-def _merge(target: dict[str, Any], layer: Mapping[str, Any], in_space: bool = False) -> None:
+def _merge_into(target: dict[str, Any], layer: Mapping[str, Any], in_space: bool = False) -> None:
     for key, value in layer.items():
-        # A domain of the search space is one value: {uniform = ...} replaces {log_uniform = ...}.
+        # A domain of the search space counts as one value: {uniform = ...} replaces {log_uniform = ...}.
         if isinstance(value, Mapping):
             if not isinstance(target.get(key), dict) or (in_space and _is_domain(value)):
                 target[key] = {}
-            _merge(target[key], value, in_space or key == "space")
+            _merge_into(target[key], value, in_space or key == "space")
         else:
             target[key] = value
 
@@ -240,7 +259,7 @@ def _is_domain(value: Mapping[str, Any]) -> bool:
 
 
 def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> InputError:
-    """The first of the errors in one line; `kind` is what the model's fields are to who reads it."""
+    """The first of the errors, in one line; `kind` is the word for a field of the model, such as "setting"."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
@@ -262,22 +281,13 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
 
 
 def digest(settings: Settings) -> str:
-    """A fingerprint of the settings that decide a study's numbers, other than its budget."""
-    fields = settings.model_dump(
-        mode="json",
-        exclude={
-            *("tuners", "seeds", "seed", "workers", "executor", "parallel_studies", "shares"),
-            *("total_rounds", "extensions"),
-        },
-    )
+    """A fingerprint of the settings that decide a study's numbers; its budget does not count."""
+    fields = settings.model_dump(mode="json", exclude=NOT_IN_DIGEST)
     if settings.batches_clients:
         fields["batched"] = True
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-DEFAULT_CLIENT = "local_sgd"
-
-
-def client_program(settings: Settings) -> str:
-    """The name of the client program."""
+def client_program_name(settings: Settings) -> str:
+    """The name of the client program, an installed one or a file."""
     return str(settings.client.get("name", DEFAULT_CLIENT))

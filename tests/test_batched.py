@@ -301,7 +301,7 @@ def test_a_chunk_is_halved_until_it_fits(tmp_path):
     assert_alike(results, expected)
     assert said == []
     # The trial of two clients; 17 tasks, halved to 8, 4 and 2, in the second run too.
-    assert plugins.client_program(str(path)).CALLS == [2, 17, 8, 4] + 2 * ([2] * 8 + [1])
+    assert plugins.load_client_program(str(path)).CALLS == [2, 17, 8, 4] + 2 * ([2] * 8 + [1])
 
 
 def test_a_client_that_does_not_fit_alone_is_an_error_that_names_it(tmp_path):

@@ -1,16 +1,24 @@
 import csv
+import importlib.metadata
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fedtune import cli
+from fedtune.cli_options import ARGUMENT_HELP
 from fedtune.runs.comparison import Comparison
 from fedtune.runs.journal import FORMAT
+
+ROOT = Path(__file__).parent.parent
 
 
 def fedtune(*arguments, cwd=None):
@@ -27,6 +35,77 @@ def test_help_needs_neither_torch_nor_flower():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def commands(group, words=()):
+    """Every command of the program by its words, such as `data stats`."""
+    found = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, (*words, name))
+        else:
+            found[" ".join([*words, name])] = command
+    return found
+
+
+COMMANDS = commands(get_command(cli.app))
+PAGES = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def examples(command):
+    """The lines of a command's help that can be typed."""
+    return [line.strip() for line in command.help.splitlines() if line.strip().startswith("fedtune ")]
+
+
+def test_the_program_has_these_commands():
+    """So that the tests of all commands, below, can't pass because they found none."""
+    assert {"train", "tune", "compare", "resume", "extend", "replay", "list", "data stats"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_a_help_text_and_an_example_that_it_understands(name):
+    command = COMMANDS[name]
+    assert command.help.partition("\n\nExample:\n")[0].endswith(".")
+    (example,) = examples(command)
+    words = shlex.split(example.removeprefix("fedtune "))
+    assert words[: len(name.split())] == name.split()
+    # Parsing checks the arguments, the options and their types; the command itself is not called.
+    command.make_context(name, words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_and_option_is_explained_in_the_shown_help(name):
+    shown = CliRunner().invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": "300"}).stdout
+    parameters = COMMANDS[name].params
+    for parameter in parameters:
+        assert parameter.help, parameter.name
+        assert parameter.help in shown
+    assert examples(COMMANDS[name])[0] in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_mentioned_in_the_docs(name):
+    assert re.search(rf"\bfedtune {name}\b", PAGES)
+
+
+def test_no_help_is_written_for_an_argument_that_no_command_has():
+    arguments = {p.name for command in COMMANDS.values() for p in command.params if p.param_type_name == "argument"}
+    assert arguments == set(ARGUMENT_HELP)
+
+
+def test_the_version_is_that_of_the_installed_distribution():
+    shown = CliRunner().invoke(cli.app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"fedtune {importlib.metadata.version('fedtune')}\n")
+
+
+@pytest.mark.parametrize("old", [["tune", "--extend", "x"], ["tune", "--extend=x"]])
+def test_the_first_spelling_of_extend_is_understood(answer, monkeypatch, old):
+    asked = []
+    monkeypatch.setattr("fedtune.extend", lambda run, **options: asked.append((run, options["num_configs"])))
+    monkeypatch.setattr(cli, "_show", lambda run: None)
+    assert answer(*old, "--num-configs", 4)[0] == 0
+    assert answer("extend", "x", "--num-configs", 4)[0] == 0
+    assert asked == [(Path("x"), 4)] * 2
 
 
 def test_list_names_what_is_installed():
@@ -118,7 +197,7 @@ def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_control_c_says_how_to_go_on(answer, tmp_path, monkeypatch):
+def test_control_c_says_how_to_resume(answer, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
@@ -126,9 +205,9 @@ def test_control_c_says_how_to_go_on(answer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, error = answer("train", "digits", "--rounds", 1, "--executor", "serial")
     (folder,) = (tmp_path / "runs").iterdir()  # a name that nobody gave
-    assert (code, error.strip()) == (130, f"stopped; to go on: fedtune resume runs/{folder.name}")
+    assert (code, error.strip()) == (130, f"stopped; to resume: fedtune resume runs/{folder.name}")
     code, _, error = answer("resume", folder, "--executor", "serial")
-    assert (code, error.strip()) == (130, f"stopped; to go on: fedtune resume {folder}")
+    assert (code, error.strip()) == (130, f"stopped; to resume: fedtune resume {folder}")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +228,17 @@ def test_replay_says_what_it_rebuilt(answer, searched):
         f"asha-seed0: {len(tells)} jobs, {row['trials']} trials, {row['rounds']} rounds, "
         f"incumbent {row['trial']} at {float(row['validation_error']):.4f}: as journalled\n"
     )
+
+
+def test_a_run_folder_of_journal_format_3_is_replayed(answer):
+    folder = Path(__file__).parent / "run_of_format_3"
+    code, shown, errors = answer("replay", folder)
+    assert (code, errors) == (0, "")
+    rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
+    for line, row in zip(shown.splitlines(), rows, strict=True):
+        assert line.startswith(f"{row['tuner']}-seed1: ")
+        assert f"{row['trials']} trials, {row['rounds']} rounds, incumbent {row['trial']} at " in line
+        assert line.endswith(f"{float(row['validation_error']):.4f}: as journalled")
 
 
 @pytest.mark.parametrize("command", ["resume", "replay"])

@@ -94,7 +94,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     budget = ["--max-rounds", "3", "--total-rounds", "9", "--executor", "serial"]
     for arguments in (
         ["tune", "digits", "--num-configs", "4", *budget, "--out", folder],
-        ["tune", "--extend", folder, "--num-configs", "7", "--executor", "serial"],
+        ["extend", folder, "--num-configs", "7", "--executor", "serial"],
     ):
         monkeypatch.setattr("sys.argv", ["fedtune", *arguments])
         with pytest.raises(SystemExit) as end:
@@ -106,16 +106,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--extend needs --num-configs, --total-rounds or both, got neither"),
+        ([], "extend needs --num-configs, --total-rounds or both, got neither"),
         (["--num-configs", "2"], "num_configs must be a whole number >= 11, got 2"),
         (["--total-rounds", "27"], "total_rounds must be more than the 27 of before, got 27"),
         (
             ["--num-configs", "90", "--total-rounds", "3"],
             "total_rounds must be more than the 27 of before, got 3",
         ),
-        (["--num-configs", "90", "--seeds", "2"], "--extend keeps the settings of its run, got --seeds"),
-        (["--num-configs", "90", "--tuner", "sha"], "--extend keeps the settings of its run, got --tuner"),
-        (["--num-configs", "90", "--precision", "bf16"], "--extend keeps the settings of its run, got --precision"),
     ],
 )
 def test_impossible_extensions_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -123,12 +120,23 @@ def test_impossible_extensions_are_one_line_and_change_nothing(tmp_path, monkeyp
     tuner = {"asha": {"num_configs": 10}}
     fedtune.compare("digits", out=folder, tuners=["asha"], tuner=tuner, **SETTINGS)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr("sys.argv", ["fedtune", "tune", "--extend", str(folder), *arguments])
+    monkeypatch.setattr("sys.argv", ["fedtune", "extend", str(folder), *arguments])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"fedtune: {message}\n"
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["--max-rounds", "--model", "--set", "--seed", "--seeds", "--tuner", "--precision"])
+def test_an_extension_has_no_option_for_what_its_run_has_decided(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["fedtune", "extend", str(tmp_path), "--num-configs", "90", option, "2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "No such option" in error
+    assert f"'{option}'" in error
 
 
 @pytest.mark.parametrize(

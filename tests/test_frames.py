@@ -1,16 +1,23 @@
 """Run folders read back and the numbers made of them."""
 
+import csv
+import io
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from fedtune.errors import InputError
 from fedtune.report.frames import (
     ERRORS,
+    LATER_COLUMNS,
+    Run,
     curve_band,
     entropy_curve,
     incumbent_curve,
@@ -18,9 +25,20 @@ from fedtune.report.frames import (
     read_run,
     summary,
 )
+from fedtune.report.plots import plot_entropy, plot_incumbents
+from fedtune.report.tables import summary_table
 from fedtune.simulation.records import FAULTS
 
 NAN = math.nan
+OLD_RUN = Path(__file__).parent / "run_of_format_3"
+
+
+def shown(run: Run) -> str:
+    """The table of a run as one line of text."""
+    console = Console(file=io.StringIO())
+    console.print(summary_table(summary(run.results, run.timings)))
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split())
 
 
 def rounds_of(tuner: str, seed: int, rows: list[tuple[int, int, int, float]]) -> pd.DataFrame:
@@ -258,13 +276,61 @@ def test_entropy_is_that_of_the_final_incumbent() -> None:
     np.testing.assert_allclose(found["high"], [math.log(9), middle + half])
 
 
-def test_run_of_an_older_version_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
-    pd.read_csv(tmp_path / "results.csv").drop(columns="lead_se").to_csv(tmp_path / "results.csv", index=False)
-    with pytest.raises(
-        InputError, match=r"^run must be of this version of fedtune, got .*: results.csv without lead_se$"
-    ):
-        read_run(tmp_path)
+def without_columns(run: Path, folder: Path, later: dict[str, dict[str, Any]]) -> Path:
+    """A copy of a run, as a version of fedtune would have written it that did not have those columns."""
+    shutil.copytree(run, folder)
+    results = pd.read_csv(folder / "results.csv").drop(columns=list(later["results"]))
+    results.to_csv(folder / "results.csv", index=False)
+    for name in ("rounds", "trials"):
+        frame = pd.read_parquet(folder / f"{name}.parquet").drop(columns=list(later[name]))
+        frame.to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def test_a_run_folder_of_journal_format_3_is_read() -> None:
+    run = read_run(OLD_RUN)
+    written = {row["tuner"]: row for row in csv.DictReader((OLD_RUN / "results.csv").read_text().splitlines())}
+    assert run.results["tuner"].tolist() == run.settings["tuners"] == ["fedex", "asha"]
+    for row in run.results.to_dict("records"):
+        for column in ("rounds", "left", "clipped", "runner_up", "test_error"):
+            assert row[column] == float(written[row["tuner"]][column])
+    assert len(run.rounds) == run.results["rounds"].sum()
+    assert "Not recorded" not in shown(run)
+
+
+def test_a_run_folder_without_the_columns_that_came_later_is_read(tmp_path: Path) -> None:
+    """Its other columns are the same; what it did not record is NaN, and the table says so instead of showing 0."""
+    new, old = read_run(OLD_RUN), read_run(without_columns(OLD_RUN, tmp_path / "run", LATER_COLUMNS))
+    for name, later in LATER_COLUMNS.items():
+        found, expected = getattr(old, name), getattr(new, name)
+        assert set(found) == set(expected)
+        kept = [column for column in expected if column not in later]
+        pd.testing.assert_frame_equal(found[kept], expected[kept])
+        for column in later:
+            assert (found[column] == -1).all() if column == "runner_up" else found[column].isna().all()
+    found = summary(old.results, old.timings)
+    assert found[["late", "left", "dropped_jobs"]].isna().all(axis=None)
+    assert found["clipped"].tolist() == new.results["clipped"].tolist()
+    assert summary(new.results, new.timings)["close"].tolist() == [0, 1]
+    assert found["close"].tolist() == [0, 0]  # unknown is no claim
+    text = shown(old)
+    assert "Not recorded by the version of fedtune that wrote this run: late, left, dropped_jobs." in text
+    assert "fedex 1 clipped." in text
+    assert "nan" not in text
+
+
+def test_a_run_folder_without_some_of_the_later_columns_keeps_the_others(tmp_path: Path) -> None:
+    later = {"results": dict.fromkeys(("runner_up", "lead", "lead_se")), "rounds": {}, "trials": {}}
+    run = read_run(without_columns(OLD_RUN, tmp_path / "run", later))
+    assert run.results["lead"].isna().all()
+    assert run.results["left"].tolist() == read_run(OLD_RUN).results["left"].tolist()
+    assert "Not recorded" not in shown(run)
+
+
+def test_figures_are_drawn_of_a_run_folder_without_the_later_columns(tmp_path: Path) -> None:
+    run = read_run(without_columns(OLD_RUN, tmp_path / "run", LATER_COLUMNS))
+    assert plot_incumbents(run, tmp_path / "incumbents.png").stat().st_size > 0
+    assert plot_entropy(run, tmp_path / "entropy.png") is not None
 
 
 def test_summary_counts_the_seeds_whose_best_two_trials_are_close() -> None:

@@ -26,7 +26,7 @@ def test_import_datasets_from_the_root_gives_hugging_faces_package():
 FLOORS = [
     {"errors", "rng"},
     {"events", "data", "tuning"},
-    {"data.formats", "settings"},
+    {"data.formats", "settings", "options"},
     {"data.__init__", "tuning.__init__"},
     {"client"},
     {"server", "plugins"},
@@ -34,7 +34,9 @@ FLOORS = [
     {"executors", "simulation"},
     {"runs", "report"},
     {"server_app", "__init__"},
-    {"server.app", "cli"},
+    {"server.app", "cli_options"},
+    {"cli_data"},
+    {"cli"},
     {"__main__"},
 ]
 

@@ -167,10 +167,10 @@ def test_events_are_cheap_and_refreshes_are_few(monkeypatch: pytest.MonkeyPatch)
     assert 2 <= len(renders) <= 10 + 3  # ten a second, and one each at start and end
 
 
-def test_the_first_lost_client_is_told_of_once() -> None:
+def test_only_the_first_failed_client_is_shown() -> None:
     out = console(terminal=False)
     with LiveProgress(out) as progress:
         progress(plan())
         for client in (3, 4):
             progress({"event": "lost", "tuner": "asha", "seed": 0, "reasons": [f"client {client}: [no] battery"]})
-    assert printed(out) == "lost a client: client 3: [no] battery\n"
+    assert printed(out) == "a client failed: client 3: [no] battery\n"

@@ -68,6 +68,35 @@ def error_of(function, *arguments):
     return str(raised.value)
 
 
+# What a name stands for.
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mnist", "installed"),
+        ("mine.py:make", "file"),
+        ("my.folder/mine.py", "file"),
+        ("users.csv", "table"),
+        ("tables/users.parquet", "table"),
+        ("images/", "folder"),
+        ("./images", "folder"),
+        ("users.python/", "folder"),
+        ("copy.pyc/users.csv", "table"),
+    ],
+)
+def test_what_a_name_stands_for(name, kind):
+    assert plugins.name_kind(name) == kind
+
+
+def test_a_folder_with_leafs_files_is_a_leaf_folder(tmp_path):
+    assert plugins.name_kind(str(tmp_path)) == "folder"
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "all_data.json").write_text("{}")
+    assert plugins.name_kind(str(tmp_path)) == "LEAF folder"
+
+
 # Installed plug-ins.
 
 
@@ -83,7 +112,7 @@ def test_installed_plug_ins_by_name():
     assert dataset.num_clients == 4
     model = plugins.make_model({"name": "mlp", "hidden": [7]}, SPEC)
     assert [layer.out_features for layer in model if isinstance(layer, nn.Linear)] == [7, 10]
-    assert plugins.client_program("local_sgd") is local_sgd
+    assert plugins.load_client_program("local_sgd") is local_sgd
     assert plugins.prepare_dataset("digits") is None
 
 
@@ -103,7 +132,7 @@ def test_the_settings_that_a_data_set_ships():
         (plugins.dataset_settings, ["digit"], r"unknown data set 'digit'; known: .*digits, .*mnist"),
         (plugins.prepare_dataset, ["digit"], r"unknown data set 'digit'; known: .*digits, .*mnist"),
         (plugins.make_model, [{"name": "net"}, SPEC], r"unknown model 'net'; known: cnn, .*logistic, .*mlp"),
-        (plugins.client_program, ["adam"], r"unknown client program 'adam'; known: local_sgd"),
+        (plugins.load_client_program, ["adam"], r"unknown client program 'adam'; known: local_sgd"),
         (
             plugins.load_dataset,
             [{"name": "digits", "clients": 3}],
@@ -173,10 +202,10 @@ def test_a_client_program_in_a_file(write):
             return weights
         """
     )
-    program = plugins.client_program(path)
+    program = plugins.load_client_program(path)
     assert program.HYPERPARAMETERS["rate"] == Hyperparameter(0.5)
     assert program.train(None, 3, None, {}, None) == 3
-    assert plugins.client_program(path) is program  # read once
+    assert plugins.load_client_program(path) is program  # read once
 
 
 def test_a_relative_path_is_looked_up_where_one_is(write, tmp_path, monkeypatch):
@@ -259,7 +288,7 @@ def test_a_file_that_does_not_exist(suffix):
     path = f"no/such/file.py{suffix}".rpartition(":")[0]
     said = f"the plug-in file {path!r} does not exist"
     assert error_of(plugins.load_dataset, {"name": f"no/such/file.py{suffix}"}) == said
-    assert error_of(plugins.client_program, path) == said
+    assert error_of(plugins.load_client_program, path) == said
 
 
 def test_options_of_a_file_are_checked_too(write):
@@ -294,7 +323,7 @@ def test_a_model_function_that_is_none(write):
 )
 def test_a_client_program_that_is_none(write, text, said):
     path = write(text)
-    assert error_of(plugins.client_program, path) == said.format(path=path)
+    assert error_of(plugins.load_client_program, path) == said.format(path=path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from fedtune import plugins, rng
 from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
-from fedtune.settings import client_program, resolve
+from fedtune.settings import client_program_name, resolve
 from fedtune.tuning.domains import LogUniform, PowerOfTwo
 from fedtune.tuning.fedex import FedExSettings
 from fedtune.tuning.pool import make_pool
@@ -49,9 +49,9 @@ def test_the_client_program_decides_what_is_known(tmp_path):
         "def train(model, weights, examples, config, rng):\n    return weights\n"
     )
     settings = resolve([{"data": {"name": "digits"}, "client": {"name": str(program)}}])
-    assert client_program(settings) == str(program)
+    assert client_program_name(settings) == str(program)
     assert resolve_hyperparameters(settings).client == {"warmth": 3}
-    assert client_program(resolve([TABLE])) == "local_sgd"
+    assert client_program_name(resolve([TABLE])) == "local_sgd"
 
 
 @pytest.mark.parametrize(

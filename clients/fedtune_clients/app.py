@@ -14,7 +14,7 @@ from fedtune import plugins
 from fedtune.errors import InputError
 from fedtune.executors.machine import Machine, MachineSettings, detached_copy
 from fedtune.server import messages as protocol
-from fedtune.settings import client_program
+from fedtune.settings import client_program_name
 
 app = ClientApp()
 
@@ -43,7 +43,7 @@ def _machine(context: Context) -> Machine:
 @functools.lru_cache(maxsize=1)
 def _load(text: object) -> Machine:
     settings = protocol.run_settings(text)
-    machine = MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
+    machine = MachineSettings(settings.model, client_program_name(settings), settings.device, settings.precision)
     return Machine(machine, plugins.load_dataset(settings.data))
 
 

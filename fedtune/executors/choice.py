@@ -10,7 +10,7 @@ from fedtune.executors.machine import MachineSettings
 from fedtune.executors.pool import PoolExecutor
 from fedtune.executors.processes import num_workers
 from fedtune.executors.serial import SerialExecutor
-from fedtune.settings import Settings, client_program
+from fedtune.settings import Settings, client_program_name
 
 
 def make_executor(settings: Settings, dataset: FederatedDataset, say: Callable[[str], None]) -> Executor:
@@ -18,7 +18,7 @@ def make_executor(settings: Settings, dataset: FederatedDataset, say: Callable[[
 
     `auto` is the pool on a CPU if there is more than one worker, serial if there is one, and batched on another device.
     """
-    machine = MachineSettings(settings.model, client_program(settings), settings.device, settings.precision)
+    machine = MachineSettings(settings.model, client_program_name(settings), settings.device, settings.precision)
     workers = num_workers(settings.workers)
     if settings.executor == "pool" or (settings.executor == "auto" and workers > 1 and settings.device == "cpu"):
         return PoolExecutor(machine, dataset, workers)

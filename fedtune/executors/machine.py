@@ -43,7 +43,7 @@ class Machine:
         self.model = FlatModel(
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
-        self.program = plugins.client_program(settings.client)
+        self.program = plugins.load_client_program(settings.client)
         self._train_alone = functools.partial(train_alone, in_precision(settings, self.program.train))
         train_together: Any = getattr(self.program, "train_together", None)
         self._train_side_by_side = functools.partial(train_side_by_side, train_together)

@@ -1,4 +1,7 @@
-"""A run folder read back, and the numbers that tables and figures show. Errors are fractions, lower is better."""
+"""A finished run folder, read back, and the numbers that tables and figures show.
+
+Errors are fractions; lower is better.
+"""
 
 import math
 import tomllib
@@ -19,13 +22,42 @@ ERRORS = (
     "test_error_personalised_argmax",
     "test_error_at_max_rounds",
 )
-CLOSE = ("runner_up", "lead", "lead_se")  # the second-best trial of a study, and how close it came
-READINGS = {"test_error": "test error at the end", "test_error_at_max_rounds": "test error at {max_rounds} rounds"}
+READINGS = {
+    "test_error": "test error at the end",
+    "test_error_at_max_rounds": "test error at {max_rounds} rounds",
+}
+# Columns that older versions of fedtune did not write, and the value that says so.
+LATER_COLUMNS = {
+    "results": {
+        "dropped_jobs": math.nan,
+        "wasted_rounds": math.nan,
+        "late": math.nan,
+        "left": math.nan,
+        "validation_error_se": math.nan,
+        "runner_up": -1,
+        "lead": math.nan,
+        "lead_se": math.nan,
+    },
+    "rounds": {
+        "asked": math.nan,
+        "late": math.nan,
+        "left": math.nan,
+        "unavailable": math.nan,
+        "validation_error_se": math.nan,
+    },
+    "trials": {"score_se": math.nan},
+    "timings": {},
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run. Every frame is ordered by the settings' list of tuners, then by seed."""
+    """A finished run: its settings, and four tables.
+
+    `results` and `timings` have a row for each tuner and seed, `trials` a row for each trial, `rounds` a row for each
+    round of a trial. Every table is ordered by the settings' list of tuners, then by seed. A column that the version of
+    fedtune that wrote the run did not have holds NaN (`runner_up`: -1).
+    """
 
     folder: Path
     settings: dict[str, Any]
@@ -36,7 +68,10 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run that lies in a folder; InputError if it is no run folder or the run has not ended."""
+    """The finished run in a folder, which any version of fedtune may have written.
+
+    Raises InputError if the folder is no run folder or the run has not finished.
+    """
     folder = Path(folder)
     if not ((folder / "settings.toml").is_file() and (folder / "environment.json").is_file()):
         raise InputError(f"run must be a folder that holds settings.toml and environment.json, got {folder}")
@@ -50,29 +85,33 @@ def read_run(folder: str | Path) -> Run:
         "results": pd.read_csv(folder / "results.csv"),
         "timings": pd.read_csv(folder / "timings.csv"),
     }
-    if missing := [column for column in CLOSE if column not in frames["results"]]:
-        raise InputError(f"run must be of this version of fedtune, got {folder}: results.csv without {missing[0]}")
     done, planned = len(frames["results"]), len(settings["tuners"]) * settings["seeds"]
     if done < planned:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got {done} of {planned} studies")
+    for name, columns in LATER_COLUMNS.items():
+        frames[name] = frames[name].assign(**{column: columns[column] for column in columns.keys() - frames[name]})
     return Run(folder, settings, **{name: _ordered(frame, settings["tuners"]) for name, frame in frames.items()})
 
 
 def _ordered(frame: pd.DataFrame, tuners: list[str]) -> pd.DataFrame:
-    """The rows by tuner (as in the settings) and seed, otherwise in the order they had."""
+    """The rows, sorted by tuner (in the order of the settings) and seed; rows of a study keep their order."""
     place = frame["tuner"].map({tuner: place for place, tuner in enumerate(tuners)})
     order = frame.assign(place=place).sort_values(["place", "seed"], kind="stable")
     return order.drop(columns="place").reset_index(drop=True)
 
 
 def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
-    """A row a tuner, in the order in which the tuners first occur in `results`.
+    """A row for each tuner, in the order in which the tuners first occur in `results`.
 
-    `seeds`, `max_rounds`; each of ERRORS as the mean over seeds, with its standard error as `<name>_se` (NaN with one
-    seed); `rounds`, `client_updates`, `wall_seconds` as means over seeds; each of FAULTS and `dropped_jobs` as the sum
-    over seeds; `close`, in how many seeds the best trial leads the second by no more than noise; `short`, in how many
-    it had fewer than max_rounds. Where an error is NaN for one seed its mean is NaN: leaving that seed out would
-    flatter the tuner.
+    The columns are:
+
+    - `seeds`, `max_rounds`;
+    - each of ERRORS, as the mean over seeds, and `<name>_se`, its standard error (NaN with one seed). If an error is
+      NaN for one seed, the mean is NaN, because leaving that seed out would flatter the tuner;
+    - `rounds`, `client_updates`, `wall_seconds`, as means over seeds;
+    - each of FAULTS and `dropped_jobs`, as the sum over seeds; NaN if the run did not record them;
+    - `close`: in how many seeds the best trial leads the second-best trial by no more than noise;
+    - `short`: in how many seeds the best trial had fewer than `max_rounds` rounds.
     """
     results = results.assign(
         close=is_noise(results["lead"], results["lead_se"]), short=results["rounds_of_trial"] < results["max_rounds"]
@@ -88,22 +127,22 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
             studies["max_rounds"].first(),
             pd.concat([means, standard_errors], axis=1)[paired],
             studies[["rounds", "client_updates", "wall_seconds"]].mean(),
-            studies[[*FAULTS, "dropped_jobs", "close", "short"]].sum(),
+            studies[[*FAULTS, "dropped_jobs", "close", "short"]].sum(min_count=1),
         ],
         axis=1,
     ).reset_index()
 
 
 def is_noise(lead: Any, standard_error: Any) -> Any:
-    """Whether a lead is not larger than its standard error, of numbers or of columns; False where one is NaN."""
+    """Whether a lead is at most its standard error, for numbers or for columns; False if one of the two is NaN."""
     return lead <= standard_error
 
 
 def lead_line(summary: pd.DataFrame, reading: str = "test_error") -> str | None:
-    """How far the best tuner leads the second, and whether that is more than noise; None where there is no second.
+    """A sentence: how far the best tuner leads the second, and whether that is more than noise. None without a second.
 
-    `reading` is one of READINGS. The noise is their combined standard error, the root of the sum of squares; with one
-    seed it is unknown, and that is said.
+    `reading` is one of READINGS. The noise is the combined standard error of the two tuners, the root of the sum of
+    squares. With one seed it is unknown, and the sentence says so.
     """
     ranked = summary.dropna(subset=[reading]).sort_values(reading, kind="stable")
     if len(ranked) < 2:
@@ -123,10 +162,10 @@ def lead_line(summary: pd.DataFrame, reading: str = "test_error") -> str | None:
 
 
 def incumbent_curve(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The test error of each study's incumbent wherever it changes: tuner, seed, spent, test_error.
+    """The test error of each study's incumbent, at each change: tuner, seed, spent, test_error.
 
-    A point stands where the incumbent was evaluated, and where another trial became the incumbent (with its latest
-    evaluation, once there is one).
+    There is a point when the incumbent is evaluated, and a point when another trial becomes the incumbent, with that
+    trial's latest evaluation (or later, with its first evaluation).
     """
     points = [
         (tuner, seed, spent, error)
@@ -137,7 +176,7 @@ def incumbent_curve(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _incumbent_points(study: pd.DataFrame) -> Iterator[tuple[int, float]]:
-    """(rounds spent, test error) of one study's incumbent; rows are in virtual order."""
+    """(rounds spent, test error) of one study's incumbent; the rows are in order of virtual time."""
     latest: dict[int, float] = {}
     previous = -1
     columns = (study[name].tolist() for name in ("spent", "trial", "incumbent", "test_error"))
@@ -151,10 +190,10 @@ def _incumbent_points(study: pd.DataFrame) -> Iterator[tuple[int, float]]:
 
 
 def curve_band(curve: pd.DataFrame) -> pd.DataFrame:
-    """Mean and mean ± standard error over seeds of step curves: tuner, spent, mean, low, high.
+    """The mean of step curves over seeds, and the mean ± its standard error: tuner, spent, mean, low, high.
 
-    A seed keeps its last value until its next point. Rows begin where every seed of `curve` has a value; with one seed
-    low and high are NaN.
+    A seed keeps its last value until its next point. The first row of a tuner is at the first `spent` for which every
+    seed of `curve` has a value. With one seed, low and high are NaN.
     """
     seeds = curve["seed"].unique()
     bands = []
@@ -165,9 +204,9 @@ def curve_band(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def entropy_curve(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Entropy of theta in nats by round of the final incumbent's federation: tuner, round, mean, low, high.
+    """The entropy of theta in the final incumbent's federation, in nats: tuner, round, mean, low, high.
 
-    Only tuners whose theta has an entropy, and only the rounds that every seed's federation has.
+    It holds only tuners that have a theta, and only rounds that every seed's federation has.
     """
     last = rounds.sort_values("spent", kind="stable").groupby(["tuner", "seed"], sort=False)["incumbent"].last()
     chosen = rounds.merge(last.rename("chosen").reset_index(), on=["tuner", "seed"])
@@ -180,7 +219,7 @@ def entropy_curve(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _band(by_seed: pd.DataFrame, tuner: str) -> pd.DataFrame:
-    """A tuner's mean, low and high over the columns (seeds), with the index (spent or round) as a column."""
+    """A tuner's mean over the columns (seeds), low and high; the index (spent or round) becomes a column."""
     mean, standard_error = by_seed.mean(axis=1), by_seed.sem(axis=1)
     band = pd.DataFrame({"mean": mean, "low": mean - standard_error, "high": mean + standard_error}).reset_index()
     band.insert(0, "tuner", tuner)

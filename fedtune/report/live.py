@@ -1,4 +1,4 @@
-"""What one sees while a run goes on."""
+"""The display of a run's progress while it runs."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedtune.errors import UnknownNameError
 from fedtune.events import EVENTS
-from fedtune.report.tables import duration, percent
+from fedtune.report.tables import describe_counts, duration, percent
 from fedtune.simulation.records import FAULTS
 
 REFRESHES_PER_SECOND = 5
@@ -21,7 +21,7 @@ REFRESHES_PER_SECOND = 5
 
 @dataclass
 class StudyProgress:
-    """How far one study has come."""
+    """The progress of one study."""
 
     tuner: str
     seed: int
@@ -32,7 +32,7 @@ class StudyProgress:
     started: float = field(default_factory=time.monotonic)
 
     def describe(self) -> str:
-        """The study and its incumbent in a line."""
+        """The study and its incumbent, in one line."""
         name = f"{self.tuner}, seed {self.seed}"
         if self.incumbent is None:
             return f"{name}: no incumbent yet"
@@ -41,20 +41,25 @@ class StudyProgress:
 
 
 class LiveProgress:
-    """A run's progress on a terminal; elsewhere one plain line a finished study.
+    """A listener that shows a run's progress: live on a terminal, elsewhere as one plain line for each finished study.
 
-    `with LiveProgress() as progress:` and call it with each event, a mapping whose `event` is one of EVENTS. An event
-    only counts: drawing is left to a thread that wakes a few times a second.
+    It is called with each event, a mapping whose `event` is one of EVENTS:
+
+        with LiveProgress() as progress:
+            fedtune.compare("digits", listener=progress)
+
+    A call only updates counts. A thread draws them a few times a second.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._studies: dict[tuple[str, int], StudyProgress] = {}
         self._current: StudyProgress | None = None
-        self._told_of_loss = False
+        self._failure_shown = False
         self._faults = dict.fromkeys(FAULTS, 0)
         self._rounds = self._total_rounds = self._ended = 0
-        # A round may take longer than rich's half a minute, and the rate would vanish between two: ten minutes.
+        # Rich estimates the speed from the last 30 s. A round may take longer, and then no rate would be shown between
+        # two rounds; so the speed is estimated from the last ten minutes.
         self._bar = Progress(
             TextColumn("rounds"),
             BarColumn(bar_width=None),
@@ -127,10 +132,10 @@ class LiveProgress:
             self._faults[fault] += event[fault]
 
     def _lost(self, event: Mapping[str, Any]) -> None:
-        """Prints why the run's first lost client was lost; the journals hold the others."""
-        if not self._told_of_loss:
-            self._told_of_loss = True
-            self._print(f"lost a client: {event['reasons'][0]}")
+        """Prints why the first failed client of the run failed; the journals hold the reasons of the others."""
+        if not self._failure_shown:
+            self._failure_shown = True
+            self._print(f"a client failed: {event['reasons'][0]}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -138,7 +143,7 @@ class LiveProgress:
     def _study_end(self, event: Mapping[str, Any]) -> None:
         study = self._study(event)
         self._ended += 1
-        # A study stops when its next job no longer fits: the rounds it leaves will never be run.
+        # A study stops when its next job no longer fits its budget. The rounds that are left will never be run.
         self._total_rounds -= study.total_rounds - study.rounds
         if self._live is None:
             took = f"{study.rounds:,} rounds in {duration(time.monotonic() - study.started)}"
@@ -147,10 +152,10 @@ class LiveProgress:
                 took,
                 describe_faults(study.faults),
             ]
-            self._console.print("; ".join(filter(None, parts)), markup=False, highlight=False, soft_wrap=True)
+            self._print("; ".join(filter(None, parts)))
 
     def _render(self) -> RenderableType:
-        """The bar, the current study with its incumbent, and the faults if there were any."""
+        """The bar, the current study with its incumbent, and the faults if there are any."""
         self._bar.update(self._task, completed=self._rounds, total=self._total_rounds or None)
         speed = self._bar.tasks[0].finished_speed or self._bar.tasks[0].speed
         self._bar.update(self._task, rate=_rate(speed) if speed else "")
@@ -163,6 +168,6 @@ def _rate(speed: float) -> str:
 
 
 def describe_faults(faults: Mapping[str, int]) -> str:
-    """The counts that are not zero, for example `faults: 3 dropped, 1 clipped`; an empty string if all are."""
-    counts = ", ".join(f"{count:,} {name}" for name, count in faults.items() if count)
+    """The counts that are not zero, for example `faults: 3 dropped, 1 clipped`; an empty string if all are zero."""
+    counts = describe_counts(faults, faults)
     return f"faults: {counts}" if counts else ""

@@ -3,9 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,10 @@ COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 
 
 def summary_table(summary: pd.DataFrame) -> Table:
-    """The summary of a run, a row a tuner, errors in per cent; the lowest of each test column in bold with a star."""
+    """The summary of a run: a row for each tuner, errors in per cent.
+
+    The lowest error of each test column is bold and has a star. Lines below the table say what was not as planned.
+    """
     seeds, max_rounds = int(summary["seeds"].max()), int(summary["max_rounds"].iloc[0])
     over = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(
@@ -61,23 +65,25 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
 
 def percent(error: float, standard_error: float = math.nan) -> str:
-    """An error in per cent, with its standard error where that is known."""
+    """An error in per cent, with its standard error if that is known; a dash for NaN."""
     if math.isnan(error):
         return MISSING
     return f"{100 * error:.2f}" + ("" if math.isnan(standard_error) else f"±{100 * standard_error:.2f}")
 
 
 def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """What each search chose, a line a tuner and seed: the values of what `space` searches, of a pool the best ones.
+    """What each search chose, a line for each tuner and seed: the values of the hyperparameters that `space` searches.
 
-    Where theta prefers the choice without having settled on it, the line ends with its probability.
+    From a pool, it is the configuration with the highest probability. If theta prefers that configuration but has not
+    settled on it, the line ends with its probability.
     """
     for row in results.to_dict("records"):
-        if row["tuner"] in ("manual", "uniform"):  # neither chooses
+        if row["tuner"] in ("manual", "uniform"):  # they choose nothing
             continue
         theta = json.loads(row["theta"])
-        chance, even = (math.prod(map(of, theta)) for of in (max, lambda factor: 1 / len(factor)))
-        sure = f"; theta gives it {chance:.2f}" if 1.001 * even < chance < 1 else ""
+        probability = math.prod(max(factor) for factor in theta)
+        uniform = math.prod(1 / len(factor) for factor in theta)
+        sure = f"; theta gives it {probability:.2f}" if 1.001 * uniform < probability < 1 else ""
         config = json.loads(row["config"])
         values = [
             f"{side}.{name}={config[side][name]:.4g}" for side in ("client", "server") for name in space.get(side, {})
@@ -86,51 +92,58 @@ def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]
 
 
 def _marked(cell: str, best: bool) -> Text:
-    """The cell with a place for the star, so that digits stay below each other."""
+    """The cell with a star, or with a space in the star's place, so that the digits stay aligned."""
     return Text(f"{cell}*", style="bold") if best else Text(f"{cell} ")
 
 
 def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
-    """The lines under the table: faults, what the two readings mean, leads and their noise."""
+    """The lines under the table: failed jobs, faults, what the two readings mean, leads and their noise."""
+    rows = summary.to_dict("records")
     notes = [
         f"test: when all rounds are spent (equal spending); test at {max_rounds} rounds: the chosen federation after "
         f"{max_rounds} rounds of its own (equal length)."
     ]
     if len(summary) > 1:
         notes[0] += " Which of the two one reads can decide who wins. * lowest."
-    faults = [
-        f"{row['tuner']} {', '.join(f'{row[name]:,} {name}' for name in FAULTS if row[name])}"
-        for row in summary.to_dict("records")
-        if any(row[name] for name in FAULTS)
-    ]
-    if faults:
+    if unrecorded := [name for name in (*FAULTS, "dropped_jobs") if summary[name].isna().all()]:
+        notes.insert(0, f"Not recorded by the version of fedtune that wrote this run: {', '.join(unrecorded)}.")
+    if faults := [f"{row['tuner']} {counts}" for row in rows if (counts := describe_counts(row, FAULTS))]:
         meanings = "dropped (not finite), clipped (too large), lost (no reply), late or left (devices)"
         notes.insert(0, f"Updates {meanings}: {'; '.join(faults)}.")
-    if jobs := [f"{row['tuner']} {row['dropped_jobs']:,}" for row in summary.to_dict("records") if row["dropped_jobs"]]:
+    if jobs := [f"{row['tuner']} {row['dropped_jobs']:,.0f}" for row in rows if row["dropped_jobs"] > 0]:
         notes.insert(0, f"Jobs dropped (devices); if not retried, rounds are charged but not spent: {', '.join(jobs)}.")
-    close, short = (
-        [f"{row['tuner']} in {row[name]} of {row['seeds']}" for row in summary.to_dict("records") if row[name]]
-        for name in ("close", "short")
-    )
-    if short:
-        notes.append(f"Seeds whose chosen federation had fewer than {max_rounds} rounds: {', '.join(short)}.")
-    if close:
+    if short := _in_how_many_seeds(rows, "short"):
+        notes.append(f"Seeds whose chosen federation had fewer than {max_rounds} rounds: {short}.")
+    if close := _in_how_many_seeds(rows, "close"):
         notes.append(
             f"Seeds whose best two trials lie within the combined standard error of their validation scores over "
-            f"clients, so that the other might as well have been chosen: {', '.join(close)}."
+            f"clients, so that the other might as well have been chosen: {close}."
         )
-    # With one seed the second warning would only say again that nothing can be said.
+    # With one seed, the sentence for the second reading would only repeat that the noise is unknown.
     readings = tuple(READINGS) if int(summary["seeds"].max()) > 1 else ("test_error",)
     return notes + [note for reading in readings if (note := lead_line(summary, reading))]
 
 
+def describe_counts(counts: Mapping[Any, Any], names: Iterable[str]) -> str:
+    """The named counts that are above zero, for example `3 dropped, 1 clipped`; a count that is NaN is left out."""
+    return ", ".join(f"{counts[name]:,.0f} {name}" for name in names if counts[name] > 0)
+
+
+def _in_how_many_seeds(rows: Sequence[Mapping[Any, Any]], name: str) -> str:
+    """The tuners whose count of that name is not zero, for example `asha in 2 of 3`."""
+    return ", ".join(f"{row['tuner']} in {row[name]} of {row['seeds']}" for row in rows if row[name])
+
+
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Seconds as h:mm:ss; a dash for NaN."""
     return MISSING if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
 
 
 def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[str]:
-    """A line a problem of a data set, in their order; of a kind, no more than `limit`, and how many more there are."""
+    """A line for each problem of a data set, in order.
+
+    Of each kind of problem, at most `limit` are shown, and a line at the end says how many more there are.
+    """
     shown: Counter[str] = Counter()
     for problem in problems:
         shown[problem.kind] += 1
@@ -142,7 +155,7 @@ def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[st
 
 
 def stats_table(stats: Mapping[str, object]) -> Table:
-    """The statistics of a federated data set, a row each."""
+    """The statistics of a federated data set, a row for each."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
@@ -152,7 +165,7 @@ def stats_table(stats: Mapping[str, object]) -> Table:
 
 
 def size_histogram(sizes: Int64[np.ndarray, "client"]) -> Table:
-    """How many clients have how many examples: up to ten bins of equal width, in whole numbers."""
+    """How many clients have how many examples: up to ten bins of equal width, whose bounds are whole numbers."""
     low, high = int(sizes.min()), int(sizes.max())
     edges = np.unique(np.linspace(low, high + 1, 11).astype(np.int64))
     counts = np.histogram(sizes, edges)[0].tolist()
@@ -167,7 +180,7 @@ def size_histogram(sizes: Int64[np.ndarray, "client"]) -> Table:
 
 
 def _statistic(value: object) -> str:
-    """A number with thousands separated, anything else as it is."""
+    """A number with its thousands separated; anything else as text."""
     if isinstance(value, float):
         return MISSING if math.isnan(value) else f"{value:,.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

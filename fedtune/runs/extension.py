@@ -35,7 +35,7 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
 def _extended(settings: Settings, num_configs: int | None, total_rounds: int | None) -> Settings:
     """The settings with one more extension."""
     if num_configs is None and total_rounds is None:
-        raise InputError("--extend needs --num-configs, --total-rounds or both, got neither")
+        raise InputError("extend needs --num-configs, --total-rounds or both, got neither")
     before = settings.last_total_rounds
     if total_rounds is None:
         assert num_configs is not None
