@@ -10,6 +10,9 @@ from fedtune.client.tasks import EvaluateTask, TrainTask
 from fedtune.errors import InputError
 from fedtune.executors.batched import BatchedMachine
 from fedtune.executors.machine import Machine, MachineSettings
+from fedtune.layers import resolve_settings
+from fedtune.runs.prepare import prepare
+from fedtune.runs.run_folder import claim_folder
 
 CONFIG = {"learning_rate": 0.1, "momentum": 0.5, "epochs": 1, "batch_size": 10, "weight_decay": 1e-3, "dropout": 0.0}
 TASKS = [TrainTask(client, CONFIG, seed=client) for client in (3, 0)]
@@ -58,11 +61,18 @@ def test_the_batched_form_trains_in_bf16_too(dataset):
     assert said == []
 
 
+def compare(folder, **changes):
+    """A finished run, without the figures that a command draws."""
+    settings = resolve_settings("digits", {"max_rounds": 2, "total_rounds": 2, "tuners": ["manual"]} | changes)
+    claim_folder(folder, settings, force=False)
+    prepare(settings).run(folder, lambda event: None)
+    return fedtune.read_run(folder)
+
+
 def test_pool_and_serial_agree_and_a_run_says_its_precision(tmp_path):
-    settings = {"precision": "bf16", "max_rounds": 2, "total_rounds": 2, "tuners": ["manual"]}
-    serial = fedtune.compare("digits", out=tmp_path / "serial", executor="serial", **settings)
-    pool = fedtune.compare("digits", out=tmp_path / "pool", executor="pool", workers=2, **settings)
-    exact = fedtune.compare("digits", out=tmp_path / "exact", executor="serial", **{**settings, "precision": "fp32"})
+    serial = compare(tmp_path / "serial", precision="bf16", executor="serial")
+    pool = compare(tmp_path / "pool", precision="bf16", executor="pool", workers=2)
+    exact = compare(tmp_path / "exact", precision="fp32", executor="serial")
     results = [(run.folder / "rounds.parquet").read_bytes() for run in (serial, pool, exact)]
     assert results[0] == results[1] != results[2]
     assert serial.settings["precision"] == "bf16"
