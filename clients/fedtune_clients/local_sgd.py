@@ -17,7 +17,8 @@ Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w
 `train_together` (in `fedtune_clients.together`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests hold the
 weights of `train` equal to the weights of `client_update` within 1e-5, since the fast form adds and multiplies the same
 numbers in another order. The bits are the same if `train` leaves all of backpropagation to autograd, as it does under
-autocast, and there is neither weight decay nor a proximal term. On a GPU the two forms draw other numbers for dropout.
+autocast, and there is neither weight decay nor a proximal term. On a GPU the two forms may draw other numbers for
+dropout.
 """
 
 import numpy as np
