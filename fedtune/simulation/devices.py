@@ -95,10 +95,10 @@ class Devices:
         self._cohort_size = settings.cohort_size
         self._num_asked = min(len(num_train), math.ceil(settings.cohort_size * (1 + self._settings.over_selection)))
         self._distributions = distributions(self._settings)
-        without_table = distributions(DevicesSettings())
-        usual = {name for name in RANGES if self._distributions[name] == without_table[name]}
-        self._always_available = "availability" in usual
-        self._instant = usual >= RANGES.keys() - {"availability"}  # clients take no time
+        usual = distributions(DevicesSettings())
+        self._always_available = self._distributions["availability"] == usual["availability"]
+        # Whether clients take no time.
+        self._instant = all(self._distributions[name] == usual[name] for name in RANGES if name != "availability")
         self._asked: dict[int, Asked] = {}  # by round
         self._devices: dict[int, Device] = {}  # drawn so far, by client
 
@@ -107,9 +107,11 @@ class Devices:
         if server_round not in self._asked:
             self._asked[server_round] = self._ask(server_round)
         clients, drops_out, unavailable = self._asked[server_round]
+        # Find the first clients that answer in time.
         answer_times = self._answer_times(clients, mean_epochs(trial))
         in_time = np.flatnonzero(~drops_out & (answer_times <= self._settings.deadline))
         counted = in_time[np.argsort(answer_times[in_time], kind="stable")][: self._cohort_size]
+        # Wait for the last of them, or in vain for others.
         if len(counted) == min(self._cohort_size, len(clients)):
             waited = float(answer_times[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):
