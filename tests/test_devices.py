@@ -1,4 +1,4 @@
-"""Devices: who takes part in a round and how long it takes, and what becomes of jobs that straggle or are dropped."""
+"""Devices: which clients take part in a round, how long it takes, and what happens to slow and failed attempts."""
 
 import math
 
@@ -100,9 +100,14 @@ def test_a_round_with_everything_at_once(num_clients, over_selection, deadline):
     """Deadline and over-selection, drop-outs and absences, speeds and bandwidths; few clients may be too few."""
     num_train = np.random.default_rng(0).integers(1, 40, num_clients)
     table = {
-        **{"seconds_per_example": {"log_normal": [0.1, 1.0]}, "download_speed": {"log_uniform": [1e3, 1e5]}},
-        **{"upload_speed": {"uniform": [1e3, 1e4]}, "availability": {"uniform": [0.1, 0.6]}, "drop_out": 0.1},
-        **{"over_selection": over_selection, "round_time": 0.5, "deadline": deadline},
+        "seconds_per_example": {"log_normal": [0.1, 1.0]},
+        "download_speed": {"log_uniform": [1e3, 1e5]},
+        "upload_speed": {"uniform": [1e3, 1e4]},
+        "availability": {"uniform": [0.1, 0.6]},
+        "drop_out": 0.1,
+        "over_selection": over_selection,
+        "round_time": 0.5,
+        "deadline": deadline,
     }
     fleet, seen = devices(num_train, **table), set()
     for server_round in range(1, 60):

@@ -444,8 +444,12 @@ def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
                 {
                     "metrics": MetricRecord(
                         {
-                            **{"validation_error": v, "validation_loss": 2 * v, "num_validation": n_validation},
-                            **{"test_error": t, "test_loss": 3 * t, "num_test": n_test},
+                            "num_validation": n_validation,
+                            "validation_error": v,
+                            "validation_loss": 2 * v,
+                            "num_test": n_test,
+                            "test_error": t,
+                            "test_loss": 3 * t,
                         }
                     )
                 }
