@@ -1,7 +1,8 @@
-"""The Flower ServerApp: one federation, under fixed hyperparameters or FedEx, on whatever grid Flower hands it.
+"""The Flower ServerApp: one federation, with fixed hyperparameters or FedEx, on the grid that Flower gives it.
 
-Its run configuration holds `settings`, the TOML text of a run's settings, of which it trains the first tuner (`manual`
-or `fedex`) for `max_rounds` rounds, and optionally `out`, a file that the trained weights are written to.
+Its run configuration holds `settings`, the TOML text of a run's settings. The app trains the first tuner in them
+(`manual`, `fedex` or another one within one federation) for `max_rounds` rounds. If the run configuration also holds
+`out`, the app writes the trained weights to that file.
 """
 
 from collections import Counter
@@ -26,8 +27,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Trains the federation, and writes its weights where `out` says."""
-    torch.set_num_threads(1)  # two threads add in another order than one
+    """Trains the federation, and writes its weights to the file `out`, if the run configuration names one."""
+    torch.set_num_threads(1)  # two threads add in another order than one, so the last bits differ
     settings = protocol.run_settings(context.run_config.get("settings"))
     tuner = tuner_settings(settings.tuners[0], settings)
     if tuner.kind.searches:
@@ -56,11 +57,12 @@ def main(grid: Grid, context: Context) -> None:
         trained = model.state_dict(torch.from_numpy(result.arrays["weights"].numpy()))
         out = Path(str(context.run_config["out"]))
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.clone() for name, tensor in trained.items()}, out)  # shared memory can't be saved
+        # safetensors refuses tensors that share memory.
+        save_file({name: tensor.clone() for name, tensor in trained.items()}, out)
 
 
 def nodes_in_client_order(grid: Grid) -> list[int]:
-    """All nodes, by the client that each one says it is: Flower's node ids are random in each run, clients are not."""
+    """All nodes, ordered by the client that each one reports to be: Flower's node ids are random in each run."""
     questions = [
         Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in sorted(grid.get_node_ids())
     ]

@@ -1,4 +1,4 @@
-"""Devices: who takes part in a round and how long it takes, and what becomes of jobs that straggle or are dropped."""
+"""Devices: which clients take part in a round, how long it takes, and what happens to slow and failed attempts."""
 
 import math
 
@@ -13,7 +13,7 @@ from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, resolve
 from fedtune.simulation.devices import Devices, distributions, mean_epochs, shuffled
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Job, Trial
 
 BYTES = 4000  # of the weights
 
@@ -99,9 +99,14 @@ def test_a_round_with_everything_at_once(num_clients, over_selection, deadline):
     """Deadline and over-selection, drop-outs and absences, speeds and bandwidths; few clients may be too few."""
     num_train = np.random.default_rng(0).integers(1, 40, num_clients)
     table = {
-        **{"seconds_per_example": {"log_normal": [0.1, 1.0]}, "download_speed": {"log_uniform": [1e3, 1e5]}},
-        **{"upload_speed": {"uniform": [1e3, 1e4]}, "availability": {"uniform": [0.1, 0.6]}, "drop_out": 0.1},
-        **{"over_selection": over_selection, "round_time": 0.5, "deadline": deadline},
+        "seconds_per_example": {"log_normal": [0.1, 1.0]},
+        "download_speed": {"log_uniform": [1e3, 1e5]},
+        "upload_speed": {"uniform": [1e3, 1e4]},
+        "availability": {"uniform": [0.1, 0.6]},
+        "drop_out": 0.1,
+        "over_selection": over_selection,
+        "round_time": 0.5,
+        "deadline": deadline,
     }
     fleet, seen = devices(num_train, **table), set()
     for server_round in range(1, 60):
@@ -152,6 +157,25 @@ def test_each_client_has_a_device_of_its_own_that_stays(form):
     assert speeds == [again._device(client).seconds_per_example for client in reversed(range(50))][::-1]
     assert len(set(speeds)) == (2 if "choice" in form else 50)
     assert all(speed > 0 for speed in speeds)
+
+
+@pytest.mark.parametrize("drop_probability", [0.0, 0.3])
+def test_the_fate_of_an_attempt_comes_from_a_stream_of_its_own(drop_probability):
+    fleet = devices(np.arange(1, 51), seconds_per_example=0.1, straggler_std=0.5, drop_probability=drop_probability)
+    trial, fates = trial_of(1, 2), []
+    for number in range(20):
+        draws = rng.stream(3, "attempt", trial.number, 9, number)
+        slowdown = 1 + 0.5 * abs(draws.standard_normal())
+        finish_times, now = [], 0.0
+        for server_round in range(6, 10):
+            now += fleet.plan(trial, server_round).duration
+            finish_times.append(slowdown * now)
+        fate = fleet.attempt_fate(Job(trial, 0, 9), number, 5)
+        assert fate.finish_times.tolist() == pytest.approx(finish_times)
+        survives = 1 - draws.random() <= (1 - drop_probability) ** finish_times[-1]
+        assert (fate.fails_after is None) == survives
+        fates.append(survives)
+    assert all(fates) == (drop_probability == 0)
 
 
 def test_log_normal_has_its_median_and_sigma():

@@ -48,10 +48,22 @@ def test_tasks_hold_each_client_once_in_order_and_about_as_many_examples():
 
 def test_combine_weighs_by_examples():
     metrics = [
-        {"num_validation": 1, "validation_error": 1.0, "validation_loss": 2.0}
-        | {"num_test": 3, "test_error": 0.0, "test_loss": 1.0},
-        {"num_validation": 4, "validation_error": 0.5, "validation_loss": 1.0}
-        | {"num_test": 1, "test_error": 1.0, "test_loss": 5.0},
+        {
+            "num_validation": 1,
+            "validation_error": 1.0,
+            "validation_loss": 2.0,
+            "num_test": 3,
+            "test_error": 0.0,
+            "test_loss": 1.0,
+        },
+        {
+            "num_validation": 4,
+            "validation_error": 0.5,
+            "validation_loss": 1.0,
+            "num_test": 1,
+            "test_error": 1.0,
+            "test_loss": 5.0,
+        },
     ]
     evaluation = combine(metrics)
     assert evaluation.validation_error == pytest.approx((1 * 1.0 + 4 * 0.5) / 5)

@@ -206,6 +206,15 @@ def test_the_cohort_is_the_same_for_every_trial_and_depends_on_the_round_only(gr
     assert cohorts[0][0] != cohorts[0][1] != cohorts[0][2]
 
 
+def test_a_cohort_that_is_given_is_asked_instead_of_a_drawn_one(grid, initial):
+    arrays, strategy = pack(initial.numpy()), make_strategy()
+    messages = strategy.configure_cohort(1, [0, 3, 7], arrays, ConfigRecord(), grid)
+    assert clients(messages) == [0, 3, 7]
+    assert seeds(messages) == [client_seed(1, client) for client in (0, 3, 7)]
+    strategy.aggregate_train(1, grid.send_and_receive(messages))
+    assert (strategy.outcome.cohort, strategy.outcome.failed, strategy.outcome.failures) == (3, 0, [])
+
+
 def test_every_client_of_every_round_and_trial_has_a_seed_of_its_own(grid, initial):
     strategies = [make_strategy(number=number) for number in range(3)]
     drawn = [seed for s in strategies for t in range(1, 6) for seed in seeds(configure(s, grid, initial, t))]
@@ -300,7 +309,7 @@ def theta_after(heard, error, settings, worst=1.0):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("signal", "worst"), [("error", 1.0), ("loss", 2 * math.log(3))])
-def test_a_client_that_is_not_finite_is_dropped_counted_and_the_worst_for_theta(grid, initial, bad, signal, worst):
+def test_an_update_that_is_not_finite_is_rejected_counted_and_the_worst_for_theta(grid, initial, bad, signal, worst):
     def broken(message):  # one weight is enough, and its metrics say that all is well
         weights = unit(2, initial)
         weights[-1] = bad
@@ -329,13 +338,14 @@ def test_an_exploded_update_is_clipped_counted_and_keeps_its_error(grid, initial
     assert np.array_equal(strategy.policy.state.log_theta[0], expected)
 
 
-def lost(message):
+def failed(message):
     return Message(Error(1000, "the battery is empty"), reply_to=message)
 
 
-def test_a_client_that_answers_with_an_error_is_lost_and_counted(grid, initial):
-    strategy, weights, metrics = aggregate(grid, initial, {0: lost})
+def test_a_client_that_answers_with_an_error_has_failed_and_is_counted(grid, initial):
+    strategy, weights, metrics = aggregate(grid, initial, {0: failed})
     assert (metrics["cohort"], metrics["failed"], metrics["rejected"]) == (4, 1, 0)
+    assert strategy.outcome.failures == ["the battery is empty"]
     torch.testing.assert_close((weights - initial)[:4], torch.tensor([0, 20, 30, 40]) / 90, atol=1e-6, rtol=0)
     assert np.array_equal(
         strategy.policy.state.log_theta[0], theta_after([1, 2, 3], ERRORS[1:], strategy.policy.settings)
@@ -351,7 +361,7 @@ def test_a_round_without_a_usable_update_changes_nothing(grid, initial, case):
     messages = configure(strategy, grid, first, 2)
     replies = {
         "nobody answers": [],
-        "all answer with an error": [lost(message) for message in messages],
+        "all answer with an error": [failed(message) for message in messages],
         "all are NaN": [answer(m, i, torch.full_like(first, math.nan)) for i, m in enumerate(messages)],
     }[case]
     arrays, metrics = strategy.aggregate_train(2, replies)
@@ -433,8 +443,12 @@ def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
                 {
                     "metrics": MetricRecord(
                         {
-                            **{"validation_error": v, "validation_loss": 2 * v, "num_validation": n_validation},
-                            **{"test_error": t, "test_loss": 3 * t, "num_test": n_test},
+                            "num_validation": n_validation,
+                            "validation_error": v,
+                            "validation_loss": 2 * v,
+                            "num_test": n_test,
+                            "test_error": t,
+                            "test_loss": 3 * t,
                         }
                     )
                 }
@@ -444,7 +458,7 @@ def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
         for message, v, t, (n_validation, n_test) in zip(messages, validation, test, sizes, strict=True)
     ]
     results = [
-        dict(make_strategy().aggregate_evaluate(1, [*order, lost(messages[0])]))
+        dict(make_strategy().aggregate_evaluate(1, [*order, failed(messages[0])]))
         for order in itertools.permutations(replies)
     ]
     validation_error = (1 * 0.1 + 2 * 0.3 + 3 * 0.7) / 6
@@ -452,4 +466,4 @@ def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
     expected = {"validation_error": validation_error, "validation_loss": 2 * validation_error}
     assert results[0] == pytest.approx(expected | {"test_error": test_error, "test_loss": 3 * test_error})
     assert all(result == results[0] for result in results)
-    assert make_strategy().aggregate_evaluate(1, [lost(messages[0])]) is None
+    assert make_strategy().aggregate_evaluate(1, [failed(messages[0])]) is None

@@ -1,1 +1,1 @@
-"""The Flower server: federated averaging, server optimisers, FedEx."""
+"""The server of a federation, simulated or real: its Flower strategy, federated averaging, server optimisers."""

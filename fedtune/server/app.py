@@ -1,3 +1,3 @@
-"""The name under which Flower apps know the ServerApp: `fedtune.server.app:app`. It is made in `fedtune.server_app`."""
+"""The ServerApp under its documented name, `fedtune.server.app:app`; it is made in `fedtune.server_app`."""
 
 from fedtune.server_app import app as app

@@ -1,8 +1,8 @@
 """Federated averaging (McMahan et al. 2017, algorithm 1, the server's mean), with a guard against broken updates.
 
-Departures: an update that is not finite is left out of the mean; one whose norm exceeds `clip_factor` times the median
-norm of the cohort's updates that moved at all is scaled down to that. One such client would otherwise destroy the
-weights that all share.
+Departures: an update that is not finite is rejected, so it does not count in the mean. An update whose norm exceeds
+`clip_factor` times the median norm of the cohort's updates is scaled down to that norm; the median is over the updates
+that are not zero. Without this guard one such client would destroy the weights that all clients share.
 """
 
 import math
@@ -31,11 +31,14 @@ def average(
 ) -> Average:
     """The mean of the clients' weights by their numbers of training examples, summed in the order given.
 
-    `weights` are those that the clients started from. A `clip_factor` of 0 turns clipping off.
+    `updates` are the clients' weights after training, `weights` the weights from which they started. A `clip_factor` of
+    0 turns clipping off.
     """
-    mean = torch.empty_like(weights)  # it holds the differences first: fresh memory is dear
+    # Measure how far each client moved. One buffer holds the differences and then the mean: allocating is slow here.
+    mean = torch.empty_like(weights)
     norms = np.array([_norm(torch.sub(update, weights, out=mean)) for update in updates])
     usable = np.isfinite(norms) & (num_train > 0)
+    # Find the scale of each update: 1 unless it is clipped.
     scale = np.ones(len(updates))
     moved = usable & (norms > 0)
     if clip_factor > 0 and moved.any():
@@ -44,13 +47,14 @@ def average(
         scale[too_far] = bound / norms[too_far]
     if not usable.any():
         return Average(None, ~usable, scale < 1)
+    # Sum the updates by their shares.
     share = np.where(usable, num_train, 0) / num_train[usable].sum()
     mean.zero_()
     for update, client_share in zip(updates, (share * scale).tolist(), strict=True):
         if client_share > 0:
             mean.add_(update, alpha=client_share)
     if (scale < 1).any():
-        mean.add_(weights, alpha=float((share * (1 - scale)).sum()))  # w + scale (update - w), for each clipped one
+        mean.add_(weights, alpha=float((share * (1 - scale)).sum()))  # w + scale (update - w) for each clipped update
     return Average(mean, ~usable, scale < 1)
 
 
@@ -58,6 +62,6 @@ def _norm(vector: Float[Tensor, "weight"]) -> float:
     norm = math.sqrt(float(torch.dot(vector, vector)))
     if math.isfinite(norm):
         return norm
-    # A finite update of 1e30 must be clipped, not dropped for a square that overflows; double precision costs 20 times
-    # more.
+    # An update of 1e30 is finite and must be clipped, but its square overflows in single precision. Double precision
+    # costs 20 times more, so it is used only here.
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

@@ -1,8 +1,8 @@
-"""What the server and its clients tell each other: both ends, and every grid, write and read it here.
+"""What the server and its clients send each other. Both sides and every grid write and read messages here.
 
-A message holds the record "arrays" with the flat float32 array "weights", and the record "config": "seed", the JSON
-object "hyperparameters" (one value: where messages travel, Flower checks each), for training "error_before", for
-evaluation "personalise". A reply holds the record "metrics", and after training "arrays". A query is answered with the
+A message holds two records. "arrays" has the flat float32 array "weights". "config" has "seed" and "hyperparameters",
+for training "error_before", for evaluation "personalise". "hyperparameters" is one JSON object, since Flower checks
+every value that it sends. A reply holds the record "metrics", and after training "arrays". The answer to a query is the
 metric "client", the client's number.
 
 The run's configuration holds "settings", the TOML text of a run's settings.
@@ -27,7 +27,7 @@ CLIENT_ERROR = 1000  # the code in the reply of a client whose program raised; a
 
 
 def run_settings(text: object) -> Settings:
-    """The settings of that text, what the run's config holds under "settings" (None: nothing). Raises InputError."""
+    """The settings in `text`, the value of "settings" in the run's config; None if it has none. Raises InputError."""
     if not isinstance(text, str):
         raise InputError(f"the run's config must hold 'settings', the TOML text of a run's settings, got {text!r}")
     try:
@@ -38,20 +38,20 @@ def run_settings(text: object) -> Settings:
 
 
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
-    """`config` and what one client is to train with."""
+    """`config`, with the hyperparameters, seed and options with which one client trains."""
     text = json.dumps(dict(hyperparameters))
     return fill(ConfigRecord(), {**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
 
 
 def config_of(message: Message) -> ConfigRecord:
-    """The record "config"."""
+    """The message's record "config"."""
     record = message.content["config"]
     assert isinstance(record, ConfigRecord)
     return record
 
 
 def task(message: Message, client: int) -> Task:
-    """What the message asks of that client."""
+    """The task that the message gives to the client. Raises ValueError for other messages than train and evaluate."""
     message_type = message.metadata.message_type
     if message_type not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise ValueError(f"message type must be train, evaluate or query, got {message_type!r}")
@@ -62,39 +62,40 @@ def task(message: Message, client: int) -> Task:
 
 
 def weights(message: Message) -> Float[Tensor, "weight"]:
-    """The weights in a message or reply: a view, where nothing was serialised on the way."""
+    """The weights in a message or reply: a view, unless the message was serialised on its way."""
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
     return torch.from_numpy(record["weights"].numpy())
 
 
 def metrics(reply: Message) -> MetricRecord:
-    """The record "metrics"."""
+    """The reply's record "metrics"."""
     record = reply.content["metrics"]
     assert isinstance(record, MetricRecord)
     return record
 
 
 def answer(message: Message, result: Result) -> Message:
-    """The reply that tells the result: one client's, whose weights are not copied."""
+    """The reply that holds one client's result; its weights are not copied."""
     if isinstance(result, Failure):
         return Message(Error(CLIENT_ERROR, result.message), reply_to=message)
     if isinstance(result, Update):
-        metrics, arrays = result.metrics, {"arrays": pack(result.weights.numpy())}
+        records = {"metrics": fill(MetricRecord(), result.metrics), "arrays": pack(result.weights.numpy())}
     else:
-        (metrics,), arrays = result, {}
-    return Message(fill(RecordDict(), {"metrics": fill(MetricRecord(), metrics), **arrays}), reply_to=message)
+        (metrics,) = result
+        records = {"metrics": fill(MetricRecord(), metrics)}
+    return Message(fill(RecordDict(), records), reply_to=message)
 
 
 def _training(config: ConfigRecord) -> tuple[dict[str, Number], int]:
-    """The configuration and the seed to train with."""
+    """The configuration and the seed with which a client trains."""
     seed = config.get("seed")
     if not isinstance(seed, int):
         raise InputError(f"the message's seed must be a whole number, got {seed!r}")
     return dict(_from_text(str(config["hyperparameters"]))), seed
 
 
-# A round's messages hold few configurations, and often one.
+# Most messages of a round repeat a configuration.
 @functools.lru_cache(maxsize=1024)
 def _from_text(text: str) -> dict[str, Number]:
     config: dict[str, Number] = json.loads(text)

@@ -1,9 +1,9 @@
-"""Server optimisers: what becomes of the weights, given the clients' mean.
+"""Server optimisers: how the server's weights move towards the clients' mean.
 
-Source: Reddi et al., Adaptive Federated Optimization, 2021, algorithm 2 (FedAdam, FedYogi; no bias correction, as
-there), and its appendix for FedAvgM. Symbols: Delta_t -> change, m_t -> first, v_t -> second, eta -> learning_rate,
-beta_1, beta_2, tau -> beta1, beta2, tau. Departures: v starts at 0, there at tau^2 or more; the rate shrinks by `decay`
-each round (Khodak et al. 2021).
+Source: Reddi et al., Adaptive Federated Optimization, 2021, algorithm 2 (FedAdam, FedYogi; without bias correction, as
+in the source), and its appendix for FedAvgM. Symbols: Delta_t -> change, m_t -> first, v_t -> second, eta ->
+learning_rate, beta_1, beta_2, tau -> beta1, beta2, tau. Departures: v starts at 0, in the source at tau^2 or more; the
+learning rate shrinks by the fraction `decay` each round (Khodak et al. 2021).
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ def update(
     config: Config,
     server_round: int,
 ) -> tuple[Float[Tensor, "weight"], OptimizerState]:
-    """The new weights and state after round `server_round` (from 1), given the clients' mean weights."""
+    """The new weights and state after round `server_round` (from 1); `mean` is the mean of the clients' weights."""
     learning_rate = config["learning_rate"] * (1 - config["decay"]) ** (server_round - 1)
     if optimizer == "sgd" and learning_rate == 1.0 and config["momentum"] == 0.0:
         return mean, state  # w + (mean - w) is the mean, here without its rounding

@@ -1,8 +1,8 @@
 """The server's strategy: federated averaging, a server optimiser, and a policy over a pool of client configurations.
 
-Algorithm 7 (FedEx) with Flower's two halves of a round: `configure_train` does lines 2 to 4, the clients lines 5 and 6,
-`aggregate_train` lines 8 to 10 (see `fedtune.tuning.fedex`). Elimination and its like take FedEx's place as another
-policy. A pool of one configuration is plain federated averaging.
+This is algorithm 7 (FedEx, see `fedtune.tuning.fedex`) in Flower's two halves of a round: `configure_train` does lines
+2 to 4, the clients do lines 5 and 6, `aggregate_train` does lines 8 to 10. Elimination and other policies can take the
+place of FedEx. A pool of one configuration is plain federated averaging.
 """
 
 from collections.abc import Iterable, Sequence
@@ -141,7 +141,7 @@ class FedTuneStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages that ask every node for the errors of the global weights on its validation and test parts."""
+        """Messages that ask every node for the global weights' errors on its validation and test parts."""
         if server_round % self._evaluate_every != 0:
             return []
         content = RecordDict({"arrays": arrays, "config": config})
@@ -160,7 +160,7 @@ class FedTuneStrategy(Strategy):
         return MetricRecord({**evaluation_means(metrics)})
 
     def summary(self) -> None:
-        """Nothing: the run folder's settings.toml says it all."""
+        """Logs nothing, though Flower asks for it: the run folder's settings.toml has all settings."""
 
     def _nodes_in_client_order(self, grid: Grid) -> Sequence[int]:
         if self._nodes is not None:
@@ -173,7 +173,7 @@ class FedTuneStrategy(Strategy):
             raise InputError(
                 f"cohort_size must be at most the number of clients, {num_clients}, got {self.cohort_size}"
             )
-        # Keyed by the round alone: every trial and every tuner meets the same cohorts.
+        # Keyed by the round only, so that every trial and every tuner has the same cohorts.
         chosen = rng.stream(self.seed, "cohort", server_round).choice(num_clients, self.cohort_size, replace=False)
         return sorted(chosen.tolist())
 
@@ -200,7 +200,7 @@ class FedTuneStrategy(Strategy):
 
 
 def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Message]:
-    """The replies with content by their node's position in `nodes`, ascending: sums do not depend on who was first."""
+    """The replies with content, by position in `nodes`, ascending: so sums do not depend on which reply came first."""
     position = {node: index for index, node in enumerate(nodes)}
     answers = {position[reply.metadata.src_node_id]: reply for reply in replies if reply.has_content()}
     return {index: answers[index] for index in sorted(answers)}

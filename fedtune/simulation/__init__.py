@@ -1,1 +1,1 @@
-"""Federations in training, studies over them on a virtual clock, comparisons of studies."""
+"""Virtual time, simulated devices, and one federation in training."""

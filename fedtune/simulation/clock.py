@@ -1,4 +1,4 @@
-"""The virtual clock: a queue of future events, taken by time, equal times in the order of scheduling."""
+"""The virtual clock: a queue of future events. The earliest comes first; at equal times, the one scheduled first."""
 
 import heapq
 import itertools
@@ -8,7 +8,7 @@ Event = TypeVar("Event")
 
 
 class Clock(Generic[Event]):
-    """Time starts at 0 and moves to each event as it is taken."""
+    """A queue of events; its time starts at 0, and taking an event moves it to the time of that event."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -16,16 +16,16 @@ class Clock(Generic[Event]):
         self._sequence = itertools.count()
 
     def schedule(self, time: float, event: Event) -> None:
-        """Puts an event at `time`, not before the present."""
+        """Adds an event at `time`, which must not lie before the present."""
         assert time >= self.time
         heapq.heappush(self._events, (time, next(self._sequence), event))
 
     def peek(self) -> Event:
-        """The next event; time stands still."""
+        """The next event, which stays in the queue; time does not move."""
         return self._events[0][2]
 
     def take(self) -> Event:
-        """The next event; its time becomes the present."""
+        """The next event, which leaves the queue; its time becomes the present."""
         self.time, _, event = heapq.heappop(self._events)
         return event
 

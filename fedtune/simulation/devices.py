@@ -1,14 +1,14 @@
-"""Devices on the virtual clock: who of a cohort takes part in a round, and how long the round takes.
+"""Devices on the virtual clock: which clients take part in a round, how long the round takes, and which attempts fail.
 
-The server asks clients that are available, `over_selection` more of them than the cohort needs. A client downloads the
-weights, trains, and uploads its update. The round ends when `cohort_size` clients have answered, or all that were
-asked, or at the `deadline`, or where there is none when nobody is left to wait for. Who answers later is late: its
-update is left out, as is that of a client that drops out (Bonawitz et al. 2019, "Towards federated learning at scale",
-sections 2.2 and 9).
+The server asks clients that are available, and a fraction `over_selection` more of them than the cohort needs. A client
+downloads the weights, trains, and uploads its update. The round ends as soon as `cohort_size` clients have answered, or
+all that were asked. Otherwise it ends at the `deadline`; without a deadline, it ends when no client is left that will
+answer. A client that would answer after the end is a straggler. The updates of stragglers and of clients that drop out
+do not count (Bonawitz et al. 2019, "Towards federated learning at scale", sections 2.2 and 9).
 
-All of it is drawn from streams keyed by the round and the client, and known before anything is trained: late clients
-are never computed, and every trial of a seed meets the same devices. Only a trial's own number of epochs makes its
-rounds longer; where its pool has several, their mean counts.
+Everything is drawn from streams keyed by the round and the client, and is known before anything is trained. So
+stragglers are never trained, and every trial of a seed has the same devices. The only thing in a trial that makes its
+rounds longer is its number of epochs; if its pool has several numbers, their mean counts.
 """
 
 import math
@@ -26,16 +26,17 @@ from fedtune.tuning.domains import Choice, Domain, parse_domain
 from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Job, Trial
 
-LEAST_CHANCE = 0.001  # of ending that a job must have which is tried again until it does
+LEAST_CHANCE = 0.001  # that an attempt succeeds; with less, a job that is retried until it succeeds would hardly end
 
 
 class LogNormal(NamedTuple):
-    """Positive numbers around a median, whose logarithms are normal with standard deviation sigma."""
+    """Positive numbers: their logarithms are normal with mean log(median) and standard deviation sigma."""
 
     median: float
     sigma: float
 
     def sample(self, draws: np.random.Generator) -> float:
+        """One number."""
         return float(self.median * math.exp(self.sigma * draws.standard_normal()))
 
 
@@ -50,7 +51,7 @@ RANGES: dict[str, dict[str, Any]] = {  # in which a distribution's values must l
 
 
 class Device(NamedTuple):
-    """What one client's machine can do."""
+    """The speed and the availability of one client's machine."""
 
     seconds_per_example: float  # of one epoch of local training
     download_speed: float  # bytes a second
@@ -85,7 +86,7 @@ class Fate(NamedTuple):
 
 
 class Devices:
-    """The devices of a study's clients. Raises InputError where the table `[devices]` has an impossible value."""
+    """The devices of a study's clients. Raises InputError if the table `[devices]` has an impossible value."""
 
     def __init__(self, settings: Settings, seed: int, num_train: Int[np.ndarray, "client"], weight_bytes: int) -> None:
         self._settings = settings.devices
@@ -95,21 +96,23 @@ class Devices:
         self._cohort_size = settings.cohort_size
         self._num_asked = min(len(num_train), math.ceil(settings.cohort_size * (1 + self._settings.over_selection)))
         self._distributions = distributions(self._settings)
-        without_table = distributions(DevicesSettings())
-        usual = {name for name in RANGES if self._distributions[name] == without_table[name]}
-        self._always_available = "availability" in usual
-        self._instant = usual >= RANGES.keys() - {"availability"}  # clients take no time
+        usual = distributions(DevicesSettings())
+        self._always_available = self._distributions["availability"] == usual["availability"]
+        # Whether clients take no time.
+        self._instant = all(self._distributions[name] == usual[name] for name in RANGES if name != "availability")
         self._asked: dict[int, Asked] = {}  # by round
-        self._devices: dict[int, Device] = {}  # of the clients that were asked so far
+        self._devices: dict[int, Device] = {}  # drawn so far, by client
 
     def plan(self, trial: Trial, server_round: int) -> RoundPlan:
-        """Who takes part in the trial's round, and how long it takes."""
+        """Which clients take part in the trial's round, and how long it takes."""
         if server_round not in self._asked:
             self._asked[server_round] = self._ask(server_round)
         clients, drops_out, unavailable = self._asked[server_round]
+        # Find the first clients that answer in time.
         answer_times = self._answer_times(clients, mean_epochs(trial))
         in_time = np.flatnonzero(~drops_out & (answer_times <= self._settings.deadline))
         counted = in_time[np.argsort(answer_times[in_time], kind="stable")][: self._cohort_size]
+        # Wait for the last of them, or in vain for others.
         if len(counted) == min(self._cohort_size, len(clients)):
             waited = float(answer_times[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):
@@ -164,7 +167,7 @@ class Devices:
         return np.array(coins, float) < probability
 
     def _answer_times(self, clients: Int[np.ndarray, "client"], epochs: float) -> Float[np.ndarray, "client"]:
-        """When each client has answered, in seconds after it was asked."""
+        """The time at which each client answers, in seconds after it was asked."""
         if self._instant:
             return np.zeros(len(clients))
         devices = [self._device(client) for client in clients.tolist()]
@@ -227,7 +230,7 @@ def _parse(setting: str, value: float | dict[str, Any]) -> Distribution:
 
 
 def check_jobs_can_end(settings: DevicesSettings, longest_job: int) -> None:
-    """Raises InputError where a job of that many rounds, tried again whenever it is dropped, hardly ever ends."""
+    """Raises InputError if an attempt at a job of that many rounds hardly ever succeeds: retrying it would not end."""
     chance = (1 - settings.drop_probability) ** (longest_job * settings.round_time)
     if chance < LEAST_CHANCE:
         raise InputError(
@@ -237,7 +240,7 @@ def check_jobs_can_end(settings: DevicesSettings, longest_job: int) -> None:
 
 
 def mean_epochs(trial: Trial) -> float:
-    """The mean number of local epochs over the trial's pool; 1 where its client program has no such thing."""
+    """The mean number of local epochs over the trial's pool; 1 if its client program has no epochs."""
     for factor in trial.pool:
         if "epochs" in factor[0]:
             return float(np.mean([config["epochs"] for config in factor]))
@@ -245,7 +248,7 @@ def mean_epochs(trial: Trial) -> float:
 
 
 def shuffled(number: int, draws: np.random.Generator) -> Iterator[int]:
-    """0 to number - 1 in random order; each costs the same however many there are (Fisher and Yates, lazily)."""
+    """0 to number - 1 in random order. Each one costs the same whatever `number` is (a lazy Fisher-Yates shuffle)."""
     moved: dict[int, int] = {}
     for index in range(number):
         other = int(draws.integers(index, number))

@@ -1,11 +1,12 @@
 """Scores: which clients are evaluated, and how their errors become one number.
 
-A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients a single round's
-error varies between seeds two to three times as much.
+A federation's error is the mean over its last quarter of rounds (the tail mean): on skewed clients the error of a
+single round varies between seeds two to three times as much.
 
-The validation error comes with its standard error: how much it would move with other clients of the same population.
-The clients of a data set are themselves such a draw, so there is no finite-population correction, and evaluating all of
-them does not make it 0. It is the noise of evaluation alone; that of training shows between seeds.
+The validation error has a standard error: how much the validation error would vary with other clients of the same
+population. The clients of a data set are a sample of that population too. So there is no finite-population correction,
+and evaluating all clients does not make the standard error 0. It measures the noise of evaluation only; the noise of
+training shows in the differences between seeds.
 """
 
 from collections.abc import Sequence
@@ -24,14 +25,14 @@ STREAM_EXAMPLES = 2000  # about how many examples one evaluation task holds
 
 
 def evaluation_clients(num_clients: int, wanted: int | None, seed: int) -> Int[np.ndarray, "client"]:
-    """The clients on which every trial of a study is evaluated, ascending: at most `wanted`, None meaning all."""
+    """The clients on which every trial of a study is evaluated, ascending: at most `wanted`; None means all."""
     if wanted is None or wanted >= num_clients:
         return np.arange(num_clients)
     return np.sort(rng.stream(seed, "evaluation").choice(num_clients, wanted, replace=False))
 
 
 def evaluation_tasks(dataset: FederatedDataset, clients: Int[np.ndarray, "client"]) -> list[EvaluateTask]:
-    """The clients packed into tasks of about STREAM_EXAMPLES examples, whatever the number of workers."""
+    """The clients packed into tasks of about STREAM_EXAMPLES examples; the number of workers does not matter."""
     sizes = dataset.ranges[clients, 1:]
     cumulative = np.cumsum((sizes[..., 1] - sizes[..., 0]).sum(axis=1))
     streams = (cumulative - 1) // STREAM_EXAMPLES
@@ -48,9 +49,9 @@ def combine(metrics: Sequence[Metrics]) -> Evaluation:
 def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray, "client"]) -> float:
     """The standard error of the clients' mean error weighted by their sizes; NaN with fewer than two clients.
 
-    The mean is a ratio, sum(n e) / sum(n), of which both parts vary with the clients drawn. To first order its variance
-    over m clients is m / (m - 1) * sum((n (e - mean))^2) / sum(n)^2: a client's examples err together (a cluster), so a
-    client is one observation however many examples it has.
+    The mean is a ratio, sum(n e) / sum(n), and both sums vary with the clients drawn. To first order its variance over
+    m clients is m / (m - 1) * sum((n (e - mean))^2) / sum(n)^2. The examples of a client are a cluster, since their
+    errors are correlated: a client counts as one observation, however many examples it has.
     """
     counted = sizes > 0
     num_clients = int(counted.sum())
@@ -63,7 +64,7 @@ def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray,
 
 
 def flatten(results: Sequence[Result]) -> list[Metrics]:
-    """The metrics of evaluation results; a client that could not be evaluated raises, since nothing may be left out."""
+    """The metrics in evaluation results. Raises RuntimeError if a client failed: an evaluation leaves nobody out."""
     metrics: list[Metrics] = []
     for result in results:
         if isinstance(result, Failure):
@@ -74,7 +75,7 @@ def flatten(results: Sequence[Result]) -> list[Metrics]:
 
 
 def tail_mean(rounds: Sequence[int], values: Sequence[float]) -> float:
-    """The mean of the values whose round lies in the last quarter of the rounds so far; `rounds` ascend."""
+    """The mean of the values whose rounds lie in the last quarter of the rounds so far; `rounds` ascend."""
     return float(
         np.mean([value for server_round, value in zip(rounds, values, strict=True) if server_round > TAIL * rounds[-1]])
     )

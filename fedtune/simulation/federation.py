@@ -107,7 +107,7 @@ class Federation:
         return combine(metrics)
 
     def sampled_config(self, client: int) -> Config:
-        """The configuration that a client draws from theta for its own personalisation (Algorithm 7's result)."""
+        """The configuration that a client draws from theta for its personalisation (the result of algorithm 7)."""
         draws = rng.stream(self.strategy.seed, "personalise", self.trial.number, self.round, client)
         return fedex.expand(self.strategy.policy.pool, self.strategy.policy.draw(draws, 1)[0])
 
@@ -116,11 +116,11 @@ class Federation:
         return fedex.expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
 
     def pool(self) -> Pool:
-        """What theta weighs now."""
+        """The client configurations that theta weighs now."""
         return self.strategy.policy.pool
 
     def theta(self) -> tuple[Float[np.ndarray, "_"], ...]:
-        """The distribution over the pool, one array a factor."""
+        """The distribution over the pool: one array for each factor."""
         return self.strategy.policy.probabilities()
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""A Flower grid that lives in this process, over an executor.
+"""A Flower grid within this process: an executor does the clients' work.
 
-A node's id is its client's number + FIRST_NODE_ID: fixed, where Flower's own are random in each run.
+A node's id is its client's number + FIRST_NODE_ID. So it is fixed; Flower's own node ids are random in each run.
 """
 
 import itertools
@@ -18,10 +18,10 @@ FIRST_NODE_ID = 2  # 1 is the server
 
 
 class ExecutorGrid(Grid):
-    """The grid of a simulation: a push hands the clients' work to an executor, which several grids may share.
+    """The grid of a simulation: a push gives the clients' work to an executor, which several grids may share.
 
-    All work of one push must be of one type, for the same weights. What a pull returned holds views that stay valid
-    until the next push. The executor does the work of the grid with the smallest `order` first.
+    All work of one push must be of one type and for the same weights. The replies that a pull returns hold views, which
+    stay valid until the next push. The executor does the work of the grid with the smallest `order` first.
     """
 
     def __init__(self, executor: Executor, num_clients: int, order: float = 0.0) -> None:
@@ -29,10 +29,10 @@ class ExecutorGrid(Grid):
         self._run = empty_run()
         self._num_clients = num_clients
         self._next_id = itertools.count()
-        self._replies: dict[str, Message] = {}  # that were not pulled yet, by the id of the message that they answer
+        self._replies: dict[str, Message] = {}  # not pulled yet, by the id of the message that each one answers
         self._executor = executor
         self._under_way: dict[Ticket, list[Message]] = {}
-        self._tickets: dict[str, Ticket] = {}  # of the messages whose replies were not pulled yet, by id
+        self._tickets: dict[str, Ticket] = {}  # by the id of each message whose reply was not pulled yet
         self._collected: set[Ticket] = set()
         self._order = order
 
@@ -48,15 +48,15 @@ class ExecutorGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message, in the way that Flower deprecated but still asks a Grid to offer."""
+        """A message. Flower deprecated this method, but a Grid must still have it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> range:
-        """All nodes, in client order; a range, so that a million clients cost nothing."""
+        """All nodes, in client order: a range, so a million clients take no memory."""
         return range(FIRST_NODE_ID, FIRST_NODE_ID + self._num_clients)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """The messages' ids; their work is under way."""
+        """The messages' ids, after their work was given to the executor."""
         sent = list(messages)
         self.release()
         message_ids = self._stamp(sent)
@@ -75,7 +75,7 @@ class ExecutorGrid(Grid):
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to those messages whose push is wholly done, each of them once; does not wait."""
+        """The replies to messages of pushes whose work is all done, each reply once; does not wait for others."""
         for ticket in [ticket for ticket in self._under_way if self._executor.finished(ticket)]:
             for message, result in zip(self._under_way.pop(ticket), self._executor.collect(ticket), strict=True):
                 self._replies[message.metadata.message_id] = protocol.answer(message, result)
@@ -86,7 +86,7 @@ class ExecutorGrid(Grid):
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: int | float | None = None) -> list[Message]:
-        """The replies to all messages. `timeout` has no meaning here: nobody is slow in real time."""
+        """The replies to all messages. `timeout` is ignored: simulated clients are slow in virtual time only."""
         message_ids = self.push_messages(messages)
         for ticket in {self._tickets[message_id] for message_id in message_ids if message_id in self._tickets}:
             while not self._executor.finished(ticket):
@@ -94,18 +94,18 @@ class ExecutorGrid(Grid):
         return self.pull_messages(message_ids)
 
     def ticket(self, message_ids: list[str]) -> Ticket:
-        """The executor's ticket of the push that returned these ids, until the replies are pulled."""
+        """The executor's ticket of the push that returned these ids; only before their replies are pulled."""
         return self._tickets[message_ids[0]]
 
     def release(self) -> None:
-        """Gives back the memory of the updates whose replies were all pulled."""
+        """Lets the executor reuse the memory of pushes whose replies were all pulled."""
         done = self._collected - set(self._tickets.values())
         for ticket in done:
             self._executor.release(ticket)
         self._collected -= done
 
     def _stamp(self, messages: list[Message]) -> list[str]:
-        """The ids that the messages now have."""
+        """Gives the messages new ids, and returns them."""
         for message in messages:
             stamp(message, str(next(self._next_id)))
         return [message.metadata.message_id for message in messages]
