@@ -1,4 +1,4 @@
-"""From settings to trials: which hyperparameters are fixed, which are searched, and how trial number n is drawn."""
+"""From settings to tuners and trials: which hyperparameters are fixed or searched, and how trial number n is drawn."""
 
 from dataclasses import dataclass
 
@@ -20,20 +20,20 @@ from fedtune.tuning.tuners import tuner_kind
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the settings say of hyperparameters: a value for each, and what may be searched."""
+    """The hyperparameters in the settings: a fixed value for each, and the search space."""
 
-    client: Config  # of `[client]`, completed by the client program's defaults: what `train` and `manual` use
+    client: Config  # from `[client]`, completed by the client program's defaults; `train` and `manual` use it
     server: Config
     space: SearchSpace
 
 
 def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
-    """The hyperparameters, checked against those that the client program and the server heed. Raises InputError."""
+    """The hyperparameters, checked against those that the client program and the server use. Raises InputError."""
     known = plugins.load_client_program(client_program_name(settings)).HYPERPARAMETERS
     fixed = {name: value for name, value in settings.client.items() if name != "name"}
     for name in fixed:
         if name not in known:
-            raise UnknownNameError("client hyperparameter", f"client.{name}", [f"client.{each}" for each in known])
+            raise UnknownNameError("client hyperparameter", f"client.{name}", [f"client.{other}" for other in known])
     client = {name: known[name].check(f"client.{name}", fixed.get(name, known[name].default)) for name in known}
     server = {name: getattr(settings.server, name) for name in optimizers.HYPERPARAMETERS}
     space = SearchSpace(

@@ -131,14 +131,14 @@ def test_more_configurations_are_shared_out_as_if_they_had_been_allowed_from_the
 
 
 def test_what_more_can_be_asked_for():
-    with pytest.raises(InputError, match="num_configs can be raised only where it was set"):
+    with pytest.raises(InputError, match="num_configs can be raised only if it was set"):
         AsyncHyperband(draw, 9, reduction_factor=3).raise_num_configs(100)
     tuner = AsyncHyperband(draw, 9, 17, reduction_factor=3)
     with pytest.raises(InputError, match="num_configs must be a whole number >= 18, got 17"):
         tuner.raise_num_configs(17)
     tuner = AsyncHyperband(draw, 4, 13, min_rounds=1, reduction_factor=2, mode="conservative")
     assert (shares(13, 3, 2, 3)[0], shares(14, 3, 2, 3)[0], shares(15, 3, 2, 3)[0]) == (7, 6, 7)
-    with pytest.raises(InputError, match="num_configs must be >= 15 to leave the first bracket the 7 that it has"):
+    with pytest.raises(InputError, match="num_configs must be >= 15 to leave the first bracket its 7 configurations"):
         tuner.raise_num_configs(14)
 
 

@@ -135,7 +135,7 @@ def test_a_tuner_that_stops_trials_is_told_of_a_job_once_and_only_if_it_asked_fo
     tuner.tell(job, 0.5)
     for wrong in (job, Job(draw(5), 0, 1)):
         with pytest.raises(
-            InputError, match=f"a job must be running to be told, got trial {wrong.trial.number} in rung 0"
+            InputError, match=f"a job must be running to be reported, got trial {wrong.trial.number} in rung 0"
         ):
             tuner.tell(wrong, 0.5)
 

@@ -1,4 +1,4 @@
-"""Search spaces and tuners. A tuner is asked for a job and told its error; it trains nothing itself.
+"""Search spaces and tuners. A tuner answers `ask` with a job, and `tell` reports the error; it trains nothing itself.
 
 For a client program, which declares its hyperparameters:
     Hyperparameter  the default and the range of one hyperparameter
@@ -18,7 +18,7 @@ For a tuner of your own, or for a program that drives one:
     TunerKind       the description of a tuner: how it is made, what can be set, and how it behaves
     TunerSettings, TrialSource, Budget    what a kind parses a table into, and what it makes a tuner from
     TUNERS          the kinds of all tuners, by name
-    Policy, PolicyKind, PolicySettings    what goes on inside a trial, and its description
+    Policy, PolicyKind, PolicySettings    what happens inside a trial, and its description
 
     >>> from fedtune.tuning import TUNERS, Budget, LogUniform, SearchSpace, Trial, TrialSource
     >>> settings = TUNERS["asha"].parse("asha", {"reduction_factor": 3}, Budget(max_rounds=9, total_rounds=81))

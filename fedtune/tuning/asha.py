@@ -14,12 +14,12 @@
 R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_rate; rung k ends after r eta^(s + k)
 rounds, counted from the trial's start.
 
-Filled in: the k of top_k is rounded down, NaN and inf rank last, and the lower trial number wins a tie. With
-`num_configs` no more than that many are drawn (section 3.5.1), eta^(s_max - s) at least, and the promotions that follow
-are still made.
+Filled in: the k of top_k is rounded down, NaN and inf rank last, and the lower trial number wins a tie. `num_configs`
+limits how many configurations are drawn (section 3.5.1). It must be at least eta^(s_max - s). Promotions continue after
+the last draw.
 Departures: R / r must be a power of eta, so that the top rung is R itself. A trial whose error is not finite is never
-promoted, even where it is among the candidates because too few others did better. With `infinite_horizon` the rungs
-have no top (section 3.3.4): line 13 starts at the highest rung there is, and max_rounds only places the first ones.
+promoted, even if it is among the candidates because too few other trials did better. With `infinite_horizon` the rungs
+have no top (section 3.3.4): line 13 starts at the highest rung that exists, and max_rounds only places the first rungs.
 """
 
 from fedtune.errors import InputError
@@ -29,7 +29,7 @@ from fedtune.tuning.trial import Draw, Job, Trial, check_more_configs
 
 
 class ASHA:
-    """A tuner that trains on only those trials that are among the best of their rung so far."""
+    """A tuner that promotes a trial to the next rung if it is among the best of its rung so far."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ASHA:
     ) -> None:
         self.rung_rounds = rung_rounds(max_rounds, min_rounds, reduction_factor, early_stopping_rate)
         if num_configs is not None:
-            # As in line 3 of Algorithm 2: fewer could not be sure of training one to max_rounds.
+            # As in line 3 of Algorithm 2: with fewer it is not certain that one is trained to max_rounds.
             fewest = 1 if infinite_horizon else reduction_factor ** (len(self.rung_rounds) - 1)
             checked_number("num_configs", num_configs, low=fewest, integer=True)
         self.num_configs = num_configs
@@ -54,11 +54,11 @@ class ASHA:
         self._running: set[tuple[int, int]] = set()
 
     def ask(self) -> Job | None:
-        """The next job; None once `num_configs` have been drawn and nobody can be promoted."""
+        """The next job; None if `num_configs` have been drawn and no trial can be promoted."""
         return self.promote() or self.grow()
 
     def promote(self) -> Job | None:
-        """The job of the trial that may go on, from the highest rung that has one."""
+        """The job of a trial that can be promoted, from the highest rung that has one; None if no trial can be."""
         promoting = self._rungs if self.infinite_horizon else self._rungs[:-1]
         for k in reversed(range(len(promoting))):  # 13
             number = self._rungs[k].promote()  # 14, 15
@@ -67,7 +67,7 @@ class ASHA:
         return None
 
     def grow(self) -> Job | None:
-        """The job of a new trial in the base rung; None once `num_configs` have been drawn."""
+        """The job of a new trial in the base rung; None if `num_configs` have been drawn."""
         if len(self._trials) == self.num_configs:
             return None
         trial = self._draw(len(self._trials))  # 20
@@ -75,14 +75,14 @@ class ASHA:
         return self._start(trial, 0)  # 21
 
     def raise_num_configs(self, num_configs: int) -> None:
-        """Lets the rungs grow, up to so many configurations in all."""
+        """Lets the tuner draw more configurations, up to `num_configs` in all."""
         check_more_configs(num_configs, self.num_configs, len(self._trials))
         self.num_configs = num_configs
 
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its rung."""
         if (job.trial.number, job.rung) not in self._running:
-            raise InputError(f"a job must be running to be told, got trial {job.trial.number} in rung {job.rung}")
+            raise InputError(f"a job must be running to be reported, got trial {job.trial.number} in rung {job.rung}")
         self._running.remove((job.trial.number, job.rung))
         self._rungs[job.rung].record(job.trial.number, error)  # 9
 

@@ -6,18 +6,19 @@ The user gives n, the number of configurations, and R, the rounds of one; the re
     mean resource of a configuration in bracket s, if nobody is promoted wrongly:  (number of rungs) R / eta^(s_max - s)
     n is shared in inverse proportion to it: 12/17, 15/68 and 5/68, each rounded down, the remainder to the first
 
-The brackets are filled one after another, and whoever can be promoted in any of them goes first: so only the last one's
-end ever waits. Without n the brackets are looped through for ever (section 3.3.2), a pass drawing as many
-configurations into each as Hyperband would; a bracket keeps its rungs from pass to pass, and its later promotions are
-the better for it (section 3.5.4).
+The brackets are filled one after another. Promotions, in any bracket, come before new trials, so that workers idle only
+at the end of the last bracket. Without n the tuner loops through the brackets without end (section 3.3.2). Each pass
+draws as many configurations into each bracket as Hyperband would. A bracket keeps its rungs from pass to pass, which
+makes its later promotions better (section 3.5.4).
 
-Modes: `standard` runs the more aggressive half of the brackets, rounded up, `aggressive` only the first, `conservative`
-all, down to random search (which brackets these two run, the text leaves open).
+Modes: `standard` runs the more aggressive half of the brackets, rounded up. `aggressive` runs only the first bracket.
+`conservative` runs all brackets, and the last one is random search. The text does not say which brackets `aggressive`
+and `conservative` run.
 
-Filled in: R / 256 is seldom whole. So r is the smallest whole number of rounds for which R / r is a power of eta, but
-there are no more than five rungs: 1 for R = 64, 4 for R = 1024; `min_rounds` sets another. Where n is too small for
-some bracket to be sure of training anybody for R rounds, that is an error before the run. (The text prints the shares
-as 70.5, 22.1 and 7.1 %, which don't add up.)
+Filled in: R / 256 is seldom whole. So r is the smallest whole number of rounds for which R / r is a power of eta and
+there are no more than five rungs: 1 for R = 64, 4 for R = 1024. `min_rounds` sets another r. If n is so small that some
+bracket might train no configuration for R rounds, that is an error before the run. (The text prints the shares as 70.5,
+22.1 and 7.1 %, which don't add up.)
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ MOST_RUNGS = 5
 
 
 class AsyncHyperband:
-    """A tuner that runs several brackets of ASHA; `widths` is how many configurations a pass draws into each."""
+    """A tuner that runs several brackets of ASHA; a pass draws `widths` configurations into the brackets."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class AsyncHyperband:
         self._bracket_of: dict[int, ASHA] = {}  # by the number of the trial
 
     def ask(self) -> Job | None:
-        """The next job; None once n configurations are drawn and nobody can be promoted."""
+        """The next job; None if n configurations have been drawn and no trial can be promoted."""
         for bracket in self._brackets:
             job = bracket.promote()
             if job is not None:
@@ -79,15 +80,15 @@ class AsyncHyperband:
         return self._grow()
 
     def raise_num_configs(self, num_configs: int) -> None:
-        """Shares out so many configurations in all, and fills the brackets up one after another."""
+        """Lets the tuner draw up to `num_configs` in all, and fills the brackets in turn up to their new shares."""
         if self.num_configs is None:
-            raise InputError("num_configs can be raised only where it was set; without it the brackets never end")
+            raise InputError("num_configs can be raised only if it was set; without it the brackets never end")
         check_more_configs(num_configs, self.num_configs, self.num_configs)
         widths = self._shares(num_configs)
-        if widths[0] < self.widths[0]:  # the others' shares only grow, but the first has what rounding leaves
+        if widths[0] < self.widths[0]:  # other shares only grow, but the first is what rounding leaves
             enough = next(n for n in count(num_configs) if self._shares(n)[0] >= self.widths[0])
             raise InputError(
-                f"num_configs must be >= {enough} to leave the first bracket the {self.widths[0]} that it has, "
+                f"num_configs must be >= {enough} to leave the first bracket its {self.widths[0]} configurations, "
                 f"got {num_configs}"
             )
         self.num_configs, self.widths = num_configs, widths
@@ -102,7 +103,7 @@ class AsyncHyperband:
         return shares(num_configs, self._num_rungs, self._reduction_factor, len(self.widths))
 
     def _grow(self) -> Job | None:
-        """The job of a new trial in the bracket that is being filled, or in the next one if that is full."""
+        """The job of a new trial in the bracket that is being filled, or in the next bracket if that one is full."""
         job = self._filling.grow()
         if job is None:
             bracket = next(self._turns, None)
@@ -115,7 +116,7 @@ class AsyncHyperband:
         return job
 
     def _passes(self, num_passes: int | None) -> Iterator[ASHA]:
-        """The brackets in turn, each with room for a pass more; None is passes without end."""
+        """The brackets in turn, each with room for one pass more; None means passes without end."""
         for passed in count() if num_passes is None else range(num_passes):
             for bracket, width in zip(self._brackets, self.widths, strict=True):
                 bracket.num_configs = (passed + 1) * width
@@ -133,21 +134,21 @@ def few_rungs_min_rounds(max_rounds: int, reduction_factor: int) -> int:
 
 
 def how_many_brackets(mode: str, num_rungs: int) -> int:
-    """How many of the brackets a mode runs, of as many as there are rungs: 1, 3 and 5 of five."""
+    """How many brackets a mode runs; there are as many brackets as rungs: with five, 1, 3 or 5."""
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
     return {"aggressive": 1, "standard": (num_rungs + 1) // 2, "conservative": num_rungs}[mode]
 
 
 def shares(num_configs: int, num_rungs: int, reduction_factor: int, num_brackets: int) -> list[int]:
-    """How many of n configurations each bracket gets, so that all are expected to train for equally many rounds."""
+    """How many of n configurations each bracket gets, so that all are expected to train equally many rounds."""
     inverse = [Fraction(reduction_factor ** (num_rungs - s - 1), num_rungs - s) for s in range(num_brackets)]
-    widths = [int(num_configs * each / sum(inverse)) for each in inverse]
+    widths = [int(num_configs * share / sum(inverse)) for share in inverse]
     return [num_configs - sum(widths[1:]), *widths[1:]]
 
 
 def check_enough(num_configs: int, num_rungs: int, reduction_factor: int, num_brackets: int) -> None:
-    """Raises InputError where n is too small for a bracket to be sure of training a configuration for R rounds."""
+    """Raises InputError if n is so small that some bracket might train no configuration for R rounds."""
 
     def too_narrow(n: int) -> list[int]:
         widths = shares(n, num_rungs, reduction_factor, num_brackets)

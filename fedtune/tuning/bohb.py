@@ -10,13 +10,14 @@
      6  return the sample with the highest ratio l(x) / g(x)
 
 with rho = 1/3, q = 15 %, N_s = 64, b_w = 3 and N_min = d + 1 for d searched hyperparameters, as in the paper. l and g
-are kernel densities over configurations mapped to [0, 1]^d: a product of one kernel a dimension, Gaussian, and for the
-options of a choice that of Aitchison and Aitken, which stays with probability 1 - b and else moves to any other. The
-bandwidth is b = 1.06 sigma N^(-1 / (4 + d)) in each dimension, and at least 1e-3.
+are kernel densities over configurations mapped to [0, 1]^d, with a product of one kernel for each dimension. The kernel
+is Gaussian. For the options of a choice it is the kernel of Aitchison and Aitken: it stays with probability 1 - b and
+otherwise moves to any other option. The bandwidth is b = 1.06 sigma N^(-1 / (4 + d)) in each dimension, and at least
+1e-3.
 
-Filled in: the samples of line 5 are truncated to [0, 1]; errors that are not finite rank last; of more than 256
-observations 256 are used, evenly spread over their ranking, so that a decision's cost does not grow with them. Trial n
-is the same as random search's trial n unless the model chose it.
+Filled in: the samples of line 5 are truncated to [0, 1]. Errors that are not finite rank last. If there are more than
+256 observations, 256 are used, evenly spread over the ranking, so that the cost of a decision does not grow. Trial n is
+the same as trial n of random search unless the model chose it.
 """
 
 import math
@@ -41,7 +42,7 @@ MAX_POINTS = 256
 
 
 class BOHB:
-    """A tuner that runs Hyperband over configurations that a model of the errors so far proposes."""
+    """A tuner that runs Hyperband over configurations proposed by a model of the errors so far."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class BOHB:
         self._compose = compose
         self._server, self._client = dict(sorted(space.server.items())), dict(sorted(space.client.items()))
         domains = [*self._server.values(), *self._client.values()]
-        self._num_options = np.array([len(each.options) if isinstance(each, Choice) else 0 for each in domains], int)
+        self._num_options = np.array([len(d.options) if isinstance(d, Choice) else 0 for d in domains], int)
         self._seed = seed
         self._observations: dict[int, list[tuple[Key, list[float]]]] = {}  # by rounds, the best first
         self._hyperband = hyperband(self._propose, max_rounds, min_rounds, reduction_factor)
@@ -69,7 +70,7 @@ class BOHB:
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its bracket and in the model."""
         self._hyperband.tell(job, error)
-        if job.rounds >= self._model_rounds():  # what a smaller resource says is never asked again
+        if job.rounds >= self._model_rounds():  # observations at smaller resources are never used again
             observation = rank_key(error, job.trial.number), self._to_unit(job.trial)
             insort(self._observations.setdefault(job.rounds, []), observation)
 
@@ -87,7 +88,7 @@ class BOHB:
         return self._compose(number, *self._from_unit(proposed.tolist()))
 
     def _model_rounds(self) -> int:
-        """The largest resource with enough observations; 0 if there is none."""
+        """The largest resource with enough observations, in rounds; 0 if there is none."""
         enough = len(self._num_options) + 3
         return max((b for b, points in self._observations.items() if len(points) >= enough), default=0)  # 2
 
@@ -105,7 +106,7 @@ class BOHB:
 
 
 def ranks_used(num_points: int) -> list[int]:
-    """All ranks, or MAX_POINTS of them: the first, the last and others evenly between them."""
+    """All ranks; if there are more than MAX_POINTS, the first, the last, and others evenly between them."""
     used = min(num_points, MAX_POINTS)
     return [rank * (num_points - 1) // (used - 1) for rank in range(used)]
 
@@ -115,7 +116,7 @@ def propose(
 ) -> Float[np.ndarray, " dimension"]:
     """Lines 4 to 6, given the observed configurations from the best to the worst.
 
-    `num_options` says how many options a dimension has, and is 0 for one with a scale.
+    `num_options` is the number of options of each dimension, and 0 for a dimension with a scale.
     """
     fewest = len(num_options) + 1
     num_good = max(fewest, int(GOOD_FRACTION * len(points)))
@@ -128,7 +129,7 @@ def propose(
 
 
 def bandwidths(points: Float[np.ndarray, "point dimension"]) -> Float[np.ndarray, " dimension"]:
-    """The normal-reference rule."""
+    """The bandwidth in each dimension, by the normal-reference rule."""
     num_points, dimension = points.shape
     width: np.ndarray = np.maximum(MIN_BANDWIDTH, 1.06 * points.std(axis=0) * num_points ** (-1 / (4 + dimension)))
     return width
@@ -166,7 +167,7 @@ def sample_around(
     samples = points[draws.integers(len(points), size=NUM_SAMPLES)]
     for i, (b, options) in enumerate(zip(width.tolist(), num_options.tolist(), strict=True)):
         if options > 1:
-            moves = draws.random(NUM_SAMPLES) < min(b, 1 - 1 / options)  # at most, where it forgets where it was
+            moves = draws.random(NUM_SAMPLES) < min(b, 1 - 1 / options)  # at most as likely as a uniform draw moves
             step = np.where(moves, draws.integers(1, options, size=NUM_SAMPLES), 0)
             samples[:, i] = ((np.floor(samples[:, i] * options) + step) % options + 0.5) / options
     centres, widths = np.broadcast_arrays(samples.copy(), width)

@@ -10,11 +10,11 @@ Algorithm 6 of the thesis (sections 7.1.1 and 7.2.1), which selects feature maps
     11  the result is the configuration that is left
 
 C -> live. Filled in and departures (measured, see docs/algorithms/elimination.md):
-- Configurations are dealt from a shuffled deck of the live ones, each once before any twice. What has been dealt is
-  counted in the state, so that the deck follows from the state and the round's own stream.
+- Configurations are dealt from a shuffled deck of the live configurations, each once before any twice. The state counts
+  how often each was dealt, so that the deck follows from the state and the round's own random stream.
 - Losses fall from round to round, and rounds differ in their clients. So s_c is the effect of c in the additive model
-  loss = round + configuration, fitted by alternating means to all losses so far, those of the eliminated included. An
-  effect is shrunk to 0, as by half an observation more: few losses say little.
+  loss = round + configuration. The model is fitted by alternating means to all losses so far, including the losses of
+  eliminated configurations. An effect is shrunk towards 0 as by half an observation more, since few losses say little.
 - A loss that is not finite or is above `worst` counts as `worst`. The lower number wins a tie.
 """
 
@@ -47,7 +47,7 @@ class EliminationSettings:
             checked_number("rounds_per_halving", self.rounds_per_halving, low=1, integer=True)
 
     def resolve(self, max_rounds: int) -> int:
-        """m. Raises InputError where the elimination would not be over by max_rounds."""
+        """The rounds between halvings, m. Raises InputError if the elimination would not be over by max_rounds."""
         m = max(4, max_rounds // 40) if self.rounds_per_halving is None else self.rounds_per_halving
         rounds = m * (self.num_configs.bit_length() - 1)
         if rounds > max_rounds:
@@ -59,7 +59,7 @@ class EliminationSettings:
 
 
 class EliminationState(NamedTuple):
-    """Everything that `update` remembers from round to round; the losses are forgotten once one is left."""
+    """Everything that `update` remembers; the losses are forgotten once one configuration is left."""
 
     live: Bool[np.ndarray, " config"]
     dealt: Int[np.ndarray, " config"]  # how often each was dealt
@@ -92,25 +92,25 @@ def update(
     rounds_per_halving: int,
     worst: float,
 ) -> EliminationState:
-    """The state after a round; a client whose num_validation is 0 was dealt a configuration, but says nothing."""
+    """The state after a round. A client whose num_validation is 0 was dealt a configuration but reported no loss."""
     if over(state):
         return state
     dealt = state.dealt + np.bincount(drawn[:, 0], minlength=len(state.live))
-    heard = num_validation > 0
+    answered = num_validation > 0
     rounds = state.rounds + 1
     state = EliminationState(
         state.live,
         dealt,
         rounds,
-        np.concatenate([state.row_round, np.full(heard.sum(), state.rounds)]),
-        np.concatenate([state.row_config, drawn[heard, 0]]),
-        np.concatenate([state.row_loss, bounded(loss[heard], worst)]),
+        np.concatenate([state.row_round, np.full(answered.sum(), state.rounds)]),
+        np.concatenate([state.row_config, drawn[answered, 0]]),
+        np.concatenate([state.row_loss, bounded(loss[answered], worst)]),
     )
     return _halve(state) if rounds % rounds_per_halving == 0 else state
 
 
 def effects(state: EliminationState) -> Float[np.ndarray, " config"]:
-    """How much more than their rounds the configurations' losses are."""
+    """The effect of each configuration: how much higher its losses are than its rounds explain."""
     effect = np.zeros(len(state.live))
     num_losses = np.bincount(state.row_config, minlength=len(effect))
     clients = np.maximum(1, np.bincount(state.row_round))

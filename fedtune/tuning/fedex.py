@@ -14,11 +14,11 @@ is a tuple of independent distributions, one for each factor of the pool; a flat
 
 Filled in, since the text leaves it open:
 - The step size eta_t is sqrt(2 ln k) over ||g|| (aggressive), sqrt(sum of ||g||^2 so far) (adaptive), sqrt(t) (auto)
-  or 1 (constant); the norm is the largest coordinate, and every factor has its own k and norm. `off` leaves theta
-  alone: the control that every comparison needs.
-- The baseline lambda must not depend on what this client drew this round, or the gradient is biased. `previous` is the
-  mean of past rounds, weighted discount ** age; `leave_one_out` the mean of the cohort's other clients; `client` the
-  client's own error before local training.
+  or 1 (constant). The norm is the largest coordinate, and every factor has its own k and norm. `off` leaves theta
+  unchanged: the control that every comparison needs.
+- The baseline lambda must not depend on what this client drew in this round, otherwise the gradient is biased.
+  `previous` is the mean of past rounds, weighted by discount ** age. `leave_one_out` is the mean of the cohort's other
+  clients. `client` is the client's own error before local training.
 Departures: an error that is not finite or is above `worst` counts as `worst`. With min_probability m, clients draw from
 (1 - k m) theta + m, and that is what line 6 divides by.
 """
@@ -43,7 +43,7 @@ FORMS = ("flat", "product")
 
 @dataclass(frozen=True)
 class FedExSettings:
-    """What a user can set: how theta moves, and what pool it weighs (`pool_size` is each factor's in a product)."""
+    """What a user can set: how theta moves, and its pool (in a product, `pool_size` is the size of each factor)."""
 
     step_size: str = "adaptive"
     baseline: str = "previous"
@@ -106,9 +106,9 @@ def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
 
 
 def worst_error(signal: str, num_classes: int) -> float:
-    """The largest F that counts, so that one client can't move theta for long; of a loss, twice that of guessing.
+    """The largest F that counts, so that one client can't move theta for long. For a loss it is twice that of guessing.
 
-    Without classes (0) it is a regression, whose error is unbounded and, as its loss, 1 for guessing the mean.
+    If num_classes is 0, it is a regression: error and loss are unbounded, and 1 for guessing the mean.
     """
     return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal] if num_classes else 2.0
 
@@ -124,15 +124,15 @@ def update(
 ) -> FedExState:
     """The state after one exponentiated-gradient step on the errors of the clients that answered.
 
-    It is the same state if none did, or none that has validation examples. `error_before`, each client's error before
-    local training, is for the baseline `client`.
+    The state stays the same if no client with validation examples answered. `error_before`, each client's error before
+    local training, is needed for the baseline `client`.
     """
-    heard = num_validation > 0
-    if not heard.any() or settings.step_size == "off":
+    answered = num_validation > 0
+    if not answered.any() or settings.step_size == "off":
         return state
-    drawn, error, num_validation = drawn[heard], bounded(error[heard], worst), num_validation[heard]
+    drawn, error, num_validation = drawn[answered], bounded(error[answered], worst), num_validation[answered]
     if error_before is not None:
-        error_before = bounded(error_before[heard], worst)
+        error_before = bounded(error_before[answered], worst)
     advantage = error - _baseline(state, error, num_validation, settings, error_before)
     share = num_validation / num_validation.sum()
     rounds = state.rounds + 1
@@ -144,7 +144,7 @@ def update(
         norm = np.abs(gradient).max()
         gradient_norm[i] = np.hypot(state.gradient_norm[i], norm)  # squares could overflow or vanish
         divisor = {"aggressive": norm, "adaptive": gradient_norm[i], "auto": math.sqrt(rounds), "constant": 1.0}
-        # The gradient is divided first, since 1 / divisor could overflow. Where the divisor is 0, the gradient is too.
+        # The gradient is divided first, since 1 / divisor could overflow. If the divisor is 0, the gradient is 0 too.
         step = math.sqrt(2 * math.log(len(z))) * (gradient / (divisor[settings.step_size] or 1.0))
         z = z - step  # 9
         log_theta.append(z - np.logaddexp.reduce(z))  # 10
@@ -154,7 +154,7 @@ def update(
 
 
 def entropy(thetas: tuple[Float[np.ndarray, "_"], ...]) -> float:
-    """The entropy of independent distributions together, in nats."""
+    """The entropy of the product of independent distributions, in nats."""
     positive = [theta[theta > 0] for theta in thetas]
     return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))
 
@@ -183,6 +183,7 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> FedExState:
 
 
 def bounded(error: Float[np.ndarray, " client"], worst: float) -> Float[np.ndarray, " client"]:
+    """The errors, with `worst` for every error that is not finite or is above it."""
     error = np.asarray(error, np.float64)
     return np.minimum(np.where(np.isfinite(error), error, worst), worst)
 
@@ -194,7 +195,7 @@ def _baseline(
     settings: FedExSettings,
     error_before: Float[np.ndarray, " client"] | None,
 ) -> Float[np.ndarray, " client"]:
-    """Lambda for each client. In the first round `previous` looks at the other clients: 0 would punish random draws."""
+    """Lambda for each client. In the first round `previous` is the mean of the others: 0 would punish random draws."""
     if settings.baseline == "client":
         if error_before is None:
             raise InputError("error_before must be given for the baseline 'client', got None")
@@ -209,7 +210,7 @@ def _baseline(
 def _leave_one_out(
     error: Float[np.ndarray, " client"], num_validation: Real[np.ndarray, " client"]
 ) -> Float[np.ndarray, " client"]:
-    """The mean error of the cohort's other clients; a lone client's own, so that it moves nothing."""
+    """The mean error of the cohort's other clients. For a lone client it is its own error, so that nothing moves."""
     if len(error) == 1:
         return error
     offset = error - error[0]
@@ -219,8 +220,8 @@ def _leave_one_out(
 
 
 def _mean(error: Float[np.ndarray, " client"], num_validation: Real[np.ndarray, " client"]) -> float:
-    # As an offset, here and above: equal errors then differ from their mean by exactly 0, where `aggressive` would blow
-    # a rounding error up to a whole step.
+    # As an offset, here and above: then equal errors differ from their mean by exactly 0. A rounding error would become
+    # a whole step under `aggressive`.
     return float(error[0] + num_validation @ (error - error[0]) / num_validation.sum())
 
 

@@ -7,11 +7,11 @@
     11  return the configuration with the smallest intermediate loss seen so far
 
 R -> max_rounds, r -> min_rounds (1 in the text), eta -> reduction_factor. The brackets are repeated without end, as the
-text recommends, and are open side by side where places for trials would otherwise be free.
+text recommends. Several brackets are open at once if workers would otherwise be idle.
 
-Departures: R / r must be a power of eta. The result is the best at the highest resource reached (`trial.incumbent`).
-With `floor_first` line 2 is floor((s_max + 1) / (s_max - s + 1)) eta^(s_max - s), from which the well-known table for
-R = 81 and eta = 3 comes: 81, 27, 9, 6, 5 instead of 81, 34, 15, 8, 5.
+Departures: R / r must be a power of eta. The result is the best trial at the highest resource reached
+(`trial.incumbent`). With `floor_first`, line 2 is floor((s_max + 1) / (s_max - s + 1)) eta^(s_max - s). This gives the
+well-known table for R = 81 and eta = 3: 81, 27, 9, 6, 5 instead of 81, 34, 15, 8, 5.
 """
 
 from itertools import cycle
@@ -28,13 +28,13 @@ def hyperband(
     reduction_factor: int = 3,
     floor_first: bool = False,
 ) -> SynchronousBrackets:
-    """Hyperband: its brackets one after another, for ever."""
+    """Hyperband: its brackets one after another, without end."""
     plans = bracket_plans(rung_rounds(max_rounds, min_rounds, reduction_factor), reduction_factor, floor_first)
     return SynchronousBrackets(draw, cycle(plans), reduction_factor)
 
 
 def bracket_plans(rounds: tuple[int, ...], reduction_factor: int, floor_first: bool = False) -> list[BracketPlan]:
-    """The brackets over rungs that end after `rounds`, from the most to the least aggressive."""
+    """The brackets, from the most to the least aggressive; `rounds` is after how many rounds the rungs end."""
     plans = []
     for s in range(len(rounds)):  # 1
         num_rungs, grown = len(rounds) - s, reduction_factor ** (len(rounds) - s - 1)

@@ -1,11 +1,11 @@
-"""The tuner of everything that happens within one federation: manual settings, FedEx, and their like."""
+"""The tuner of what happens within one federation: manual settings, FedEx, and the other policies over a pool."""
 
 from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Draw, Job
 
 
 class OneFederation:
-    """One trial, trained to max_rounds (rung 0) and on to total_rounds (rung 1): a search is compared with both."""
+    """One trial, trained to max_rounds (rung 0) and then to total_rounds (rung 1): a search is compared with both."""
 
     def __init__(self, draw: Draw, max_rounds: int, total_rounds: int) -> None:
         checked_number("max_rounds", max_rounds, low=1, integer=True)

@@ -9,14 +9,14 @@
     no member is ever more than two intervals ahead of another
     where no member of any population may train, a new population is started
 
-There a population is 25, an interval is 1/30 of R. A member that exploits goes on as a new trial, whose `parent` is the
-trial that it copies. 20 % are floor(P' / 5) of the P' members that have reported an error.
+In the thesis a population has 25 members, and an interval is 1/30 of R. A member that exploits becomes a new trial,
+whose `parent` is the trial that it copies. 20 % are floor(P' / 5) of the P' members that have reported an error.
 
-Filled in: who exploits whom is decided when the member's next job is asked for, from the errors last reported. One that
-would be too far ahead of the slowest member, or has trained for R rounds, is not copied. A member whose error is not
-finite exploits whatever its rank, and where there is nobody with a finite error it is given up. Left out: sampling
-until half the population is better than guessing. Departure: where the budget would not train 25 members to R, the
-population is as large as it does (`default_population_size`).
+Filled in: who exploits whom is decided when the member's next job is asked for, from the errors last reported. A member
+that would be too far ahead of the slowest member, or that has trained for R rounds, is not copied. A member whose error
+is not finite exploits whatever its rank; if no member has a finite error, it is given up. Left out: sampling until half
+the population is better than guessing. Departure: if the budget can't train 25 members to R, the population has as many
+members as the budget can train (`default_population_size`).
 """
 
 from bisect import bisect_left, insort
@@ -47,50 +47,51 @@ class Member:
     """A place in a population, and the trial that holds it now (None before the first job)."""
 
     trial: Trial | None = None
-    rounds: int = 0  # of the trial's jobs that were told
-    key: Key | None = None  # how it ranks, by the last error that was told of this trial
+    rounds: int = 0  # that the trial had had when its last error was reported
+    key: Key | None = None  # how it ranks, by the last error reported for this trial
 
     @property
     def diverged(self) -> bool:
+        """Whether its last error was not finite."""
         return self.key is not None and bool(self.key[0])
 
 
 class Population:
-    """Members that train side by side, and what a decision needs of them in order."""
+    """Members that train side by side, kept in the orders that a decision needs."""
 
     def __init__(self, size: int, max_rounds: int, interval: int) -> None:
         self.max_rounds = max_rounds
         self.interval = interval
-        self.waiting = [Member() for _ in range(size)]  # those that neither run nor are done, the slowest first
-        self._ranked: list[Member] = []  # those that have told an error, the best first
+        self.waiting = [Member() for _ in range(size)]  # members that neither run nor are done, the slowest first
+        self._ranked: list[Member] = []  # members that have reported an error, the best first
         self._rounds = [0] * size  # of all members, ascending
 
     def next_member(self) -> Member | None:
-        """The slowest member that waits, if it may train."""
+        """The slowest member that waits, if it may train; else None."""
         return self.waiting[0] if self.waiting and self.waiting[0].rounds <= self._furthest_start() else None
 
     def donors(self, member: Member) -> list[Member]:
-        """Those of whom the member should copy one; none if it should go on itself."""
+        """The members of which this member should copy one; empty if it should continue itself."""
         fifth = len(self._ranked) // FIFTH
         worst = self._ranked[len(self._ranked) - fifth :]
         if member.key is None or not (member.diverged or (worst and member.key >= _key(worst[0]))):
             return []
         limit = min(self._furthest_start(), self.max_rounds - 1)
         best = self._ranked[: max(1, fifth)]
-        return [each for each in best if not each.diverged and each.rounds <= limit]
+        return [donor for donor in best if not donor.diverged and donor.rounds <= limit]
 
     def report(self, member: Member, rounds: int, error: float) -> None:
-        """Enters that a member has trained."""
+        """Enters the error of a member after it has trained."""
         assert member.trial is not None
         self.forget(member)
         member.rounds, member.key = rounds, rank_key(error, member.trial.number)
         insort(self._rounds, rounds)
         insort(self._ranked, member, key=_key)
         if rounds < self.max_rounds:
-            insort(self.waiting, member, key=lambda each: each.rounds)
+            insort(self.waiting, member, key=lambda waiting: waiting.rounds)
 
     def copy(self, member: Member, donor: Member, trial: Trial) -> None:
-        """Lets a member go on from where its donor is; it has no error of its own yet."""
+        """Puts a member where its donor is, with no error of its own yet."""
         self.forget(member)
         insort(self._rounds, donor.rounds)
         member.trial, member.rounds, member.key = trial, donor.rounds, None
@@ -102,12 +103,12 @@ class Population:
             del self._ranked[bisect_left(self._ranked, member.key, key=_key)]
 
     def _furthest_start(self) -> int:
-        """From how many rounds a member may train on."""
+        """The most rounds that a member may have and still train."""
         return self._rounds[0] + (MOST_AHEAD - 1) * self.interval
 
 
 class PBT:
-    """A tuner whose trials copy one another while they train; it never ends, for it starts populations as needed."""
+    """A tuner whose trials copy one another while they train. It never ends: it starts new populations as needed."""
 
     def __init__(
         self,
@@ -130,11 +131,11 @@ class PBT:
         self._choices = rng.stream(seed, "pbt donors")
         self._numbers = count()
         self._num_populations = 0
-        self._open: list[tuple[int, Population]] = []  # a heap: those with a member that may train, perhaps
+        self._open: list[tuple[int, Population]] = []  # a heap: populations in which a member may be able to train
         self._running: dict[int, tuple[int, Population, Member]] = {}  # by the number of the trial
 
     def ask(self) -> Job:
-        """The next interval of the oldest population that has a member to train, or the first of a new one."""
+        """The next interval of a member, in the oldest population in which one may train, or in a new population."""
         while True:
             if not self._open:
                 self._start_population()
@@ -153,7 +154,7 @@ class PBT:
     def tell(self, job: Job, error: float) -> None:
         """Enter a member's error."""
         if job.trial.number not in self._running:
-            raise InputError(f"a job must be running to be told, got trial {job.trial.number} in rung {job.rung}")
+            raise InputError(f"a job must be running to be reported, got trial {job.trial.number} in rung {job.rung}")
         number, population, member = self._running.pop(job.trial.number)
         population.report(member, job.rounds, error)
         if (number, population) not in self._open:
@@ -165,7 +166,7 @@ class PBT:
         self._num_populations += 1
 
     def _prepare(self, population: Population, member: Member) -> Trial | None:
-        """What the member trains next, after exploiting and exploring; None where it is given up."""
+        """The trial that the member trains next, after exploiting and exploring; None if the member is given up."""
         donors = population.donors(member)
         if member.trial is None:
             member.trial = self._draw(next(self._numbers))
@@ -182,13 +183,13 @@ class PBT:
 
 
 def default_population_size(max_rounds: int, total_rounds: int) -> int:
-    """As many members as total_rounds train to max_rounds, but 25 at most. Raises InputError for fewer than five."""
+    """How many members total_rounds can train to max_rounds, 25 at most. Raises InputError for fewer than five."""
     checked_number("total_rounds", total_rounds, low=FIFTH * max_rounds, integer=True)
     return min(POPULATION_SIZE, total_rounds // max_rounds)
 
 
 def make_explore(compose: Compose, space: SearchSpace, seed: int) -> Explore:
-    """Explores the server's configuration and the centre of the pool."""
+    """A function that explores a trial's server configuration and the centre of its pool."""
 
     def explore(parent: Trial, number: int) -> Trial:
         draws = rng.stream(seed, "pbt explore", number)
@@ -209,7 +210,7 @@ def explore_config(domains: Mapping[str, Domain], config: Config, draws: np.rand
 
 
 def moved(domain: Domain, value: Number, *, up: bool) -> Number:
-    """The value times 1.2 or 0.8, or the choice beside it, clipped. Whole numbers move by at least one."""
+    """The value times 1.2 or 0.8, or the adjacent option, clipped. Whole numbers move by at least one."""
     value, direction = domain.clip(value), 1 if up else -1
     if isinstance(domain, PowerOfTwo):
         return domain.clip(value * 2.0**direction)

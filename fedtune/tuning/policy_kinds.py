@@ -1,4 +1,4 @@
-"""What can go on inside a trial: its client configurations, and the policy that hands them out and learns from them.
+"""What can happen inside a trial: its client configurations, and the policy that hands them out and learns from them.
 
 A `PolicyKind` is a part of a tuner's description (`fedtune.tuning.tuner_kind`). It turns options into `PolicySettings`,
 which make the pool and the policy of each trial.
@@ -27,7 +27,7 @@ MakePolicy = Callable[[Trial, int, Mapping[str, Domain], int], Policy]
 
 
 class PolicySettings(NamedTuple):
-    """What goes on inside the trials of one tuner, with its options already checked.
+    """What happens inside the trials of one tuner, with its options already checked.
 
     `make_pool(centre, domains, draws)` is the pool around a whole client configuration. `make_policy(trial,
     num_classes, domains, seed)` is the policy of a new trial. `domains` is the search space of the clients.

@@ -31,8 +31,8 @@ def product_pool(
 ) -> Pool:
     """A pool with one factor for each searched hyperparameter: its value at the centre and size - 1 perturbations.
 
-    A value that comes up twice in a factor is kept once, for equal arms would only share their probability. What is not
-    searched is a first factor of one element.
+    A value that is drawn twice in a factor is kept once: equal elements would only share their probability. The values
+    that are not searched are a first factor of one element.
     """
     if size == 1 or not domains:
         return ((dict(centre),),)

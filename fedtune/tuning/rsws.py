@@ -8,10 +8,10 @@ Here an architecture is a client configuration out of a finite pool drawn at ran
 changes nothing (section 7.1.2), so a configuration is evaluated as section 7.3 does it: by a client's validation error
 after local training that starts from the shared weights.
 
-Departure: this costs no evaluation of its own. A configuration's error is the mean over the last quarter of the rounds,
-weighted by validation examples, in which the shared weights were close to what they are now; scores are taken over the
-same quarter. An error that is not finite counts as 1, a configuration without an error there ranks last, and the
-lower number wins a tie.
+Departure: this needs no extra evaluation. A configuration's error is the mean over the last quarter of the rounds,
+weighted by validation examples. In these rounds the shared weights were close to the present ones, and the scores of
+trials are taken over the same rounds. An error that is not finite counts as 1. A configuration without an error in
+these rounds ranks last. The lower number wins a tie.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from fedtune.tuning.trial import TAIL, Pool
 
 
 class RSWSState(NamedTuple):
-    """The last quarter's errors, one a client."""
+    """The errors of the last quarter of the rounds, a row for each client that answered."""
 
     rounds: int
     row_round: Int[np.ndarray, " row"]
@@ -51,20 +51,20 @@ def update(
     error: Float[np.ndarray, " client"],
     num_validation: Real[np.ndarray, " client"],
 ) -> RSWSState:
-    """The state after a round; a client whose num_validation is 0 says nothing."""
-    rounds, heard = state.rounds + 1, num_validation > 0
+    """The state after a round. A client whose num_validation is 0 reported no error."""
+    rounds, answered = state.rounds + 1, num_validation > 0
     recent = state.row_round > TAIL * rounds
     return RSWSState(
         rounds,
-        np.concatenate([state.row_round[recent], np.full(heard.sum(), rounds)]),
-        np.concatenate([state.row_config[recent], drawn[heard, 0]]),
-        np.concatenate([state.row_error[recent], bounded(error[heard], 1.0)]),
-        np.concatenate([state.row_weight[recent], num_validation[heard].astype(float)]),
+        np.concatenate([state.row_round[recent], np.full(answered.sum(), rounds)]),
+        np.concatenate([state.row_config[recent], drawn[answered, 0]]),
+        np.concatenate([state.row_error[recent], bounded(error[answered], 1.0)]),
+        np.concatenate([state.row_weight[recent], num_validation[answered].astype(float)]),
     )
 
 
 def mean_errors(state: RSWSState, num_configs: int) -> Float[np.ndarray, " config"]:
-    """Each configuration's error over the last quarter; infinite for one that has none there."""
+    """Each configuration's mean error over the last quarter of the rounds; infinite if it has none there."""
     weight = np.bincount(state.row_config, state.row_weight, num_configs)
     total = np.bincount(state.row_config, state.row_weight * state.row_error, num_configs)
     mean: np.ndarray = np.divide(total, weight, out=np.full(num_configs, np.inf), where=weight > 0)

@@ -1,4 +1,4 @@
-"""The rungs of successive halving: after how many rounds they end, who has finished one, and who of them may go on."""
+"""The rungs of successive halving: after how many rounds they end, and which trials in them can be promoted."""
 
 import math
 from heapq import heappop, heappush, heappushpop
@@ -13,14 +13,14 @@ Key = tuple[int, float, int]
 class Rung:
     """The trials that finished a rung; lines 14 to 17 of Algorithm 3 in O(log n).
 
-    The best trial not yet promoted is a candidate just when it ranks no lower than the last of the best
-    floor(n / reduction_factor). So it is enough to keep that last one at the root of a heap, and the best of those not
-    yet promoted at the root of another.
+    The best trial not yet promoted can be promoted if and only if it ranks among the best floor(n / reduction_factor).
+    So two heaps are enough: one has the worst of these best trials at its root, the other the best trial not yet
+    promoted.
     """
 
     def __init__(self, reduction_factor: int) -> None:
         self.reduction_factor = reduction_factor
-        self._candidates: list[Key] = []  # the best floor(n / reduction_factor), negated: the worst of them at the root
+        self._candidates: list[Key] = []  # the best floor(n / reduction_factor), negated: the worst at the root
         self._others: list[Key] = []
         self._waiting: list[Key] = []  # not yet promoted
 
@@ -30,7 +30,7 @@ class Rung:
     def record(self, number: int, error: float) -> None:
         """Enter a trial that finished this rung."""
         key: Key = rank_key(error, number)
-        # Departure: literal Algorithm 3 goes on with a NaN once it is among the best floor(n / reduction_factor).
+        # Departure: literal Algorithm 3 promotes a NaN if it is among the best floor(n / reduction_factor).
         if math.isfinite(error):
             heappush(self._waiting, key)
         heappush(self._others, _negated(heappushpop(self._candidates, _negated(key))))
@@ -51,7 +51,7 @@ def _negated(key: Key) -> Key:
 def rung_rounds(
     max_rounds: int, min_rounds: int | None, reduction_factor: int, early_stopping_rate: int = 0
 ) -> tuple[int, ...]:
-    """The rounds r eta^s, ..., R after which the rungs end; None for r is the smallest whole one there can be.
+    """The rounds r eta^s, ..., R after which the rungs end. If min_rounds is None, r is as small as it can be.
 
     Raises InputError unless R / r is a power of eta.
     """
@@ -81,8 +81,9 @@ def num_halvings(max_rounds: int, min_rounds: int, reduction_factor: int) -> int
 def default_min_rounds(max_rounds: int, reduction_factor: int) -> int:
     """The smallest whole r for which R / r is a power of eta (R >= 1, eta >= 2): 1 for 81 and eta 3, 11 for 99.
 
-    InputError where that is R itself, for then nothing could be stopped early. It names rounds that would do: the
-    powers of eta around R, whose rungs start at 1, and the multiples of eta^2 around R, which have three rungs or more.
+    Raises InputError if that is R itself, since then no trial could be stopped early. The error names values of R that
+    would do: the powers of eta around R, whose rungs start at 1, and the multiples of eta^2 around R, which have three
+    rungs or more.
     """
     min_rounds, power = max_rounds, reduction_factor
     while min_rounds % reduction_factor == 0:

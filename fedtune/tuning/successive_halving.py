@@ -11,13 +11,13 @@
      9      T = top_k(T, L, floor(n_i / eta))
     12  return the best of T
 
-R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_rate. One run of it is a bracket. Where a
-place for a trial is free while every job of the brackets that were opened runs or waits for others, a new bracket is
-opened; the oldest bracket that has a job goes first (section 3.3.1).
+R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_rate. One run of the algorithm is a
+bracket. A new bracket is opened if a worker is free while every job of the open brackets runs or waits for other jobs.
+The oldest bracket that has a job goes first (section 3.3.1).
 
-Departures: line 3 has > in the text, which its own example (n = 9, r = 1, R = 9, eta = 3) fails. Nobody is cut after
-the last rung. R / r must be a power of eta, so that the last rung is R itself. A trial whose error is not finite does
-not go on, even where too few others did better.
+Departures: line 3 has > in the text, but its own example (n = 9, r = 1, R = 9, eta = 3) needs >=. No trial is cut
+after the last rung. R / r must be a power of eta, so that the last rung is R itself. A trial whose error is not finite
+is not promoted, even if too few other trials did better.
 """
 
 import math
@@ -33,7 +33,7 @@ from fedtune.tuning.trial import Draw, Job, Trial, rank_key
 
 
 class BracketPlan(NamedTuple):
-    """What a bracket is to do: n configurations, the best of which climb through rungs that end after these rounds."""
+    """The plan of a bracket: how many configurations it draws, and after how many rounds each rung ends."""
 
     num_configs: int
     rung_rounds: tuple[int, ...]
@@ -48,12 +48,12 @@ class Bracket:
         self._rung = 0
         self._unstarted = plan.num_configs  # jobs of this rung
         self._running = 0
-        self._entrants: list[tuple[Key, Trial]] = []  # a heap: who finished the rung below
-        self._finished: list[tuple[Key, Trial]] = []  # a heap: who finished this one with a finite error
+        self._entrants: list[tuple[Key, Trial]] = []  # a heap: the trials that finished the rung below
+        self._finished: list[tuple[Key, Trial]] = []  # a heap: the trials that finished this rung with a finite error
 
     @property
     def waits(self) -> bool:
-        """Whether there is nothing to start before the next `tell`, or ever."""
+        """Whether no job can be started before the next `tell`, or at all."""
         return self._unstarted == 0
 
     def ask(self, draw: Iterator[Trial]) -> Job:
@@ -64,6 +64,7 @@ class Bracket:
         return Job(trial, self._rung, self.plan.rung_rounds[self._rung])  # 8
 
     def tell(self, job: Job, error: float) -> None:
+        """Enter a job's error; after the last job of a rung, the best trials enter the next rung."""
         self._running -= 1
         if math.isfinite(error):
             heappush(self._finished, (rank_key(error, job.trial.number), job.trial))
@@ -75,7 +76,7 @@ class Bracket:
 
 
 class SynchronousBrackets:
-    """A tuner that runs brackets of successive halving, as many at once as it takes to keep every place busy."""
+    """A tuner that runs brackets of successive halving, as many at once as it takes to keep every worker busy."""
 
     def __init__(self, draw: Draw, plans: Iterator[BracketPlan], reduction_factor: int) -> None:
         self._draws = map(draw, count())
@@ -86,7 +87,7 @@ class SynchronousBrackets:
         self._running: dict[tuple[int, int], tuple[int, Bracket]] = {}  # by trial and rung
 
     def ask(self) -> Job:
-        """The next job of the oldest bracket that has one, or else the first of a new bracket."""
+        """The next job of the oldest bracket that has one, otherwise the first job of a new bracket."""
         if not self._ready:
             heappush(self._ready, (self._num_opened, Bracket(next(self._plans), self._reduction_factor)))
             self._num_opened += 1
@@ -100,7 +101,7 @@ class SynchronousBrackets:
     def tell(self, job: Job, error: float) -> None:
         """Enter a job's error in its bracket."""
         if (job.trial.number, job.rung) not in self._running:
-            raise InputError(f"a job must be running to be told, got trial {job.trial.number} in rung {job.rung}")
+            raise InputError(f"a job must be running to be reported, got trial {job.trial.number} in rung {job.rung}")
         number, bracket = self._running.pop((job.trial.number, job.rung))
         waited = bracket.waits
         bracket.tell(job, error)
@@ -116,7 +117,7 @@ def successive_halving(
     reduction_factor: int = 3,
     early_stopping_rate: int = 0,
 ) -> SynchronousBrackets:
-    """Synchronous SHA: one equal bracket after another, each of as few configurations as line 3 allows by default."""
+    """Synchronous SHA: equal brackets one after another, by default with as few configurations as line 3 allows."""
     rounds = rung_rounds(max_rounds, min_rounds, reduction_factor, early_stopping_rate)
     fewest = reduction_factor ** (len(rounds) - 1)
     if num_configs is None:

@@ -1,4 +1,7 @@
-"""What a tuner and a study say to each other: trials, jobs, scores. Lower errors are better; NaN and inf are worst."""
+"""The protocol of tuners: a study asks a tuner for a job, trains its trial, and reports the error.
+
+Lower errors are better. NaN and inf are the worst.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,8 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from fedtune.tuning.space import Config as Config
 from fedtune.tuning.space import checked_number
 
-# A product of factors. One factor of whole client configurations is a flat pool, and ((config,),) is plain FedAvg;
-# with several factors, a client configuration is one element of each, merged.
+# A product of factors. A flat pool is one factor of whole client configurations, and ((config,),) is plain FedAvg. With
+# several factors, a client configuration is one element of each factor, merged.
 Pool = tuple[tuple[Config, ...], ...]
 
 
@@ -17,9 +20,9 @@ Pool = tuple[tuple[Config, ...], ...]
 class Trial:
     """One federation: the server's configuration and the client configurations that FedEx weighs.
 
-    `parent` is the number of the trial whose state it starts from, as of the ask of this one's first job: the state
-    that the parent's last told job left, though a later job of the parent may be running by then. Rounds are counted on
-    from the parent's. None: it starts afresh.
+    `parent` is the number of the trial whose state it inherits; None means that it starts from the initial weights. It
+    inherits the state after the parent's last reported job when its own first job is asked for, even if a later job of
+    the parent is running by then. Its rounds are counted on from the parent's rounds.
     """
 
     number: int
@@ -38,15 +41,15 @@ class Trial:
         return {name: value for factor in self.pool for name, value in factor[0].items()}
 
 
-Draw = Callable[[int], Trial]  # makes trial number n from a random stream of its own
-Compose = Callable[
-    [int, Config, Config], Trial
-]  # makes it from the values of what is searched: the server's, the client's
+# Makes trial number n from a random stream of its own.
+Draw = Callable[[int], Trial]
+# Makes trial number n from values of the searched hyperparameters: the server's, and the client's.
+Compose = Callable[[int, Config, Config], Trial]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Train a trial on until it has had `rounds` rounds in all."""
+    """An order to train a trial until it has had `rounds` rounds in all; `rung` is its level in the tuner."""
 
     trial: Trial
     rung: int
@@ -58,30 +61,30 @@ class Tuner(Protocol):
     """Decides what to train next."""
 
     def ask(self) -> Job | None:
-        """The next job; None when there is nothing to run before the next `tell`, or ever if nothing is running."""
+        """The next job. None if there is nothing to run before the next `tell`, or at all if no job is running."""
 
     def tell(self, job: Job, error: float) -> None:
-        """Take note of a job's validation error."""
+        """Report a job's validation error; each job that was asked for is reported once."""
 
 
 @runtime_checkable
 class Extendable(Tuner, Protocol):
-    """A tuner of which more configurations can be asked, also once `ask` has returned None (section 3.5.4)."""
+    """A tuner that can draw more configurations later, also after `ask` has returned None (section 3.5.4)."""
 
     def raise_num_configs(self, num_configs: int) -> None:
-        """Lets it draw up to so many in all. Raises InputError unless that is more than before."""
+        """Lets the tuner draw up to `num_configs` in all. Raises InputError unless that is more than before."""
 
 
 def check_more_configs(num_configs: int, before: int | None, num_drawn: int) -> None:
-    """Raises InputError unless it is more than the limit was before, or where there was none, no fewer than drawn."""
+    """Raises InputError unless num_configs is above the limit before, or at least num_drawn if there was no limit."""
     checked_number("num_configs", num_configs, low=num_drawn if before is None else before + 1, integer=True)
 
 
-TAIL = 0.75  # what comes after this share of the rounds enters a federation's tail mean: the last quarter
+TAIL = 0.75  # rounds after this share of a federation's rounds enter its tail mean: the last quarter
 
 
 class Score(NamedTuple):
-    """A trial's validation error after so many rounds."""
+    """A trial's validation error after `rounds` rounds."""
 
     trial: int
     rounds: int
@@ -89,14 +92,14 @@ class Score(NamedTuple):
 
 
 def rank_key(error: float, number: int) -> tuple[bool, float, int]:
-    """What to sort trials by, best first: NaN and inf come last, and the lower trial number wins a tie."""
+    """The key that sorts trials, best first: NaN and inf come last, and the lower trial number wins a tie."""
     return (False, error, number) if math.isfinite(error) else (True, 0.0, number)
 
 
 def incumbent(scores: Iterable[Score]) -> Score | None:
     """The score of the trial one would pick now: the best at the highest number of rounds; None without scores.
 
-    A trial that diverged is picked only where all did, however far it was trained.
+    A trial that diverged is picked only if all trials diverged, however far it was trained.
     """
 
     def key(score: Score) -> tuple[bool, int, float, int]:

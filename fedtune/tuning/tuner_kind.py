@@ -54,7 +54,7 @@ class TunerKind:
 
     make: Callable[..., Tuner]
     options: Mapping[str, type] = field(default_factory=dict)  # the tuner's own, each an int, float, bool or str
-    policy: PolicyKind = ONE_CONFIGURATION  # what goes on inside each trial, with options of its own
+    policy: PolicyKind = ONE_CONFIGURATION  # what happens inside each trial, with options of its own
     searches: bool = True  # False: all happens within one federation, around the fixed values
     forgets_jobs: bool = False  # it does as well if a job that failed for good is never reported to it
     extendable: bool = False  # `num_configs` is all that it draws, and can be raised: it is an `Extendable`

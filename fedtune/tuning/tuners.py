@@ -40,7 +40,7 @@ def drawing(make: Callable[..., Tuner]) -> Callable[..., Tuner]:
 
 
 def one_federation(policy: PolicyKind) -> TunerKind:
-    """The kind of a tuner that trains one federation, inside of which the policy goes on."""
+    """The kind of a tuner that trains one federation with this policy."""
     return TunerKind(
         make=lambda trials, budget: OneFederation(trials.draw, *budget),
         policy=policy,
