@@ -140,7 +140,9 @@ def test_a_storage_that_fails_is_one_warning_and_the_run_goes_on(plain, tmp_path
 
     run = fedtune.compare("digits", out=tmp_path / "run", optuna=url(tmp_path), listener=spoil, **SETTINGS)
     (warning,) = [event["message"] for event in heard if event["event"] == "warning"]
-    assert warning.startswith("the Optuna storage failed, and gets no more of this run: OperationalError: ")
+    assert warning.startswith(
+        "the Optuna storage failed, nothing more of this run is written to it: OperationalError: "
+    )
     assert "no such table: trials" in warning
     assert "\n" not in warning
     assert contents(run) == contents(plain)

@@ -1,4 +1,4 @@
-"""A run's trials in an Optuna storage, for `optuna-dashboard` to show them live. It listens, and decides nothing."""
+"""A run's trials in an Optuna storage, so that `optuna-dashboard` shows them live. It listens and decides nothing."""
 
 import contextlib
 import re
@@ -23,27 +23,28 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 @dataclass
 class MirroredTrial:
-    """A trial as the storage has it: `values` are its scores by rounds."""
+    """A trial as the storage holds it; `values` are its scores by rounds."""
 
     storage_id: int
     finished: bool = False
     values: dict[int, float] = field(default_factory=dict)
-    drops: int = 0  # of its jobs
+    failed_attempts: int = 0  # at its jobs
 
 
 class OptunaMirror:
-    """A listener that passes every event on to `listener` and writes the trials into the storage at `url`.
+    """A listener that passes every event to `listener` and writes the trials into the storage at `url`.
 
-    Each study of ours is one of Optuna's, `<run>/<tuner>-seed<n>`, minimised. Its trials have the scores as
-    intermediate values by rounds, and are RUNNING, paused ones too, until the study ends: then COMPLETE with their last
-    score, or FAIL where that is NaN or missing. What is searched is a parameter, of a pool's centre where there is a
-    pool; the user attributes `config`, with all values, and `fedtune_trial` say the rest.
+    For each study of the run there is an Optuna study, `<run>/<tuner>-seed<n>`, which is minimised. A trial's scores
+    are its intermediate values, by rounds. All trials, also paused ones, are RUNNING until the study ends. Then a trial
+    is COMPLETE with its last score, or FAIL if that score is NaN or missing. Each hyperparameter that is searched is an
+    Optuna parameter; if the trial has a pool, the parameter is the value at the pool's centre. The user attribute
+    `config` holds all values, and `fedtune_trial` the trial's number.
 
-    Optuna lets no finished trial go on: of a run that is extended, it gets the new trials alone.
+    Optuna can't continue a finished trial. If a run is extended, the storage gets only the new trials.
 
-    A study that is there is gone on with if it was `decided_by` the same settings, and its trials are found by
-    `fedtune_trial`. Otherwise InputError is raised, as for a storage that can't be opened. If the storage fails later,
-    `listener` hears one warning, and the storage nothing more.
+    If the storage already holds a study of this run, it is continued if it was `decided_by` the same settings; its
+    trials are found by `fedtune_trial`. Otherwise InputError is raised, and also if the storage can't be opened. If the
+    storage fails later, `listener` gets one warning, and nothing more is written to the storage.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class OptunaMirror:
         self._failed = False
         self._studies: dict[tuple[str, int], int] = {}
         self._trials: dict[tuple[str, int], dict[int, MirroredTrial]] = {}
-        shown = re.sub(r":[^:/@]*@", ":***@", url)  # without a password
+        shown = re.sub(r":[^:/@]*@", ":***@", url)  # hides a password
         try:
             self._storage = RDBStorage(url)
             studies = self._storage.get_all_studies()
-        except Exception as error:  # which ones, the database's driver says
+        except Exception as error:  # the exception's type depends on the database's driver
             raise InputError(
                 f"--optuna must be the URL of a database that opens, such as sqlite:///trials.db, got {shown!r}: "
                 f"{_reason(error)}"
@@ -89,9 +90,9 @@ class OptunaMirror:
             return
         try:
             self._mirror(event)
-        except Exception as error:  # whatever it is, the run does not need the mirror
+        except Exception as error:  # no failure of the mirror may stop the run
             self._failed = True
-            message = f"the Optuna storage failed, and gets no more of this run: {_reason(error)}"
+            message = f"the Optuna storage failed, nothing more of this run is written to it: {_reason(error)}"
             self._listener({"event": "warning", "message": message})
 
     def _mirror(self, event: Mapping[str, Any]) -> None:
@@ -135,7 +136,7 @@ class OptunaMirror:
     def _as_optuna_trial(self, event: Mapping[str, Any]) -> FrozenTrial:
         centre = {f"client.{name}": value for factor in event["pool"] for name, value in factor[0].items()}
         values = centre | {f"server.{name}": value for name, value in event["server"].items()}
-        # A fixed value may lie outside of what is searched.
+        # A fixed value may lie outside the domain that is searched; Optuna would refuse it as a parameter.
         searched = {name: domain for name, domain in self._domains.items() if domain.contains(values[name])}
         return create_trial(
             state=TrialState.RUNNING,
@@ -155,9 +156,9 @@ class OptunaMirror:
 
     def _drop(self, event: Mapping[str, Any]) -> None:
         trial = self._trial(event)
-        trial.drops += 1
+        trial.failed_attempts += 1
         if not trial.finished:
-            self._storage.set_trial_user_attr(trial.storage_id, "dropped_jobs", trial.drops)
+            self._storage.set_trial_user_attr(trial.storage_id, "dropped_jobs", trial.failed_attempts)
 
     def _end(self, event: Mapping[str, Any]) -> None:
         for trial in self._trials[event["tuner"], event["seed"]].values():
@@ -178,7 +179,7 @@ class OptunaMirror:
 
 
 def distribution(domain: Domain) -> BaseDistribution:
-    """Optuna's name for a domain; powers of two are whole numbers on a log scale."""
+    """The Optuna distribution for a domain; powers of two become whole numbers on a log scale."""
     match domain:
         case Uniform():
             return FloatDistribution(domain.low, domain.high)
@@ -194,7 +195,7 @@ def distribution(domain: Domain) -> BaseDistribution:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Optuna from printing over a run's progress that it made a study."""
+    """Silences Optuna's line about a new study, which would be printed over the run's progress."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -204,6 +205,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in one line; a database's own words come first."""
+    """What went wrong, in one line: the database's own message if there is one."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {cause}".partition("\n")[0]

@@ -1,4 +1,7 @@
-"""Figures. Each is titled with the question it answers and drawn without pyplot, so that nothing global is touched."""
+"""Figures. The title of a figure is the question that it answers.
+
+They are drawn without pyplot, so that no global state changes.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +20,17 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.parts import PARTS
 from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for a line on white).
+# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
 INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
 DPI = 150  # 1200 pixels at a width of 8 inches
-LOG_FROM = 4.0  # ratio of largest to smallest value from which a logarithmic axis shows more
-LABEL_GAP = 0.065  # between the labels of lines, as a share of the axis
-LOG_SIZES_FROM = 20
+LOG_FROM = 4.0  # if the largest error is more than so many times the smallest, the axis is logarithmic
+LABEL_GAP = 0.065  # between the labels of lines, as a fraction of the axis
+LOG_SIZES_FROM = 20  # as LOG_FROM, for client sizes
 BINS, LOG_BINS = 30, 20
 MAX_ROWS = 200  # clients in a heat map
-MAX_COLUMNS = 300  # labels in a heat map that are drawn sharply
+MAX_COLUMNS = 300  # with more labels than this, a heat map is drawn blurred
 
 
 class Line(NamedTuple):
@@ -43,7 +46,7 @@ class Line(NamedTuple):
 
 
 def plot_incumbents(run: Run, path: Path) -> Path:
-    """`path`, now a figure of the incumbent's test error against the rounds spent, a step line a tuner."""
+    """The path of the figure: the incumbent's test error against the rounds spent, a step line for each tuner."""
     spent = run.rounds.groupby("tuner")["spent"].max()
     bands = curve_band(incumbent_curve(run.rounds))
     lines = [_until(line, int(spent[line.tuner])) for line in _lines(bands, "spent", run.settings["tuners"])]
@@ -64,7 +67,7 @@ def plot_incumbents(run: Run, path: Path) -> Path:
 
 
 def plot_entropy(run: Run, path: Path) -> Path | None:
-    """`path`, now a figure of theta's entropy by round; None (and no figure) if no tuner of the run has a theta."""
+    """The path of the figure: theta's entropy by round. None, and no figure, if no tuner of the run has a theta."""
     lines = _lines(entropy_curve(run.rounds), "round", run.settings["tuners"])
     if not lines:
         return None
@@ -80,7 +83,7 @@ def plot_entropy(run: Run, path: Path) -> Path | None:
 
 
 def plot_stats(dataset: FederatedDataset, path: Path) -> Path:
-    """`path`, now a figure of a data set: a histogram of client sizes, and of a classification a heat map of labels."""
+    """The path of the figure: a histogram of client sizes and, for a classification, a heat map of labels."""
     figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
     if dataset.spec.objective == "classification":
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -92,7 +95,7 @@ def plot_stats(dataset: FederatedDataset, path: Path) -> Path:
 
 
 def label_shares(dataset: FederatedDataset, clients: Int[np.ndarray, "client"]) -> Float[np.ndarray, "client label"]:
-    """The share of each label among a client's examples, over all parts."""
+    """The fraction of each label among a client's examples of all parts."""
     labels = [np.concatenate([dataset.examples(client, part)[1] for part in PARTS]) for client in clients.tolist()]
     counts = np.stack([np.bincount(label, minlength=dataset.spec.num_classes) for label in labels])
     shares: np.ndarray = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -100,11 +103,11 @@ def label_shares(dataset: FederatedDataset, clients: Int[np.ndarray, "client"]) 
 
 
 def _heat_map(figure: Figure, axes: Axes, dataset: FederatedDataset) -> None:
-    """Clients in rows, by their most frequent label, so that a skew shows as a diagonal."""
+    """Draws a row for each client, sorted by its most frequent label, so that a skew shows as a diagonal."""
     rows = min(dataset.num_clients, MAX_ROWS)
     shares = label_shares(dataset, np.linspace(0, dataset.num_clients - 1, rows).round().astype(np.int64))
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
-    # Blurred where there are too many labels for a pixel each: else some would not be seen.
+    # With more labels than pixels, a sharp image would leave some labels out; a blurred one shows all.
     blur = "nearest" if shares.shape[1] <= MAX_COLUMNS else "auto"
     image = axes.imshow(shares[order], aspect="auto", cmap="Blues", norm=PowerNorm(0.5, vmin=0), interpolation=blur)
     shown = f"all {rows:,}" if rows == dataset.num_clients else f"{rows} of {dataset.num_clients:,}"
@@ -119,7 +122,10 @@ def _heat_map(figure: Figure, axes: Axes, dataset: FederatedDataset) -> None:
 
 
 def _size_histogram(axes: Axes, sizes: Int[np.ndarray, "client"]) -> None:
-    """How many clients have how many examples; logarithmic bins when sizes differ much. Edges lie between numbers."""
+    """Draws how many clients have how many examples; bins are logarithmic if the sizes differ much.
+
+    The edges of bins lie between whole numbers.
+    """
     low, high = int(sizes.min()), int(sizes.max())
     bins = min(BINS, math.ceil(2 * math.sqrt(len(sizes))))
     if low > 0 and high > LOG_SIZES_FROM * low:
@@ -175,9 +181,9 @@ def _lines(bands: pd.DataFrame, x: str, tuners: Sequence[str]) -> list[Line]:
 
 
 def _until(line: Line, spent: int) -> Line:
-    """The line drawn on to the rounds spent in all, since an incumbent stays one until another comes."""
-    ends = (np.append(values, values[-1]) for values in (line.mean, line.low, line.high))
-    return Line(line.tuner, line.colour, line.dashes, np.append(line.x, spent), *ends)
+    """The line, prolonged to all rounds that were spent: an incumbent stays one until another trial replaces it."""
+    longer = (np.append(values, values[-1]) for values in (line.mean, line.low, line.high))
+    return Line(line.tuner, line.colour, line.dashes, np.append(line.x, spent), *longer)
 
 
 def _over(run: Run) -> str:
@@ -219,7 +225,7 @@ def _draw(axes: Axes, lines: Sequence[Line], steps: bool) -> None:
 
 
 def _error_axis(axes: Axes, lines: Sequence[Line]) -> None:
-    """Per cent, on a logarithmic scale where the errors span much."""
+    """Labels the axis in per cent; its scale is logarithmic if the errors differ by more than LOG_FROM."""
     values = np.concatenate([np.concatenate(line[4:]) for line in lines]) if lines else np.array([1.0])
     low, high = np.nanmin(values), np.nanmax(values)
     if low > 0 and high > LOG_FROM * low:
@@ -231,7 +237,7 @@ def _error_axis(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _entropy_axis(axes: Axes, lines: Sequence[Line]) -> None:
-    """Nats, with ticks at ln m: the entropy of a theta that is uniform over m configurations."""
+    """Labels the axis in nats; the ticks are at ln m, the entropy of a theta that is uniform over m configurations."""
     top = 1.06 * max(float(np.nanmax(np.append(line.high, line.mean))) for line in lines) or 1.0
     counts = [count for count in (1, 2, 3, 5, 10, 20, 50, 100) if math.log(count) < top]
     axes.set_ylim(-0.02 * top, top)
@@ -241,9 +247,9 @@ def _entropy_axis(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Each tuner's name right of its line, the names moved apart where ends lie close, with a thin leader."""
-    ends = np.array([axes.transData.transform((line.x[-1], line.mean[-1])) for line in lines]).reshape(-1, 2)
-    heights = axes.transAxes.inverted().transform(ends)[:, 1]
+    """Writes each tuner's name right of its line; names that would overlap are moved apart, each with a thin leader."""
+    points = np.array([axes.transData.transform((line.x[-1], line.mean[-1])) for line in lines]).reshape(-1, 2)
+    heights = axes.transAxes.inverted().transform(points)[:, 1]
     right = axes.get_xlim()[1]
     for line, height in zip(lines, spread(heights, LABEL_GAP), strict=True):
         if line.x[-1] < right:
@@ -270,11 +276,11 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def spread(heights: Float[np.ndarray, "label"], gap: float) -> Float[np.ndarray, "label"]:
-    """The heights nearest to the given ones (least squares) that keep their order, a gap apart, within [0, 1]."""
+    """The heights that are nearest to the given heights (least squares), in the same order, a gap apart, in [0, 1]."""
     order, count = np.argsort(heights, kind="stable"), len(heights)
     offsets = gap * np.arange(count)
     wanted = heights[order] - offsets
-    # Less the offsets, the places must only not decrease: isotonic regression, by its max-min formula.
+    # Without the offsets, the heights must only not decrease: isotonic regression, by its max-min formula.
     means = [[wanted[first : last + 1].mean() for last in range(first, count)] for first in range(count)]
     places = np.array([max(min(means[first][i - first :]) for first in range(i + 1)) for i in range(count)])
     moved = np.empty(count)
