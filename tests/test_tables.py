@@ -91,7 +91,7 @@ def test_faults_are_shown_when_there_are_any() -> None:
     assert "dropped" not in rendered(summary_table(clean))
     faulty = pd.DataFrame([row("sha", dropped=1234, lost=2), row("asha", 0.9), row("fedex", 0.8, clipped=5)])
     flat = re.sub(r"\s+", " ", rendered(summary_table(faulty)))
-    assert "left (devices): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
+    assert "left (dropouts): sha 1,234 dropped, 2 lost; fedex 5 clipped." in flat
 
 
 def test_dropped_jobs_are_shown_when_there_are_any() -> None:

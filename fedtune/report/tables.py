@@ -108,10 +108,16 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
     if unrecorded := [name for name in (*FAULTS, "dropped_jobs") if summary[name].isna().all()]:
         notes.insert(0, f"Not recorded by the version of fedtune that wrote this run: {', '.join(unrecorded)}.")
     if faults := [f"{row['tuner']} {counts}" for row in rows if (counts := describe_counts(row, FAULTS))]:
-        meanings = "dropped (not finite), clipped (too large), lost (no reply), late or left (devices)"
-        notes.insert(0, f"Updates {meanings}: {'; '.join(faults)}.")
+        meanings = (
+            "dropped (rejected: not finite), clipped (too large), lost (failed), late (stragglers), left (dropouts)"
+        )
+        notes.insert(0, f"Updates and clients {meanings}: {'; '.join(faults)}.")
     if jobs := [f"{row['tuner']} {row['dropped_jobs']:,.0f}" for row in rows if row["dropped_jobs"] > 0]:
-        notes.insert(0, f"Jobs dropped (devices); if not retried, rounds are charged but not spent: {', '.join(jobs)}.")
+        notes.insert(
+            0,
+            "Failed attempts at jobs; if a job is not retried, its rounds are charged but not spent: "
+            f"{', '.join(jobs)}.",
+        )
     if short := _in_how_many_seeds(rows, "short"):
         notes.append(f"Seeds whose chosen federation had fewer than {max_rounds} rounds: {short}.")
     if close := _in_how_many_seeds(rows, "close"):
