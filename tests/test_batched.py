@@ -10,7 +10,7 @@ from torch import nn
 import fedtune
 import fedtune.executors.batched as batched_module
 from fedtune import plugins
-from fedtune.client import work as client_work
+from fedtune.client import measure
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
@@ -276,9 +276,9 @@ def test_parts_larger_than_a_batch_are_measured_in_several(monkeypatch):
     model = make_model(MODELS["mlp"], DATASET.spec)
     weights = torch.stack([model.flat * (1 + client) for client in ALL])
     parts = [[(client, "train"), (client, "test")] for client in ALL]
-    expected = client_work.measure_side_by_side(model, list(weights), DATASET, parts)
-    monkeypatch.setattr(client_work, "EVALUATION_BATCH", 7)
-    measured = client_work.measure_batched(model, weights, DATASET, parts)
+    expected = measure.measure_side_by_side(model, list(weights), DATASET, parts)
+    monkeypatch.setattr(measure, "EVALUATION_BATCH", 7)
+    measured = measure.measure_batched(model, weights, DATASET, parts)
     np.testing.assert_allclose(measured, expected, atol=1e-5)
 
 

@@ -8,8 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
+from fedtune.client.measure import measure_alone, measure_side_by_side
 from fedtune.client.tasks import PersonaliseTask, TrainTask
-from fedtune.client.work import evaluate_clients, measure_alone, measure_side_by_side, train_alone, train_and_measure
+from fedtune.client.work import evaluate_clients, train_alone, train_and_measure
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune_clients import local_sgd
@@ -116,7 +117,7 @@ def test_the_clients_beside_it_do_not_matter_to_a_client(model, dataset):
 
 @pytest.mark.parametrize("batch_size", [1, 7, EVALUATION_BATCH])
 def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model, dataset, batch_size, monkeypatch):
-    monkeypatch.setattr("fedtune.client.work.EVALUATION_BATCH", batch_size)
+    monkeypatch.setattr("fedtune.client.measure.EVALUATION_BATCH", batch_size)
     weights = torch.randn(3, model.num_weights)
     parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
     alone = [measure_alone(model, row, dataset, each) for row, each in zip(weights, parts, strict=True)]
@@ -127,7 +128,7 @@ def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
     sizes = []
     measure_outputs = model.measure
     monkeypatch.setattr(model, "measure", lambda outputs, y: sizes.append(len(y)) or measure_outputs(outputs, y))
-    monkeypatch.setattr("fedtune.client.work.EVALUATION_BATCH", 20)
+    monkeypatch.setattr("fedtune.client.measure.EVALUATION_BATCH", 20)
     num = dataset.num_examples("train")[[0, 0, 2]].tolist()
     measure_side_by_side(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]])
     assert sum(sizes) == sum(num)

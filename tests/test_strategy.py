@@ -10,7 +10,8 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, Re
 from fedtune import rng
 from fedtune.client.examples import StoredExamples
 from fedtune.client.flat_model import FlatModel
-from fedtune.client.work import generator, measure_alone
+from fedtune.client.measure import measure_alone
+from fedtune.client.work import generator
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune.executors.machine import MachineSettings

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fedtune.client.examples import Examples, StoredExamples
+from fedtune.client.measure import measure_alone, measure_batched
 from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task, TrainTask, describe
 from fedtune.client.work import (
     TrainBatched,
     generator,
-    measure_alone,
-    measure_batched,
     parts_of,
     result,
     train_batched,

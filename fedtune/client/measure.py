@@ -1,0 +1,143 @@
+"""A model's mean error and mean loss on the validation and test parts of clients.
+
+- `measure_alone` measures one set of weights.
+- `measure_side_by_side` measures several sets of weights, with less overhead. The results are the same to the bit.
+- `measure_batched` measures a set of weights for each client in one tensor program. The results differ by rounding.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+
+from fedtune.client.examples import Examples, StoredExamples
+from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
+from fedtune.client.objectives import Measures
+from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import InputError
+
+ClientPart = tuple[int, str]  # a client, and "train", "validation" or "test"
+Arrays = tuple[np.ndarray, np.ndarray]  # the inputs and the labels of a part, as they are stored
+
+T = TypeVar("T")
+
+
+class Measured(NamedTuple):
+    """A model's mean error and mean loss over one part of a client's examples."""
+
+    error: float
+    loss: float
+
+
+def measure_alone(
+    model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[ClientPart]
+) -> list[Measured]:
+    """What the weights give on each of the parts. The model then holds the weights."""
+    (measured,) = measure_side_by_side(model, [weights], dataset, [parts])
+    return measured
+
+
+def measure_side_by_side(
+    model: FlatModel,
+    weights: Sequence[Float[Tensor, "weight"]],
+    dataset: FederatedDataset,
+    parts: Sequence[Sequence[ClientPart]],
+) -> list[list[Measured]]:
+    """For each of several weights, what `measure_alone` gives on the parts at the same place in `parts`, to the bit."""
+    measures: list[Measures] = []
+    waiting: list[tuple[Tensor, Tensor]] = []  # outputs and labels that are not measured yet
+    sizes: list[int] = []
+    model.module.eval()
+    with torch.inference_mode():
+        for row, row_parts in zip(weights, parts, strict=True):
+            model.load(row)
+            stored = [dataset.examples(*part) for part in row_parts]
+            sizes += sizes_of(stored)
+            if not any(sizes_of(stored)):
+                raise InputError(f"to be measured, clients must have examples in {list(row_parts)}, got none")
+            for examples in _batches(stored, dataset, model.flat.device):
+                waiting.append((model.module(examples.x), examples.y))
+                # Outputs wait until they fill a batch: measuring a few costs as much as measuring many.
+                if sum(len(labels) for _, labels in waiting) >= EVALUATION_BATCH:
+                    measures.append(_measure_all(model, waiting))
+                    waiting = []
+        if waiting:
+            measures.append(_measure_all(model, waiting))
+    losses, errors = (torch.cat(values) for values in zip(*measures, strict=True))
+    return _grouped(_means(losses, errors, sizes), map(len, parts))
+
+
+def measure_batched(
+    model: FlatModel,
+    weights: Float[Tensor, "client weight"],
+    dataset: FederatedDataset,
+    parts: Sequence[Sequence[ClientPart]],
+) -> list[list[Measured]]:
+    """For each client, what its row of the weights gives on each of its parts."""
+    device = model.flat.device
+    stored = [dataset.examples(*part) for client_parts in parts for part in client_parts]
+    examples = StoredExamples(*joined(stored), dataset.spec, device).all()
+    losses, errors = torch.empty(2, examples.num_examples, device=device)
+
+    # Where each client's examples begin, and how many it has.
+    sizes = np.array([sum(part_sizes) for part_sizes in _grouped(sizes_of(stored), map(len, parts))])  # (client,)
+    starts = np.cumsum(sizes) - sizes  # (client,)
+
+    # A batch of each client that has examples left: the clients with the most examples are left to the end.
+    model.module.eval()
+    largest_first = np.argsort(-sizes, kind="stable")
+    for first in range(0, int(sizes.max()), EVALUATION_BATCH):
+        rows = largest_first[sizes[largest_first] > first]  # (row,): clients
+        offsets = first + np.arange(min(EVALUATION_BATCH, int(sizes.max()) - first))  # (example,)
+        # A client that has no more examples is filled up with its last one, which is measured again.
+        offsets = np.minimum(offsets, sizes[rows, None] - 1)  # (row, example)
+        index = torch.from_numpy(starts[rows, None] + offsets).to(device)  # (row, example)
+        with torch.no_grad():
+            row_weights = weights[torch.from_numpy(rows).to(device)]  # (row, weight)
+            outputs = vmap(model.outputs)(row_weights, examples.x[index])  # (row, example, ...)
+            measures = model.measure(outputs.flatten(0, 1), examples.y[index].flatten(0, 1))  # (row · example,)
+        losses[index.flatten()], errors[index.flatten()] = measures
+    return _grouped(_means(losses, errors, sizes_of(stored)), map(len, parts))
+
+
+def sizes_of(stored: Sequence[Arrays]) -> list[int]:
+    """How many examples each part has."""
+    return [len(labels) for _, labels in stored]
+
+
+def joined(stored: Sequence[Arrays]) -> Arrays:
+    """The inputs and the labels of all, one after the other; no copy if there is only one."""
+    if len(stored) == 1:
+        return stored[0]
+    x, y = map(np.concatenate, zip(*stored, strict=True))
+    return x, y
+
+
+def _batches(stored: Sequence[Arrays], dataset: FederatedDataset, device: torch.device) -> Iterator[Examples]:
+    x, y = joined(stored)
+    for start in range(0, len(y), EVALUATION_BATCH):
+        batch = slice(start, start + EVALUATION_BATCH)
+        yield StoredExamples(x[batch], y[batch], dataset.spec, device).all()
+
+
+def _measure_all(model: FlatModel, waiting: list[tuple[Tensor, Tensor]]) -> Measures:
+    outputs, labels = map(torch.cat, zip(*waiting, strict=True))
+    return model.measure(outputs, labels)
+
+
+def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[Measured]:
+    """The means over the first `sizes[0]` examples, over the next `sizes[1]`, and so on."""
+    stops = np.cumsum(sizes)[:-1]
+    parts = [np.split(values.cpu().numpy().astype(np.float64), stops) for values in (errors, losses)]
+    return [Measured(float(error.mean()), float(loss.mean())) for error, loss in zip(*parts, strict=True)]
+
+
+def _grouped(values: Iterable[T], counts: Iterable[int]) -> list[list[T]]:
+    """The values in groups: as many as the first count says, then as many as the second says, and so on."""
+    remaining = iter(values)
+    return [list(itertools.islice(remaining, count)) for count in counts]
