@@ -468,7 +468,10 @@ def test_the_same_command_gives_the_same_bits(runs):
 
 @pytest.mark.parametrize(("first", "second"), [("serial", "batched"), ("batched", "serial")])
 def test_a_run_is_not_resumed_with_an_executor_of_other_numbers(runs, first, second):
-    with pytest.raises(InputError, match="does not fit this run"):
+    with pytest.raises(
+        InputError,
+        match=r"must hold the settings of .*: one of the two was edited, or only one of them batches clients$",
+    ):
         fedtune.resume(runs / first, executor=second)
 
 
