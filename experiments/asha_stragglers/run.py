@@ -26,6 +26,12 @@ MAX_ROUNDS, MIN_ROUNDS, REDUCTION_FACTOR, NUM_CONFIGS = 256, 1, 4, 256
 PARALLEL_JOBS, HORIZON = 25, 2000
 STRAGGLER_STDS = (0.0, 0.1, 0.24, 0.56, 1.33)
 DROP_PROBABILITIES = (0.0, 0.0025, 0.005, 0.0075, 0.01)
+SMALLEST = {
+    "stds": (1.33,),
+    "drops": (0.01,),
+    "repeats": 2,
+    "out": Path("runs/smallest/asha_stragglers"),
+}
 BLOCK = 4096  # errors drawn at once
 COLOURS = {"sha": "#D55E00", "asha": "#0072B2"}
 FATES = {"retry": "are retried", "lose": "are lost", "worst": "count as the worst"}
@@ -159,7 +165,10 @@ def main() -> None:
     parser.add_argument("--drops", nargs="+", type=float, default=DROP_PROBABILITIES)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
     grid = itertools.product(arguments.on_drop, (False, True), arguments.stds, arguments.drops, TUNERS)

@@ -24,6 +24,7 @@ from fedtune.runs.run_folder import claim_folder
 
 FOLDER = Path(__file__).parent
 POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000)
+SMALLEST = {"populations": [1_000, 2_000], "repeats": 1, "out": Path("runs/smallest/scale")}
 EXAMPLES, FEATURES, NUM_CLASSES = 8, 16, 10  # examples are a client's
 EVALUATED = 300  # clients
 ROUNDS = {10: 41, 1_000: 7}  # of one run, by cohort; the model is evaluated in every fourth and the last
@@ -137,25 +138,32 @@ class Run:
         seconds = {kind: [a["seconds"] for a in rounds if a["evaluated"] is kind] for kind in (False, True)}
         low, median, high = np.quantile(seconds[False], (0.25, 0.5, 0.75))
         return {
-            **{"population": self.population, "cohort": self.cohort, "repeat": repeat},
-            **{"set_up": set_up["seconds"], "set_up_processor": set_up["set_up_processor"]},
+            "population": self.population,
+            "cohort": self.cohort,
+            "repeat": repeat,
+            "set_up": set_up["seconds"],
+            "set_up_processor": set_up["set_up_processor"],
             "first_round": first["seconds"],
-            **{"round_median": median, "round_quartile_1": low, "round_quartile_3": high},
+            "round_median": median,
+            "round_quartile_1": low,
+            "round_quartile_3": high,
             "evaluated_round_median": np.median(seconds[True]),
             "round_processor": (rounds[-1]["processor"] - first["processor"]) / len(rounds),
-            **{f"set_up_{name}": set_up[name] for name in ("own_memory", "mapped_memory")},
-            **{name: rounds[-1][name] for name in ("own_memory", "mapped_memory")},
+            "set_up_own_memory": set_up["own_memory"],
+            "set_up_mapped_memory": set_up["mapped_memory"],
+            "own_memory": rounds[-1]["own_memory"],
+            "mapped_memory": rounds[-1]["mapped_memory"],
         }
 
     def _answer(self) -> dict[str, Any]:
         return json.loads(self._process.stdout.readline())
 
 
-def measure(data: Path, repeats: int) -> pd.DataFrame:
+def measure(data: Path, populations: list[int], repeats: int) -> pd.DataFrame:
     """A row a population, cohort and repeat: set up one after another, then in turn a round of each."""
     rows = []
     for repeat in range(repeats):
-        runs = [Run(data, population, cohort) for cohort in COHORTS for population in POPULATIONS]
+        runs = [Run(data, population, cohort) for cohort in COHORTS for population in populations]
         under_way = runs
         while under_way:
             under_way = [run for run in under_way if run.go_on()]
@@ -165,17 +173,24 @@ def measure(data: Path, repeats: int) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--populations", nargs="+", type=int, default=POPULATIONS, help="numbers of clients")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each population and cohort (default 5)")
     parser.add_argument("--simulate", nargs=2, metavar=("DATA", "COHORT"), help="do one run; used by the script itself")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     if arguments.simulate:
         simulate(Path(arguments.simulate[0]), int(arguments.simulate[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        for population, cohort in itertools.product(POPULATIONS, COHORTS):  # not shared, so that each maps its own
+        # Each run has files of its own: in a shared file, one run would share the pages of another.
+        for population, cohort in itertools.product(arguments.populations, COHORTS):
             write_population(Path(folder) / f"{population}-{cohort}", population)
-        frame = measure(Path(folder), arguments.repeats)
-    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.4g")
+        frame = measure(Path(folder), arguments.populations, arguments.repeats)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.4g")
     table = frame.drop(columns="repeat").groupby(["cohort", "population"]).median()
     print(f"{num_workers(0)} workers, medians over {arguments.repeats} runs, seconds and MB")
     print(table.T.map("{:.4g}".format).to_string())

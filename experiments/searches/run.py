@@ -33,6 +33,7 @@ SPACE = SearchSpace(
     {},
 )
 SEARCHES = ("random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb")
+SMALLEST = {"repeats": 2, "out": Path("runs/smallest/searches")}
 OPTIONS = {"async_hyperband": {"reduction_factor": 3}}  # as the others
 COLOURS = dict(
     zip(SEARCHES, ("#777777", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"), strict=True)
@@ -171,7 +172,10 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

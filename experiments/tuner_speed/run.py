@@ -24,6 +24,7 @@ from fedtune.tuning.trial import Config, Trial, Tuner
 FOLDER = Path(__file__).parent
 PARALLEL_TRIALS = 25
 MAX_ROUNDS = 81
+SMALLEST = {"sizes": [1_000], "out": Path("runs/smallest/tuner_speed")}
 SPACE = SearchSpace(FEDEX_CLIENT_SPACE, {})
 CONFIG = sample(SPACE.client, np.random.default_rng(0))
 
@@ -97,10 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=list(TUNERS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     rows = [measure(name, size) for name in arguments.tuners for size in arguments.sizes]
     frame = pd.DataFrame(rows)
-    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.3g")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.3g")
     print(frame.round(1).to_string(index=False))
 
 
