@@ -39,7 +39,7 @@ LABELS = {"sha": "synchronous SHA", "asha": "ASHA"}
 
 
 def draw(number: int) -> Trial:
-    """Configurations have no values: their error is all there is to them."""
+    """A trial without values: only its error matters."""
     return Trial(number, {}, (({},),))
 
 
@@ -50,7 +50,7 @@ TUNERS: dict[str, Callable[[], Tuner]] = {
 
 
 class Cell(NamedTuple):
-    """What is simulated; `resumes`: a job trains on from where the trial's last one ended, else from the start."""
+    """What is simulated; with `resumes` a job starts where the trial's last job ended, otherwise from round 0."""
 
     on_drop: OnDrop
     resumes: bool
@@ -60,9 +60,9 @@ class Cell(NamedTuple):
 
 
 class SimulatedJobs:
-    """Jobs that take their rounds times 1 + |z| unless they are dropped; errors uniform, one a configuration.
+    """Jobs that take their rounds times 1 + |z| unless they fail; errors are uniform, one for each configuration.
 
-    Nothing more is started once the horizon is reached and a configuration was trained to the end.
+    No job is started after the horizon is reached and a configuration was trained to the end.
     """
 
     def __init__(self, cell: Cell, seed: int) -> None:
@@ -71,7 +71,7 @@ class SimulatedJobs:
         self._trained: dict[int, int] = {}
         self._errors: list[float] = []
         self._error_draws = rng.stream(seed, "error")
-        # One stream in the order of starting, since one for each attempt would take most of the time.
+        # One stream, read in the order of starting: a stream for each attempt would take most of the time.
         self._attempt_draws = rng.stream(seed, "attempt")
 
     def start(self, job: Job, number: int, now: float) -> Attempt | None:
@@ -97,11 +97,11 @@ class SimulatedJobs:
         return self._errors[job.trial.number]
 
     def drop(self, attempt: Attempt, then: OnDrop) -> None:
-        """What it has trained since the trial's last job is lost."""
+        """The training since the trial's last job is lost."""
 
 
 def simulate(cell: Cell, seed: int) -> tuple[int, float]:
-    """How many configurations were trained to the end by the horizon, and when the first one was."""
+    """How many configurations were trained to the end by the horizon, and the time of the first."""
     jobs = SimulatedJobs(cell, seed)
     for _ in EventLoop(TUNERS[cell.tuner](), jobs, PARALLEL_JOBS, cell.on_drop, tells_first=True).run():
         pass
@@ -109,7 +109,7 @@ def simulate(cell: Cell, seed: int) -> tuple[int, float]:
 
 
 def run(cells: list[Cell], repeats: int, processes: int) -> pd.DataFrame:
-    """A row a cell: mean and standard deviation over the repeats, which are seeds 0, 1, ..., the same in all cells."""
+    """A row for each cell: mean and standard deviation over the repeats; these are seeds 0, 1, ... in every cell."""
     work = list(itertools.product(cells, range(repeats)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         outcomes = pool.starmap(simulate, work, chunksize=5)

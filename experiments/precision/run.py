@@ -1,4 +1,4 @@
-"""What --precision bf16 does to the errors and to the time of a client: prints and writes results.csv."""
+"""Measures how --precision bf16 changes errors and the time of a client; prints them and writes results.csv."""
 
 import argparse
 import statistics
@@ -42,7 +42,7 @@ def seconds_a_client(model: str, repeats: int) -> dict[str, list[float]]:
 
 
 def errors(model: str, rounds: int, seeds: int) -> dict[str, pd.Series]:
-    """The test error of each seed after so many rounds on MNIST."""
+    """The test error of each seed after the given number of rounds on MNIST."""
     found = {}
     for name in PRECISIONS:
         with tempfile.TemporaryDirectory() as folder:

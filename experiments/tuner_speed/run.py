@@ -1,4 +1,4 @@
-"""Measures how long tuners take to decide, by the number of configurations they have drawn; see README.md."""
+"""Measures how long a tuner's decision takes after it has drawn many configurations; see README.md."""
 
 import argparse
 import math
@@ -35,7 +35,7 @@ def draw(number: int) -> Trial:
 
 
 def compose(number: int, server: Config, client: Config) -> Trial:
-    """The trial of values that a model chose."""
+    """The trial with the values that a model chose."""
     return Trial(number, server, ((client,),))
 
 
@@ -51,10 +51,9 @@ TUNERS: dict[str, Callable[[], Tuner]] = {
 
 
 def decisions(tuner: Tuner, num_configs: int, window: int, seed: int) -> list[float]:
-    """Seconds of each decision, one ask and one tell, while the last `window` of `num_configs` are drawn.
+    """The seconds of each decision, one ask and one tell, while the last `window` of `num_configs` are drawn.
 
-    25 jobs run at once and end in random order with random errors. While the configurations before the window are
-    drawn, bohb's model is not asked.
+    25 jobs run at once and end in random order with random errors. Before the window, bohb draws without its model.
     """
     draws = np.random.default_rng(seed)
     running, seconds, num_drawn = [], [], 0
