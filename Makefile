@@ -1,4 +1,4 @@
-# Everything a newcomer types. The first target makes the virtual environment; PYTHON may name another interpreter.
+# The commands for a first day. The first target makes the virtual environment. PYTHON may name another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 		--set data.num_clients=200 --set evaluation.every=3 --out runs/demo --force
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
@@ -22,7 +22,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# torch goes first, so that the build is the one that pip is set to find and not what another package asks for.
+# torch is installed first: so pip takes the build that it is set to find, not a build that another package asks for.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "fedtune needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)

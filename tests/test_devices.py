@@ -310,7 +310,8 @@ def test_a_retried_job_trains_what_it_would_have_trained(tmp_path):
 def test_every_tuner_ends_whatever_becomes_of_dropped_jobs(tmp_path, tuner, on_drop):
     options = {"elimination": {"num_configs": 4, "rounds_per_halving": 2}}.get(tuner, {})
     table = {"drop_probability": 0.1, "on_drop": on_drop}
-    settings = {**SMALL, "total_rounds": 63, "tuners": [tuner], "tuner": {tuner: options}}
+    cheap = {"cohort_size": 2, "evaluation": {"every": 3, "clients": 5}}
+    settings = {**SMALL, **cheap, "total_rounds": 63, "tuners": [tuner], "tuner": {tuner: options}}
     result = fedtune.compare("digits", out=tmp_path / "run", devices=table, **settings).results.iloc[0]
     assert result["dropped_jobs"] > 0
     assert result["rounds"] <= 63

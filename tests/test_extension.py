@@ -103,6 +103,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert pd.read_csv(tmp_path / "run" / "results.csv")["trials"].tolist() == [7]
 
 
+@pytest.fixture(scope="module")
+def ten_configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extension") / "run"
+    tuner = {"asha": {"num_configs": 10}}
+    return fedtune.compare("digits", out=folder, tuners=["asha"], tuner=tuner, **SETTINGS).folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,10 +122,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ),
     ],
 )
-def test_impossible_extensions_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    folder = tmp_path / "run"
-    tuner = {"asha": {"num_configs": 10}}
-    fedtune.compare("digits", out=folder, tuners=["asha"], tuner=tuner, **SETTINGS)
+def test_impossible_extensions_are_one_line_and_change_nothing(ten_configs, monkeypatch, capsys, arguments, message):
+    folder = ten_configs
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr("sys.argv", ["fedtune", "extend", str(folder), *arguments])
     with pytest.raises(SystemExit) as end:

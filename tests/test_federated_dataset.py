@@ -107,17 +107,17 @@ def test_both_constructors_split_alike():
 
 
 def test_splitting_a_thousand_clients_and_reading_one_of_a_million_is_cheap():
-    started = time.perf_counter()
+    started = time.process_time()
     numbered([60] * 1000)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     starts = np.arange(1_000_000)[:, None] * 3 + np.arange(3)
     ranges = np.stack([starts, starts + 1], axis=2)
     y = np.zeros(3_000_000, np.int64)
     dataset = FederatedDataset("large", DatasetSpec((), "real", 2), y.astype(np.uint8), y, range_of_names(), ranges)
-    started = time.perf_counter()
+    started = time.process_time()
     for client in range(0, 1_000_000, 1000):
         assert dataset.examples(client, "test")[1].shape == (1,)
-    assert time.perf_counter() - started < 0.5  # 1,000 reads; any work per client of the data set takes far longer
+    assert time.process_time() - started < 0.5  # 1,000 reads; any work per client of the data set takes far longer
     assert dataset.check() == []
 
 

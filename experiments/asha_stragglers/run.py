@@ -26,6 +26,12 @@ MAX_ROUNDS, MIN_ROUNDS, REDUCTION_FACTOR, NUM_CONFIGS = 256, 1, 4, 256
 PARALLEL_JOBS, HORIZON = 25, 2000
 STRAGGLER_STDS = (0.0, 0.1, 0.24, 0.56, 1.33)
 DROP_PROBABILITIES = (0.0, 0.0025, 0.005, 0.0075, 0.01)
+SMALLEST = {
+    "stds": (1.33,),
+    "drops": (0.01,),
+    "repeats": 2,
+    "out": Path("runs/smallest/asha_stragglers"),
+}
 BLOCK = 4096  # errors drawn at once
 COLOURS = {"sha": "#D55E00", "asha": "#0072B2"}
 FATES = {"retry": "are retried", "lose": "are lost", "worst": "count as the worst"}
@@ -33,7 +39,7 @@ LABELS = {"sha": "synchronous SHA", "asha": "ASHA"}
 
 
 def draw(number: int) -> Trial:
-    """Configurations have no values: their error is all there is to them."""
+    """A trial without values: only its error matters."""
     return Trial(number, {}, (({},),))
 
 
@@ -44,7 +50,7 @@ TUNERS: dict[str, Callable[[], Tuner]] = {
 
 
 class Cell(NamedTuple):
-    """What is simulated; `resumes`: a job trains on from where the trial's last one ended, else from the start."""
+    """What is simulated; with `resumes` a job starts where the trial's last job ended, otherwise from round 0."""
 
     on_drop: OnDrop
     resumes: bool
@@ -54,9 +60,9 @@ class Cell(NamedTuple):
 
 
 class SimulatedJobs:
-    """Jobs that take their rounds times 1 + |z| unless they are dropped; errors uniform, one a configuration.
+    """Jobs that take their rounds times 1 + |z| unless they fail; errors are uniform, one for each configuration.
 
-    Nothing more is started once the horizon is reached and a configuration was trained to the end.
+    No job is started after the horizon is reached and a configuration was trained to the end.
     """
 
     def __init__(self, cell: Cell, seed: int) -> None:
@@ -65,7 +71,7 @@ class SimulatedJobs:
         self._trained: dict[int, int] = {}
         self._errors: list[float] = []
         self._error_draws = rng.stream(seed, "error")
-        # One stream in the order of starting, since one for each attempt would take most of the time.
+        # One stream, read in the order of starting: a stream for each attempt would take most of the time.
         self._attempt_draws = rng.stream(seed, "attempt")
 
     def start(self, job: Job, number: int, now: float) -> Attempt | None:
@@ -91,11 +97,11 @@ class SimulatedJobs:
         return self._errors[job.trial.number]
 
     def fail(self, attempt: Attempt, then: OnDrop) -> None:
-        """What it has trained since the trial's last job is lost."""
+        """The training since the trial's last job is lost."""
 
 
 def simulate(cell: Cell, seed: int) -> tuple[int, float]:
-    """How many configurations were trained to the end by the horizon, and when the first one was."""
+    """How many configurations were trained to the end by the horizon, and the time of the first."""
     jobs = SimulatedJobs(cell, seed)
     tuner, forgets_jobs = TUNERS[cell.tuner](), cell.tuner == "asha"
     loop = EventLoop(tuner, jobs, PARALLEL_JOBS, cell.on_drop, forgets_jobs=forgets_jobs, tells_first=True)
@@ -105,7 +111,7 @@ def simulate(cell: Cell, seed: int) -> tuple[int, float]:
 
 
 def run(cells: list[Cell], repeats: int, processes: int) -> pd.DataFrame:
-    """A row a cell: mean and standard deviation over the repeats, which are seeds 0, 1, ..., the same in all cells."""
+    """A row for each cell: mean and standard deviation over the repeats; these are seeds 0, 1, ... in every cell."""
     work = list(itertools.product(cells, range(repeats)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         outcomes = pool.starmap(simulate, work, chunksize=5)
@@ -161,7 +167,10 @@ def main() -> None:
     parser.add_argument("--drops", nargs="+", type=float, default=DROP_PROBABILITIES)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
     grid = itertools.product(arguments.on_drop, (False, True), arguments.stds, arguments.drops, TUNERS)

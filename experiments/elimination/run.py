@@ -1,4 +1,4 @@
-"""Runs what README.md compares, a run folder a group, partition and model; draws the figure of all that has ended."""
+"""Makes a run folder for each group, partition and model of README.md, and draws the figure of all runs that ended."""
 
 import argparse
 from pathlib import Path
@@ -20,20 +20,29 @@ PARTITIONS: dict[str, dict[str, Any]] = {
 GOOD, BAD = {"learning_rate": 0.1}, {"learning_rate": 1e-3}
 ELIMINATION = ["elimination", "elimination+fedex"]
 
-# What each group lays over settings.toml. `elimination` halves every m = max(4, R / 40) rounds, so 81 and 405 rounds
-# are two runs; the others are read after 81 and after 405 rounds of one.
+# What each group lays over settings.toml, besides its budget.
 GROUPS: dict[str, dict[str, Any]] = {
-    "short": {"tuners": [*ELIMINATION, "rsws"], "max_rounds": 81, "total_rounds": 81, "client": BAD},
-    "long": {"tuners": ELIMINATION, "max_rounds": 405, "total_rounds": 405, "client": BAD},
-    "bad": {"tuners": ["manual", "fedex"], "max_rounds": 81, "total_rounds": 405, "client": BAD},
-    "good": {"tuners": ["manual"], "max_rounds": 81, "total_rounds": 405, "client": GOOD},
-    "asha": {"tuners": ["asha"], "max_rounds": 81, "total_rounds": 405},
+    "short": {"tuners": [*ELIMINATION, "rsws"], "client": BAD},
+    "long": {"tuners": ELIMINATION, "client": BAD},
+    "bad": {"tuners": ["manual", "fedex"], "client": BAD},
+    "good": {"tuners": ["manual"], "client": GOOD},
+    "asha": {"tuners": ["asha"]},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": {"name": "mlp"}},
     "cnn": {"model": {"name": "cnn"}, "evaluation": {"clients": 200}},
 }
 KEY = ["model", "partition", "rounds", "seed", "tuner"]
+SMALLEST = {
+    "partitions": ["dirichlet"],
+    "seeds": 1,
+    "max_rounds": 18,
+    "total_rounds": 20,
+    "num_clients": 30,
+    "workers": 1,
+    "runs": Path("runs/smallest/elimination/runs"),
+    "out": Path("runs/smallest/elimination"),
+}
 NAMES = {"bad": ", bad rate", "good": ", good rate"}
 
 
@@ -43,30 +52,55 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--partitions", nargs="+", default=list(PARTITIONS), choices=list(PARTITIONS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--total-rounds", type=int, default=405, help="of the groups bad and good")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--max-rounds", type=int, default=81, help="the rounds of the shorter trainings (default 81)")
+    parser.add_argument("--total-rounds", type=int, default=405, help="the rounds of the longer ones (default 405)")
+    parser.add_argument("--num-clients", type=int, default=1000, help="the number of clients (default 1000)")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/elimination"))
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     for model in arguments.models:
         for partition in arguments.partitions:
             for group in arguments.groups:
                 folder = arguments.runs / f"{model}-{partition}-{group}"
-                settings = {**GROUPS[group], **MODELS[model], "data": PARTITIONS[partition]}
-                if group in ("bad", "good"):
-                    settings["total_rounds"] = arguments.total_rounds
-                options = {"seed": arguments.seed, "seeds": arguments.seeds, "workers": arguments.workers}
-                run(folder, {**settings, **options})
-    results = FOLDER / "results.csv"
-    # What is not among these runs stays as it was.
-    frame = pd.concat([pd.read_csv(results), collect(arguments.runs)]).drop_duplicates(KEY, keep="last")
-    frame.to_csv(results, index=False, float_format="%.6g")
+                settings = {
+                    **GROUPS[group],
+                    **MODELS[model],
+                    **budget(group, arguments.max_rounds, arguments.total_rounds),
+                    "data": {**PARTITIONS[partition], "num_clients": arguments.num_clients},
+                    "seed": arguments.seed,
+                    "seeds": arguments.seeds,
+                    "workers": arguments.workers,
+                }
+                run(folder, settings)
+    # Rows of runs that are not in the folder stay as they are.
+    kept = pd.read_csv(FOLDER / "results.csv")
+    frame = pd.concat([kept, collect(arguments.runs)]).drop_duplicates(KEY, keep="last")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.6g")
     print(table(frame).to_string())
-    draw(frame, FOLDER / "figures" / "elimination.png")
+    draw(frame, arguments.out / "figures" / "elimination.png")
+
+
+def budget(group: str, max_rounds: int, total_rounds: int) -> dict[str, int]:
+    """The group's max_rounds and total_rounds.
+
+    `elimination` halves its pool every m = max(4, R / 40) rounds, so its short and its long training are two runs. The
+    other tuners are read twice in one run: after `max_rounds` and after `total_rounds`.
+    """
+    if group == "short":
+        return {"max_rounds": max_rounds, "total_rounds": max_rounds}
+    if group == "long":
+        return {"max_rounds": total_rounds, "total_rounds": total_rounds}
+    return {"max_rounds": max_rounds, "total_rounds": total_rounds}
 
 
 def run(folder: Path, settings: dict[str, Any]) -> None:
-    """Runs a group, or goes on with it where it was stopped."""
+    """Runs a group, or resumes its run if it was stopped."""
     if folder.exists():
         fedtune.resume(folder)
     else:
@@ -74,9 +108,9 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def collect(runs: Path) -> pd.DataFrame:
-    """A row a model, partition, tuner, seed and reading of every run that has ended; errors are fractions.
+    """A row for each model, partition, tuner, seed and reading of every run that has ended; errors are fractions.
 
-    `rounds` is how long the federation was trained that one ends with: ASHA's for 81 rounds, though it spent 405.
+    `rounds` is the number of rounds that the chosen federation was trained for: 81 for ASHA, although ASHA spent 405.
     """
     rows = []
     for folder in sorted(runs.iterdir()):
@@ -91,7 +125,10 @@ def collect(runs: Path) -> pd.DataFrame:
             for rounds, reading in readings.items():
                 rows.append(
                     {
-                        **{"model": model, "partition": partition, "rounds": rounds, "seed": row["seed"]},
+                        "model": model,
+                        "partition": partition,
+                        "rounds": rounds,
+                        "seed": row["seed"],
                         "tuner": f"{row['tuner']}{NAMES.get(group, '')}",
                         "global": row[f"test_error{reading}"],
                         "personalised": row[f"test_error_personalised{reading}"],
@@ -109,7 +146,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
-    """A panel a model and number of rounds: each seed's global error as a dot, the mean over seeds as a bar."""
+    """A panel for each model and number of rounds: a dot is a seed's global error, a bar is the mean over seeds."""
     panels = list(frame.groupby(["model", "rounds"]))
     figure = Figure(figsize=(9, 0.4 + 2.7 * len(panels)), dpi=150, layout="constrained")
     for axes, ((model, rounds), panel) in zip(

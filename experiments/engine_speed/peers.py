@@ -1,13 +1,13 @@
-"""Makes the virtual environments of the engines that are not fedtune's: `python experiments/engine_speed/peers.py`."""
+"""Makes the virtual environments of the other engines: `python experiments/engine_speed/peers.py`."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / ".venv"
-TORCH = "torch==2.13.0"  # by itself and first: later it would come as a CUDA build of several gigabytes
+TORCH = "torch==2.13.0"  # installed first: as a dependency it would be a CUDA build of several gigabytes
 PACKAGES = {"flower": ["flwr[simulation]>=1.38,<1.43"], "pfl": ["pfl==0.6.0"]}
-OURS = ["jaxtyping>=0.3"]  # all that fedtune's models need beside torch and NumPy
+OURS = ["jaxtyping>=0.3"]  # fedtune's models need only this, torch and NumPy
 
 
 def python_of(peer: str) -> Path:

@@ -1,4 +1,4 @@
-"""Engines as processes: started, asked for rounds, weighed and ended, with all the processes that they start."""
+"""Engines as processes: starts them, asks for rounds, measures memory, ends them with all processes they started."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Engine(NamedTuple):
-    """How an engine is started: PYTHON SCRIPT MODEL PLANS *ARGUMENTS, with so many threads in its first process."""
+    """How an engine is started: PYTHON SCRIPT MODEL PLANS *ARGUMENTS, with `threads` threads in its first process."""
 
     python: str
     script: str
@@ -38,7 +38,7 @@ class RunningEngine:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # by default 15: beside other programs its actors would hardly get a core
+            "RAY_worker_niceness": "0",  # the default, 15, leaves its actors hardly a core if other programs run
         }
         command = [engine.python, str(Path(__file__).parent / engine.script), model, str(folder), *engine.arguments]
         self._log = folder / f"log-{engine.script}-{'-'.join(engine.arguments)}.txt"
@@ -65,7 +65,7 @@ class RunningEngine:
                 os.kill(pid, signal.SIGKILL)
 
     def train(self, cohort_size: int, rounds: int, weights: Path | str = "-") -> float:
-        """The seconds that these rounds took; `weights` is a file for what came out."""
+        """The seconds that these rounds took; the weights after them go to the file `weights`."""
         self._process.stdin.write(f"{cohort_size} {rounds} {weights}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -74,7 +74,7 @@ class RunningEngine:
         return float(answer)
 
     def memory_during(self, cohort_size: int, rounds: int) -> float:
-        """The most memory in GiB that its processes held at once during these rounds; what they share counts once."""
+        """The peak memory in GiB of all its processes together during these rounds; shared memory counts once."""
         most, done = 0, threading.Event()
 
         def sample() -> None:
@@ -104,7 +104,7 @@ def _proportional_bytes(pid: int) -> int:
 
 
 def _stat(pid: int | str) -> tuple[int, int] | None:
-    """A process's parent and its start; None where there is no such process."""
+    """A process's parent and its start time; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -118,7 +118,7 @@ def _born(pid: int) -> int | None:
 
 
 def _descendants(pid: int) -> dict[int, int]:
-    """The start of each process that this one started, or that one of those did."""
+    """The start time of each process that this process started, directly or through others."""
     children: dict[int, list[tuple[int, int]]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (stat := _stat(entry)):

@@ -1,4 +1,4 @@
-"""Measures fedtune beside a plain loop, Flower on Ray and pfl-research, which do the same work; see README.md."""
+"""Compares fedtune with a plain loop, Flower on Ray and pfl-research, which do the same work; see README.md."""
 
 import argparse
 import itertools
@@ -23,8 +23,8 @@ CASES = [f"{model}:{cohort_size}" for model in MODELS for cohort_size in COHORT_
 MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 40  # a measurement takes as many rounds as fill the first
 MEMORY_ROUNDS = 3
 IN_FLIGHT = 4  # trials at once, as a search has them
-# Engines add in different orders, which now and then decides on which side of its kink a ReLU or a pool lies: how far
-# their weights may differ, as a share of how far training moved them.
+# Engines add in different orders. Now and then rounding decides on which side of its kink a ReLU or a pool lies. The
+# tolerance is how far the weights may differ, as a share of how far training moved them.
 TOLERANCE = 2e-2
 OURS, SEARCH = "fedtune, pool", f"fedtune, pool, {IN_FLIGHT} trials"
 EQUAL = "fedtune, serial", OURS, SEARCH  # to the bit
@@ -42,19 +42,19 @@ ENGINES = {
     "pfl, threads": Engine(PFL, "with_pfl.py", ("1",), CORES),
     "pfl, processes": Engine(PFL, "with_pfl.py", (str(CORES),), 1),
 }
-# A thread a core gains nothing where an operation takes microseconds, and loses much where the cores are busy. Only
-# the CNN has a textbook's form other than fedtune's. An LSTM can't be batched.
+# One thread for each core gains nothing if an operation takes microseconds, and loses much if the cores are busy. Only
+# the CNN has a textbook's form that differs from fedtune's. An LSTM can't be batched.
 ONLY_FOR = {
     "fedtune, batched": ["logistic", "mlp", "cnn"],
     "plain, threads": ["cnn"],
     "plain, fedtune's module": ["cnn"],
     "pfl, threads": ["cnn"],
 }
-STARTED = {  # whose start and memory are measured, by model
+STARTED = {  # the engines whose start and memory are measured, by model
     "logistic": ["plain", "fedtune, serial", OURS, "Flower on Ray", "pfl", "pfl, processes"],
     "cnn": [OURS, "Flower on Ray"],
 }
-RIVALS = {  # each with the ways to run it, of which the fastest counts
+RIVALS = {  # each with the ways to run it; the fastest way counts
     "Flower on Ray": ["Flower on Ray"],
     "pfl": ["pfl", "pfl, threads", "pfl, processes"],
     "plain": ["plain", "plain, threads"],
@@ -66,10 +66,21 @@ TARGETS = {  # how many times as fast as a rival the pool should be
     ("lstm", 10): {"Flower on Ray": 2, "pfl": 1.3, "plain": 1.3},
 }
 COLOURS = {"Flower on Ray": "#D55E00", "pfl": "#009E73", "plain": "#666666"}
+SMALLEST = {
+    "cases": ["cnn:10"],  # all engines have the CNN
+    "repeats": 1,
+    "flute_rounds": 2,
+    "out": Path("runs/smallest/engine_speed"),
+}
 FLUTE_JOB = (  # the shape of FLUTE's LR-MNIST: 1,000 clients, of which 10 a round
-    "train mnist --model logistic --rounds 100 --set cohort_size=10 --set data.num_clients=1000"
+    "train mnist --model logistic --set cohort_size=10 --set data.num_clients=1000"
     " --set client.batch_size=10 --set client.learning_rate=0.03"
 )
+
+
+def installed(engine: Engine) -> bool:
+    """Whether the engine's interpreter exists; those of the peers are made by peers.py."""
+    return Path(engine.python).exists()
 
 
 class Measured(NamedTuple):
@@ -87,12 +98,12 @@ ROUND, START, MEMORY, FLUTE = "milliseconds a round", "seconds to the first roun
 
 
 def measure_rounds(model: str, cohort_sizes: list[int], repeats: int, plans: Path) -> Iterator[Measured]:
-    """What a round takes; the engines take turns. Raises unless one round leads them all to the same weights."""
+    """The milliseconds of a round; the engines take turns. Raises unless one round leads all to the same weights."""
     with ExitStack() as stack:
         running = {
             name: stack.enter_context(RunningEngine(engine, model, plans))
             for name, engine in ENGINES.items()
-            if model in ONLY_FOR.get(name, MODELS)
+            if model in ONLY_FOR.get(name, MODELS) and installed(engine)
         }
         for cohort_size in cohort_sizes:
             check_equal_work(model, cohort_size, running, plans)
@@ -108,7 +119,7 @@ def measure_rounds(model: str, cohort_sizes: list[int], repeats: int, plans: Pat
 
 
 def check_equal_work(model: str, cohort_size: int, running: dict[str, RunningEngine], plans: Path) -> None:
-    """Raises unless one round leads all engines to nearly the same weights, the pool to the serial executor's own."""
+    """Raises unless all engines have nearly the same weights after one round, and the pool and serial the same bits."""
     file = plans / "weights.npy"
 
     def weights(name: str, rounds: int) -> np.ndarray:
@@ -124,12 +135,13 @@ def check_equal_work(model: str, cohort_size: int, running: dict[str, RunningEng
 
 
 def measure_starts(model: str, repeats: int, plans: Path) -> Iterator[Measured]:
-    """What an engine takes from nothing to the end of its first round, and its memory in those after it.
+    """The time from an engine's start to the end of its first round, and its memory in the next rounds.
 
-    One engine at a time: others would share pages with it.
+    One engine at a time: other engines would share memory pages with it.
     """
     cohort_size = COHORT_SIZES[0]
-    for repeat, name in itertools.product(range(repeats), STARTED[model]):
+    names = [name for name in STARTED[model] if installed(ENGINES[name])]
+    for repeat, name in itertools.product(range(repeats), names):
         started = time.perf_counter()
         with RunningEngine(ENGINES[name], model, plans) as engine:
             engine.train(cohort_size, 1)
@@ -137,9 +149,10 @@ def measure_starts(model: str, repeats: int, plans: Path) -> Iterator[Measured]:
             yield Measured(MEMORY, model, cohort_size, name, repeat, engine.memory_during(cohort_size, MEMORY_ROUNDS))
 
 
-def measure_flute_job(repeats: int, folder: Path) -> Iterator[Measured]:
-    """What FLUTE's job takes as a command of fedtune's, from nothing to its report."""
-    command = [sys.executable, "-m", "fedtune", *FLUTE_JOB.split(), "--force", "--out", str(folder / "flute")]
+def measure_flute_job(rounds: int, repeats: int, folder: Path) -> Iterator[Measured]:
+    """The seconds that FLUTE's job takes as a command of fedtune, from the start to its report."""
+    command = [sys.executable, "-m", "fedtune", *FLUTE_JOB.split()]
+    command += ["--rounds", str(rounds), "--force", "--out", str(folder / "flute")]
     for repeat in range(repeats):
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -154,16 +167,19 @@ def write_plans(folder: Path) -> None:
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each model, cohort size and rival: how many times as long its rounds take as the pool's.
+    """For each model, cohort size and rival: how many times as long its rounds take as the pool's rounds.
 
-    The median, least and most over the repeats, a repeat's two measurements being taken within seconds of each other;
-    and what was aimed at.
+    Median, minimum and maximum over the repeats, and the target. The two measurements of a repeat are taken within
+    seconds of each other. A rival that is not installed has no row.
     """
     rounds = rows[rows["what"] == ROUND].pivot_table("value", ["model", "cohort_size", "repeat"], "engine", sort=False)
     lines = []
     for (model, cohort_size), part in rounds.groupby(level=["model", "cohort_size"], sort=False):
         for rival, ways in RIVALS.items():
-            ratio = part[part.reindex(columns=ways).median().idxmin()] / part[OURS]
+            medians = part.reindex(columns=ways).median().dropna()
+            if medians.empty:  # the rival is not installed
+                continue
+            ratio = part[medians.idxmin()] / part[OURS]
             target = TARGETS.get((model, cohort_size), {}).get(rival)
             lines.append((model, cohort_size, rival, ratio.median(), ratio.min(), ratio.max(), target))
     columns = ["model", "cohort_size", "rival", "median", "min", "max", "target"]
@@ -171,7 +187,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(rows: pd.DataFrame, ratios: pd.DataFrame) -> Iterator[str]:
-    """README.md's tables: what was measured, by engine, and how many times as fast the pool is."""
+    """The tables of README.md: all measurements by engine, and how many times as fast the pool is."""
     spread = (
         rows.groupby(["what", "model", "cohort_size", "engine"], sort=False)["value"]
         .apply(_with_range)
@@ -180,9 +196,9 @@ def tables(rows: pd.DataFrame, ratios: pd.DataFrame) -> Iterator[str]:
     cases = {f"`{model}`, {size} clients: {what}": line for (what, model, size), line in spread.iterrows()}
     names = [name for name in ENGINES if name in spread]
     yield markdown(["", *names], ([case, *line[names].fillna("")] for case, line in cases.items()))
-    cells = ratios.apply(_with_target, axis=1).unstack(sort=False)[list(RIVALS)]
+    cells = ratios.apply(_with_target, axis=1).unstack(sort=False)
     lines = ([f"`{model}`, {size} clients", *line] for (model, size), line in cells.iterrows())
-    yield markdown(["times as fast as", *RIVALS], lines)
+    yield markdown(["times as fast as", *cells.columns], lines)
 
 
 def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -204,7 +220,8 @@ def plot(ratios: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     cases = ratios.index.droplevel("rival").unique()
-    for number, (rival, colour) in enumerate(COLOURS.items()):
+    for number, rival in enumerate(ratios.index.unique("rival")):
+        colour = COLOURS[rival]
         part = ratios.xs(rival, level="rival").loc[cases]
         position = np.arange(len(cases)) + (number - 1) * 0.22
         spread = [part["median"] - part["min"], part["max"] - part["median"]]
@@ -230,28 +247,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each engine (default 5)")
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, help="models and cohort sizes")
+    parser.add_argument("--flute-rounds", type=int, default=100, help="rounds of FLUTE's job (default 100)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     repeats, rows = arguments.repeats, []
     sizes: dict[str, list[int]] = {}
     for case in arguments.cases:
         model, _, cohort_size = case.partition(":")
         sizes.setdefault(model, []).append(int(cohort_size))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, engine in ENGINES.items():
+        if not installed(engine):
+            print(f"{name} is left out: peers.py has not made {engine.python}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_plans(folder)
         measurements = [
             *(measure_rounds(*case, repeats, folder) for case in sizes.items()),
-            *(measure_starts(model, repeats, folder) for model in STARTED),
-            measure_flute_job(repeats, folder),
+            *(measure_starts(model, repeats, folder) for model in STARTED if model in sizes),
+            measure_flute_job(arguments.flute_rounds, repeats, folder),
         ]
         for measurement in measurements:
             for measured in measurement:
                 print(*measured, file=sys.stderr, flush=True)
                 rows.append(measured)
-            frame = pd.DataFrame(rows)  # as far as it is: a run takes long
-            frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.4g")
+            frame = pd.DataFrame(rows)  # written after each part, because a run takes long
+            frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.4g")
     ratios = compare(frame)
-    plot(ratios, FOLDER / "figures" / "speed.png")
+    plot(ratios, arguments.out / "figures" / "speed.png")
     print(*tables(frame, ratios), sep="\n\n")
 
 

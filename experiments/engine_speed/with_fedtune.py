@@ -1,4 +1,4 @@
-"""fedtune: whole rounds through its strategy and grid, on the executor of that name, several federations in flight.
+"""fedtune: whole rounds through its strategy and grid, on the named executor, with several federations at once.
 
 python with_fedtune.py MODEL PLANS serial|pool|batched FEDERATIONS
 python with_fedtune.py plan PLANS COHORT_SIZE ROUNDS      writes the plan that the other engines follow
@@ -11,7 +11,7 @@ from collections.abc import Generator
 from fedtune.executors.processes import num_workers, start_forkserver
 
 if __name__ == "__main__" and "pool" in sys.argv:
-    start_forkserver()  # as fedtune's commands do: workers come up while this process imports the rest
+    start_forkserver()  # as fedtune's commands do: workers start while this process imports the rest
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def federation(executor: Executor, weights: Tensor, cohort_size: int, rounds: in
 
 
 def simulate(executor: Executor, weights: Tensor, federations: int, cohort_size: int, rounds: int) -> Tensor:
-    """The weights after the rounds of each of several federations that are in flight at once, all alike."""
+    """The weights after the rounds; several equal federations are trained at once."""
     trainings = [federation(executor, weights, cohort_size, rounds) for _ in range(federations)]
     waiting = {training: next(training) for training in trainings}
     while waiting:
@@ -89,15 +89,16 @@ def simulate(executor: Executor, weights: Tensor, federations: int, cohort_size:
 
 
 def write_plan(folder: str, cohort_size: int, rounds: int) -> None:
-    """Each round's cohort as the strategy draws it, and the order in which local SGD takes a client's examples."""
+    """Writes each round's cohort as the strategy draws it, and the order in which local SGD takes the examples."""
     strategy, grid = make_strategy(cohort_size), ExecutorGrid(None, work.NUM_CLIENTS)
     clients, orders = [], []
     for server_round in range(1, rounds + 1):
-        messages = list(strategy.configure_train(server_round, pack(np.zeros(1, np.float32)), ConfigRecord(), grid))
-        draws = [np.random.Generator(np.random.PCG64(protocol.seed(message))) for message in messages]
+        messages = strategy.configure_train(server_round, pack(np.zeros(1, np.float32)), ConfigRecord(), grid)
+        tasks = [protocol.task(message, message.metadata.dst_node_id - FIRST_NODE_ID) for message in messages]
+        draws = [np.random.Generator(np.random.PCG64(task.seed)) for task in tasks]
         for draw in draws:
             draw.integers(2**63)  # the seed of the dropout layers
-        clients.append([message.metadata.dst_node_id - FIRST_NODE_ID for message in messages])
+        clients.append([task.client for task in tasks])
         orders.append([draw.permutation(work.TRAIN) for draw in draws])
     np.savez(work.plan_path(folder, cohort_size), clients=clients, orders=orders)
 

@@ -21,7 +21,7 @@ client_app, server_app = ClientApp(), ServerApp()
 
 
 class PlannedFedAvg(FedAvg):
-    """FedAvg, but that the plan says who takes part."""
+    """FedAvg, except that the plan says which clients take part."""
 
     def __init__(self, model: str, plans: str, cohort_size: int) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def start_others(processes: int) -> list[subprocess.Popen]:
 
 
 class Relay:
-    """The lines of stdin, each passed on to the others before it is heeded here; only this one writes files."""
+    """The lines of stdin; each line goes to the other processes first. Only this process writes files."""
 
     def __init__(self, others: list[subprocess.Popen]) -> None:
         self._others = others
@@ -58,7 +58,7 @@ class Relay:
 
 
 def main(model: str, plans: str, answers: IO[str]) -> None:
-    # These join the other processes as they are imported.
+    # These modules join the other processes when they are imported.
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -69,7 +69,7 @@ def main(model: str, plans: str, answers: IO[str]) -> None:
     from pfl.model.pytorch import PyTorchModel
 
     class Averaging(FederatedAveraging):
-        """With the metrics on a client's validation examples, where pfl's own are on those it trains on."""
+        """Measures on a client's validation examples; pfl itself measures on the training examples."""
 
         def train_one_user(self, initial_model_state: Any, model: Any, user_dataset: Any, central_context: Any) -> Any:
             statistics, _ = super().train_one_user(initial_model_state, model, user_dataset, central_context)

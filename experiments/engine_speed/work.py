@@ -1,6 +1,6 @@
-"""The work of a round, the same for every engine, and how an engine is told to do it.
+"""The work of a round, which is the same for every engine, and the protocol by which an engine is asked for it.
 
-Engines run in environments of their own, so this needs no more than torch, NumPy and fedtune's models.
+Engines run in environments of their own, so this module needs only torch, NumPy and fedtune's models.
 """
 
 import functools
@@ -26,7 +26,7 @@ MODELS = {  # by their [model] tables
     "logistic": {"name": "logistic"},
     "mlp": {"name": "mlp"},
     "cnn": {"name": "cnn"},
-    "lstm": {"name": "lstm", "hidden": 32, "layers": 1},  # that of shakespeare.toml
+    "lstm": {"name": "lstm", "hidden": 32, "layers": 1},  # the model of shakespeare.toml
 }
 SEED, NUM_CLIENTS = 0, 100
 TRAIN, VALIDATION, EXAMPLES = 100, 12, 124  # of a client; the rest is its test part
@@ -60,7 +60,7 @@ def make_module(model: str, *, ours: bool = True) -> nn.Module:
     options = {name: value for name, value in MODELS[model].items() if name != "name"}
     torch.manual_seed(SEED)
     module: nn.Module = getattr(models, model)(make_spec(model), **options)
-    if ours or model != "cnn":  # the others are written as anybody would
+    if ours or model != "cnn":  # fedtune writes the other models as textbooks do
         return module
     textbook = nn.Sequential(
         nn.Unflatten(1, (1, 28)),
@@ -92,9 +92,9 @@ def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def load(model: str, *, ours: bool = False) -> tuple[nn.Module, list[Part]]:
-    """The first model, and each client's examples as tensors in memory, some to train on and some to validate on.
+    """The first model, and each client's training and validation examples as tensors in memory.
 
-    Once a process, whatever engine works there.
+    Made once in each process, for every engine.
     """
     spec = make_spec(model)
     x, y = map(torch.from_numpy, make_examples(model))
@@ -107,7 +107,7 @@ def load(model: str, *, ours: bool = False) -> tuple[nn.Module, list[Part]]:
 
 
 def plan_path(folder: str | Path, cohort_size: int) -> Path:
-    """The file in which the plan for cohorts of this size lies."""
+    """The file that holds the plan for cohorts of this size."""
     return Path(folder) / f"plan-{cohort_size}.npz"
 
 
@@ -122,7 +122,7 @@ def read_plan(folder: str | Path, cohort_size: int) -> list[list[Turn]]:
 
 
 def train_plainly(module: nn.Module, part: Part, order: list[int]) -> dict[str, float]:
-    """Trains as most programs do, with a DataLoader and an optimiser made for it; what validation says afterwards."""
+    """Trains as most programs do, with a new DataLoader and a new optimiser; the metrics on the validation examples."""
     optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
     module.train()
     for x, y in DataLoader(part.train, BATCH_SIZE, sampler=order):
@@ -141,14 +141,14 @@ def measure(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def take_stdout() -> TextIO:
-    """Where answers go; what libraries print goes to stderr from now on."""
+    """The stream for answers; the output of libraries goes to stderr from now on."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answers
 
 
 def serve(answers: TextIO, train: Callable[[int, int], Tensor]) -> None:
-    """Answers each line "COHORT_SIZE ROUNDS FILE" with the seconds that `train` took for it.
+    """Answers each line "COHORT_SIZE ROUNDS FILE" with the seconds that `train` took.
 
     `train` gives the flat weights after these rounds, which go to the file unless it is "-".
     """

@@ -1,4 +1,4 @@
-"""Runs every search on made-up federations whose true errors are known, and draws how far each gets; see README.md."""
+"""Runs every search on made-up federations whose true errors are known, and draws their results; see README.md."""
 
 import argparse
 import itertools
@@ -35,16 +35,17 @@ SPACE = SearchSpace(
     {},
 )
 SEARCHES = ("random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb")
-OPTIONS = {"async_hyperband": {"reduction_factor": 3}}  # as the others
+SMALLEST = {"repeats": 2, "out": Path("runs/smallest/searches")}
+OPTIONS = {"async_hyperband": {"reduction_factor": 3}}  # the same as the other searches
 COLOURS = dict(
     zip(SEARCHES, ("#777777", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"), strict=True)
 )
 
 
 def curve(landscape: str, config: Config) -> tuple[float, float]:
-    """The error that training runs to, and the share of the way there that a round makes.
+    """The final error of training, and the share of the remaining distance to it that one round closes.
 
-    Where early errors tell, all are equally fast. Where they mislead, large steps are fast, and end too high.
+    If early errors tell, all configurations are equally fast. If they mislead, large steps are fast, and end too high.
     """
     step = math.log10(config["learning_rate"] / (1 - config["momentum"]))
     decay = math.log10(config["weight_decay"])
@@ -53,7 +54,7 @@ def curve(landscape: str, config: Config) -> tuple[float, float]:
 
 
 def after(error: float, landscape: str, config: Config, rounds: int) -> float:
-    """The true error after so many rounds more."""
+    """The true error after that number of further rounds."""
     limit, share = curve(landscape, config)
     return limit + (error - limit) * (1 - share) ** rounds
 
@@ -68,7 +69,7 @@ def compose(number: int, server: Config, client: Config) -> Trial:
 
 
 class MadeUpFederations:
-    """Trials whose true errors follow `curve`; what a tuner is told has noise. A round takes 1."""
+    """Trials whose true errors follow `curve`; the errors reported to a tuner have noise. A round takes 1."""
 
     def __init__(self, landscape: str, seed: int) -> None:
         self._landscape = landscape
@@ -116,7 +117,7 @@ def simulate(landscape: str, search: str, seed: int) -> list[float]:
 
 
 def run(searches: list[str], repeats: int, processes: int) -> pd.DataFrame:
-    """A row a landscape, search, seed and time."""
+    """A row for each landscape, search, seed and time."""
     work = list(itertools.product(LANDSCAPES, searches, range(repeats)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         outcomes = pool.starmap(simulate, work, chunksize=2)
@@ -136,7 +137,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """A panel a landscape, a line and a band of one standard error a search."""
+    """A panel for each landscape; in it a line and a band of one standard error for each search."""
     figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(LANDSCAPES), sharey=True)
     for axes, landscape in zip(panels, LANDSCAPES, strict=True):
@@ -166,7 +167,10 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     (arguments.out / "figures").mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measures how long tuners take to decide, by the number of configurations they have drawn; see README.md."""
+"""Measures how long a tuner's decision takes after it has drawn many configurations; see README.md."""
 
 import argparse
 import math
@@ -24,6 +24,7 @@ from fedtune.tuning.trial import Config, Trial, Tuner
 FOLDER = Path(__file__).parent
 PARALLEL_TRIALS = 25
 MAX_ROUNDS = 81
+SMALLEST = {"sizes": [1_000], "out": Path("runs/smallest/tuner_speed")}
 SPACE = SearchSpace(FEDEX_CLIENT_SPACE, {})
 CONFIG = sample(SPACE.client, np.random.default_rng(0))
 
@@ -34,7 +35,7 @@ def draw(number: int) -> Trial:
 
 
 def compose(number: int, server: Config, client: Config) -> Trial:
-    """The trial of values that a model chose."""
+    """The trial with the values that a model chose."""
     return Trial(number, server, ((client,),))
 
 
@@ -50,10 +51,9 @@ TUNERS: dict[str, Callable[[], Tuner]] = {
 
 
 def decisions(tuner: Tuner, num_configs: int, window: int, seed: int) -> list[float]:
-    """Seconds of each decision, one ask and one tell, while the last `window` of `num_configs` are drawn.
+    """The seconds of each decision, one ask and one tell, while the last `window` of `num_configs` are drawn.
 
-    25 jobs run at once and end in random order with random errors. While the configurations before the window are
-    drawn, bohb's model is not asked.
+    25 jobs run at once and end in random order with random errors. Before the window, bohb draws without its model.
     """
     draws = np.random.default_rng(seed)
     running, seconds, num_drawn = [], [], 0
@@ -97,10 +97,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tuners", nargs="+", default=list(TUNERS), choices=list(TUNERS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv")
+    parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
+    if parser.parse_args().smallest:
+        parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
     rows = [measure(name, size) for name in arguments.tuners for size in arguments.sizes]
     frame = pd.DataFrame(rows)
-    frame.to_csv(FOLDER / "results.csv", index=False, float_format="%.3g")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.3g")
     print(frame.round(1).to_string(index=False))
 
 

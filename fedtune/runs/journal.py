@@ -54,7 +54,8 @@ class Journal:
             if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != settings:
                 raise InputError(
                     f"{self.path.parent.parent / 'settings.toml'} must hold the settings of {self.path} (digest "
-                    f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited, or only one of them batches clients"
+                    f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited, or "
+                    "only one of them batches clients"
                 )
         self.decide("study", format=FORMAT, tuner=tuner, seed=seed, settings=settings)
 
