@@ -16,7 +16,7 @@ from fedtune.executors.machine import Machine, MachineSettings
 FOLDER = Path(__file__).parent
 PRECISIONS = ("fp32", "bf16")
 SMALLEST = {
-    "models": ["logistic", "cnn"],
+    "models": ["logistic"],
     "rounds": 1,
     "repeats": 1,
     "out": Path("runs/smallest/precision"),
