@@ -91,6 +91,7 @@ class LiveProgress:
             self._live.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        """Takes note of an event; what is worth a line of its own is printed."""
         match event["event"]:
             case "round":
                 self._round(event)

@@ -85,6 +85,7 @@ class OptunaMirror:
         self._close()
 
     def __call__(self, event: dict[str, Any]) -> None:
+        """Passes the event on to the listener, and writes what it says of a trial into the storage."""
         self._listener(event)
         if self._failed:
             return
