@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from fedtune.tuning import elimination, fedex, rsws
+from fedtune.tuning.config_pool import perturbed_pool
 from fedtune.tuning.domains import LogUniform
 from fedtune.tuning.elimination import EliminationPolicy
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.policy import Policy
-from fedtune.tuning.pool import perturbed_pool
 from fedtune.tuning.rsws import RSWSPolicy
 
 CONFIGS = tuple({"learning_rate": 10 ** (-i / 2)} for i in range(7))

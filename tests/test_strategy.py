@@ -23,8 +23,8 @@ from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
 from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning import fedex
+from fedtune.tuning.config_pool import make_pool
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
-from fedtune.tuning.pool import make_pool
 from fedtune.tuning.trial import Trial
 from fedtune_clients import local_sgd
 from fedtune_clients.models import logistic

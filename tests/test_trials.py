@@ -6,9 +6,9 @@ from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
 from fedtune.settings import client_program_name, resolve
+from fedtune.tuning.config_pool import make_pool
 from fedtune.tuning.domains import LogUniform, PowerOfTwo
 from fedtune.tuning.fedex import FedExSettings
-from fedtune.tuning.pool import make_pool
 from fedtune_clients.local_sgd import HYPERPARAMETERS
 
 TABLE = {

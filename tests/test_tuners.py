@@ -7,6 +7,7 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
+from fedtune.tuning.config_pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.domains import LogUniform
 from fedtune.tuning.elimination import EliminationPolicy
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
@@ -14,7 +15,6 @@ from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.one_federation import OneFederation
 from fedtune.tuning.pbt import PBT
 from fedtune.tuning.policy import Policy
-from fedtune.tuning.pool import perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.rsws import RSWSPolicy
 from fedtune.tuning.space import SearchSpace

@@ -5,19 +5,19 @@ which make the pool and the policy of each trial.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedtune import rng
+from fedtune.tuning.config_pool import make_pool, whole_space_pool
 from fedtune.tuning.domains import Domain
 from fedtune.tuning.elimination import EliminationPolicy, EliminationSettings
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.policy import Policy
-from fedtune.tuning.pool import make_pool, whole_space_pool
 from fedtune.tuning.rsws import RSWSPolicy
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool, Trial
@@ -86,7 +86,7 @@ def _elimination_then_fedex(max_rounds: int, **options: Any) -> PolicySettings:
     settings = EliminationSettings(**own)
     rounds_per_halving = settings.resolve(max_rounds)
     later = {name: value for name, value in options.items() if name in FEDEX.options}
-    fedex = FedExSettings(**{"signal": "loss", **later})
+    fedex = replace(FedExSettings(signal="loss"), **later)
 
     def make_policy(trial: Trial, num_classes: int, domains: Mapping[str, Domain], seed: int) -> Policy:
         def fedex_around(centre: Config) -> FedExPolicy:
