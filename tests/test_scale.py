@@ -6,7 +6,8 @@ import pytest
 
 from fedtune.data.client_ids import NumberedIds
 from fedtune.data.problems import repeated_ids
-from fedtune.runs import comparison
+from fedtune.runs.prepare import prepare
+from fedtune.runs.run_folder import claim_folder
 from fedtune.settings import resolve
 from fedtune.simulation.evaluation import evaluation_clients
 
@@ -50,10 +51,10 @@ def settings(tmp_path_factory):
 def test_a_million_clients_take_few_bytes_each_and_rounds_read_only_who_takes_part(settings, tmp_path):
     tracemalloc.start()
     try:
-        prepared = comparison.prepare(settings)
+        prepared = prepare(settings)
         x, y = (Rows.of(array) for array in (prepared.dataset.x, prepared.dataset.y))
         folder = tmp_path / "run"
-        comparison.claim_folder(folder, settings, force=False)
+        claim_folder(folder, settings, force=False)
         replace(prepared, dataset=replace(prepared.dataset, x=x, y=y)).run(folder, lambda event: None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -37,7 +37,7 @@ def test_a_copy_starts_from_what_its_parent_had(experiment):
     federations = experiment.MadeUpFederations("tell", 0)
     federations.deliver(federations.start(Job(parent, 0, 3), 0, 0.0))
     attempt = federations.start(Job(Trial(1, {}, ((config,),), parent=0), 1, 6), 0, 3.0)
-    assert attempt.ends == 6.0  # three rounds more
+    assert attempt.finish_time == 6.0  # three rounds more
     federations.deliver(attempt)
     before = experiment.after(0.9, "tell", parent.pool[0][0], 3)
     assert federations._state[1] == (6, pytest.approx(experiment.after(before, "tell", config, 3)))

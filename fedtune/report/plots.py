@@ -55,7 +55,7 @@ def plot_incumbents(run: Run, path: Path) -> Path:
         "Which tuner gets furthest with the same number of rounds?"
         if several
         else "How far does it get by which round?",
-        f"{run.settings['data']['name']}: test error of the trial that the tuner would pick now, {_over(run)}",
+        f"{_data_name(run)}: test error of the trial that the tuner would pick now, {_over(run)}",
     )
     _draw(axes, lines, steps=True)
     axes.set_xlabel("rounds spent over all trials", color=INK)
@@ -73,7 +73,7 @@ def plot_entropy(run: Run, path: Path) -> Path | None:
         return None
     figure, axes = _figure(
         "How soon does theta settle on a configuration?",
-        f"{run.settings['data']['name']}: theta in the federation picked at the end, {_over(run)}",
+        f"{_data_name(run)}: theta in the federation picked at the end, {_over(run)}",
     )
     _draw(axes, lines, steps=False)
     _entropy_axis(axes, lines)
@@ -184,6 +184,11 @@ def _until(line: Line, spent: int) -> Line:
     """The line, prolonged to all rounds that were spent: an incumbent stays one until another trial replaces it."""
     longer = (np.append(values, values[-1]) for values in (line.mean, line.low, line.high))
     return Line(line.tuner, line.colour, line.dashes, np.append(line.x, spent), *longer)
+
+
+def _data_name(run: Run) -> str:
+    """The name of the data set; of a path only the last part, for a long path would leave no room for the axes."""
+    return Path(run.settings["data"]["name"]).name
 
 
 def _over(run: Run) -> str:

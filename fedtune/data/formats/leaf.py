@@ -177,7 +177,7 @@ def _read_extra(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         extra = json.loads(file.read_text(encoding="utf-8"))
-        # Whatever is missing or has another type raises here, not later.
+        # A file of somebody else may hold any JSON: what is missing or has another type raises here, not later.
         _saved_spec(extra), _saved_form(extra), extra["name"], list[str](extra["client_ids"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} must be as `fedtune data export` wrote it, got {error!r}") from None
@@ -195,13 +195,13 @@ def _saved_parts(
     return client_ids, [[parts.get(part, {}).get(client, none) for part in PARTS] for client in client_ids]
 
 
-def _saved_spec(extra: dict[str, Any]) -> DatasetSpec:
+def _saved_spec(extra: Any) -> DatasetSpec:
     items = extra["spec"].items()
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in items}
     return DatasetSpec(**fields)
 
 
-def _saved_form(extra: dict[str, Any]) -> Form:
+def _saved_form(extra: Any) -> Form:
     input_shape, target_shape = (tuple(extra["spec"][name]) for name in ("input_shape", "target_shape"))
     x_dtype, y_dtype = np.dtype(extra["x_dtype"]), np.dtype(extra["y_dtype"])
     return Form(extra["characters"], input_shape, x_dtype, target_shape, y_dtype)
