@@ -240,3 +240,10 @@ def test_labels_are_moved_apart_no_more_than_needed(heights: list[float]) -> Non
     # Least squares within bounds is the least-squares solution without them, cut off at them.
     free = isotonic_regression(wanted[order] - offsets)
     np.testing.assert_allclose(places - offsets, np.clip(free, 0, 1 - offsets[-1]), atol=1e-9)
+
+
+def test_a_data_set_in_a_long_path_leaves_room_for_the_axes(tmp_path: Path) -> None:
+    """Without room matplotlib warns, and warnings are errors."""
+    run = a_run({"manual": [[0.5, 0.4]]})
+    run.settings["data"]["name"] = "/".join(["folder"] * 100) + "/my_data.py:make"
+    assert plots.plot_incumbents(run, tmp_path / "incumbents.png").is_file()
