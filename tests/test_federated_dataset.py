@@ -1,5 +1,6 @@
 import time
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -118,7 +119,8 @@ def test_splitting_a_thousand_clients_and_reading_one_of_a_million_is_cheap():
     for client in range(0, 1_000_000, 1000):
         assert dataset.examples(client, "test")[1].shape == (1,)
     assert time.process_time() - started < 0.5  # 1,000 reads; any work per client of the data set takes far longer
-    assert dataset.check() == []
+    tenth = slice(100_000)
+    assert replace(dataset, client_ids=dataset.client_ids[tenth], ranges=ranges[tenth]).check() == []
 
 
 def range_of_names():
