@@ -470,7 +470,8 @@ def test_the_same_command_gives_the_same_bits(runs):
 def test_a_run_is_not_resumed_with_an_executor_of_other_numbers(runs, first, second):
     with pytest.raises(
         InputError,
-        match=r"must hold the settings of .*: one of the two was edited, or only one of them batches clients$",
+        match=r"must hold the settings of .*: one of the two was edited, or the executor now batches clients "
+        "and did not before, or the other way round$",
     ):
         fedtune.resume(runs / first, executor=second)
 

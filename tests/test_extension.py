@@ -115,10 +115,10 @@ def ten_configs(tmp_path_factory):
     [
         ([], "extend needs --num-configs, --total-rounds or both, got neither"),
         (["--num-configs", "2"], "num_configs must be a whole number >= 11, got 2"),
-        (["--total-rounds", "27"], "total_rounds must be more than the 27 of before, got 27"),
+        (["--total-rounds", "27"], "total_rounds must be more than the 27 so far, got 27"),
         (
             ["--num-configs", "90", "--total-rounds", "3"],
-            "total_rounds must be more than the 27 of before, got 3",
+            "total_rounds must be more than the 27 so far, got 3",
         ),
     ],
 )

@@ -49,9 +49,8 @@ def test_decisions_that_are_taken_again_are_not_written_again(path):
     before = path.read_bytes()
     journal = Journal(path)
     for number in range(3):
-        assert journal.replaying
         journal.decide(**ask(number))
-    assert not journal.replaying
+    journal.check_that_it_ends_here()
     assert path.read_bytes() == before
     assert [line["trial"] for line in journal.notes("checkpoint")] == [0, 1, 2]
     journal.decide("end", incumbent=3, time=math.nan)
@@ -72,6 +71,27 @@ def test_another_decision_than_before_is_an_error_that_shows_both(path):
     journal.close()
     shown = "expected ask, trial 7, rung 0, rounds 3, got ask, trial 0, rung 0, rounds 3"
     assert str(caught.value) == f"{path}, line 1, does not fit the tuner: {shown}"
+
+
+def test_the_order_of_keys_does_not_make_a_decision_another_one(path):
+    journal = Journal(path)
+    journal.decide(**ask(0) | {"server": {"momentum": 0.5, "decay": 0.0}})
+    journal.close()
+    journal = Journal(path)
+    journal.decide(**ask(0) | {"server": {"decay": 0.0, "momentum": 0.5}})
+    journal.check_that_it_ends_here()
+    journal.close()
+
+
+def test_a_difference_that_is_in_no_field_shows_both_decisions(path):
+    write(path)
+    journal = Journal(path)
+    with pytest.raises(InputError) as caught:
+        journal.decide(**ask(0) | {"pool": [[]]})
+    journal.close()
+    assert "\n" not in str(caught.value)
+    assert '"pool": [[]]}, got {' in str(caught.value)
+    assert str(caught.value).endswith('"pool": [[{}]]}')
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_was_torn(path):

@@ -292,6 +292,26 @@ def test_a_round_that_was_taken_out(copy):
     )
 
 
+def test_a_drop_where_a_job_ends(copy):
+    path = journal(only(copy, "asha"), "asha")
+    lines = lines_of(path)
+    index = numbered(lines, "tell")[7]
+    right = ask(lines[index])
+    job = {name: lines[index][name] for name in ("trial", "rung", "rounds")}
+    lines[index] = {"event": "drop", **job, "time": lines[index]["time"], "then": "retry"}
+    seal(path, lines)
+    refused(copy, misfit(path, index + 1, right, ask(lines[index])))
+
+
+def test_a_study_whose_attempts_all_fail_is_rebuilt_as_far_as_it_went(tmp_path):
+    devices = {"drop_probability": 0.89, "straggler_std": 20.0}
+    with pytest.raises(InputError, match=r"1,000 attempts at a job of 3 rounds failed$"):
+        finished(tmp_path / "run", **SMALL, tuners=["random"], max_rounds=3, total_rounds=3, devices=devices)
+    (study,) = fedtune.replay(tmp_path / "run")
+    assert not study.finished
+    assert (study.jobs, study.under_way) == (0, 0)
+
+
 def test_two_lines_that_were_swapped(copy):
     path = journal(only(copy, "sha"), "sha")
     lines = lines_of(path)
@@ -335,7 +355,9 @@ def test_settings_that_were_edited(copy):
         fedtune.replay(only(copy, "asha"))
     start, _, end = str(caught.value).partition(", got other ones (digest ")
     assert start == f"{path} must hold the settings of {journal(copy, 'asha')} (digest {begun})"
-    assert end.endswith("): one of the two was edited, or only one of them batches clients")
+    assert end.endswith(
+        "): one of the two was edited, or the executor now batches clients and did not before, or the other way round"
+    )
 
 
 def test_a_larger_budget_than_the_run_had(copy):

@@ -136,7 +136,7 @@ def test_a_pool_of_one_is_federated_averaging_to_the_bit(dataset, grid, initial)
     expected = plain_fedavg(dataset, initial, CONFIG, 4)
     manual, metrics = train_rounds(make_strategy(pool=((CONFIG,),)), grid, initial, 4)
     assert torch.equal(manual, expected)
-    assert not any(seen["clipped"] or seen["rejected"] or seen["failed"] for seen in metrics)
+    assert not any(seen["clipped"] or seen["dropped"] or seen["lost"] for seen in metrics)
     assert all(math.isnan(seen["entropy"]) for seen in metrics)
 
 
@@ -317,7 +317,7 @@ def test_an_update_that_is_not_finite_is_rejected_counted_and_the_worst_for_thet
         return answer(message, 2, weights)
 
     strategy, weights, metrics = aggregate(grid, initial, {2: broken}, signal=signal)
-    assert (metrics["cohort"], metrics["failed"], metrics["rejected"], metrics["clipped"]) == (4, 0, 1, 0)
+    assert (metrics["cohort"], metrics["lost"], metrics["dropped"], metrics["clipped"]) == (4, 0, 1, 0)
     share = torch.tensor([10, 20, 0, 40]) / 70
     torch.testing.assert_close((weights - initial)[:4], share, atol=1e-6, rtol=0)
     reported = {"error": [0.25, 0.5, worst, 1.0], "loss": [0.5, 0.5, worst, 0.5]}[signal]
@@ -332,7 +332,7 @@ def test_an_exploded_update_is_clipped_counted_and_keeps_its_error(grid, initial
         return answer(message, 1, initial + size * (unit(1, initial) - initial))
 
     strategy, weights, metrics = aggregate(grid, initial, {1: exploded}, settings={"clip_factor": 3.0})
-    assert (metrics["failed"], metrics["rejected"], metrics["clipped"]) == (0, 0, 1)
+    assert (metrics["lost"], metrics["dropped"], metrics["clipped"]) == (0, 0, 1)
     change = torch.tensor([10, 20 * 3.0, 30, 40]) / 100  # its norm is three times the median of 1
     torch.testing.assert_close((weights - initial)[:4], change, atol=1e-5, rtol=0)
     expected = theta_after([0, 1, 2, 3], ERRORS, strategy.policy.settings)
@@ -345,7 +345,7 @@ def failed(message):
 
 def test_a_client_that_answers_with_an_error_has_failed_and_is_counted(grid, initial):
     strategy, weights, metrics = aggregate(grid, initial, {0: failed})
-    assert (metrics["cohort"], metrics["failed"], metrics["rejected"]) == (4, 1, 0)
+    assert (metrics["cohort"], metrics["lost"], metrics["dropped"]) == (4, 1, 0)
     assert strategy.outcome.failures == ["the battery is empty"]
     torch.testing.assert_close((weights - initial)[:4], torch.tensor([0, 20, 30, 40]) / 90, atol=1e-6, rtol=0)
     assert np.array_equal(
@@ -369,7 +369,7 @@ def test_a_round_without_a_usable_update_changes_nothing(grid, initial, case):
     assert np.array_equal(arrays["weights"].numpy(), first.numpy())
     assert all(np.array_equal(theta[name], array) for name, array in fedex.to_arrays(strategy.policy.state).items())
     assert all(torch.equal(old, new) for old, new in zip(moments, strategy.optimizer_state, strict=True))
-    assert (metrics["failed"], metrics["rejected"]) == ((0, 4) if case == "all are NaN" else (4, 0))
+    assert (metrics["lost"], metrics["dropped"]) == ((0, 4) if case == "all are NaN" else (4, 0))
     assert math.isnan(metrics["error"]) == (case != "all are NaN")
     train_rounds(strategy, grid, first, 1, first=3)
     assert strategy.policy.state.rounds == theta["rounds"][0] + 1  # the next one goes on as if nothing had been

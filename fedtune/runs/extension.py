@@ -28,7 +28,7 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
             _check(name, seed, settings, longer.extensions[-1], folder)
         with replacing(path) as longer_path:
             longer_path.write_text(write_settings(longer))
-            for name in FILES:
+            for name in reversed(FILES):  # results.csv first: without it the run counts as unfinished
                 (folder / name).unlink(missing_ok=True)
 
 
@@ -41,7 +41,7 @@ def _extended(settings: Settings, num_configs: int | None, total_rounds: int | N
         assert num_configs is not None
         total_rounds = max(before, num_configs * settings.max_rounds)
     elif total_rounds < before or (num_configs is None and total_rounds == before):
-        raise InputError(f"total_rounds must be more than the {before} of before, got {total_rounds}")
+        raise InputError(f"total_rounds must be more than the {before} so far, got {total_rounds}")
     extension = {"total_rounds": total_rounds}
     if num_configs is not None:
         extension["num_configs"] = num_configs

@@ -55,7 +55,7 @@ class Journal:
                 raise InputError(
                     f"{self.path.parent.parent / 'settings.toml'} must hold the settings of {self.path} (digest "
                     f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited, or "
-                    "only one of them batches clients"
+                    "the executor now batches clients and did not before, or the other way round"
                 )
         self.decide("study", format=FORMAT, tuner=tuner, seed=seed, settings=settings)
 
@@ -69,10 +69,7 @@ class Journal:
             return
         number, found = self._decisions[0]
         if not same(line, found):
-            wanted_leaves, found_leaves = dict(_leaves(line)), dict(_leaves(found))
-            names = {**wanted_leaves, **found_leaves}
-            different = next(name for name in names if not same(wanted_leaves.get(name), found_leaves.get(name)))
-            raise self.misfit(number, _words(wanted_leaves, different), _words(found_leaves, different))
+            raise self.misfit(number, *_difference(line, found))
         self._decisions.popleft()
 
     def note(self, event: str, **fields: Any) -> None:
@@ -83,16 +80,20 @@ class Journal:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
 
-    @property
-    def replaying(self) -> bool:
-        """Whether decisions of the past are still to come."""
-        return bool(self._decisions)
-
     def coming(self) -> tuple[int, dict[str, Any]]:
         """The next decision of the past, after the number of its line. Raises JournalEnds if there is none."""
         if not self._decisions:
             raise JournalEnds
         return self._decisions[0]
+
+    def expect(self, event: str, **fields: Any) -> int:
+        """The number of the next decision's line. Raises InputError unless it is of this event and has these fields."""
+        number, found = self.coming()
+        wanted = {"event": event, **fields}
+        shown = {name: found.get(name) for name in wanted}
+        if not same(wanted, shown):
+            raise self.misfit(number, *_difference(wanted, shown))
+        return number
 
     def check_that_it_ends_here(self) -> None:
         """Raises InputError if decisions of the past are still to come."""
@@ -165,8 +166,20 @@ class Journal:
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two values have the same JSON text: NaN is the same as NaN, and 1 is not the same as 1.0."""
-    return json.dumps(one) == json.dumps(other)
+    """Whether two values have the same JSON text: NaN is the same as NaN, and 1 is not the same as 1.0.
+
+    The order of keys does not matter.
+    """
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, str]:
+    """Two different decisions in words, with the first field in which they differ."""
+    wanted_leaves, found_leaves = dict(_leaves(wanted)), dict(_leaves(found))
+    for name in {**wanted_leaves, **found_leaves}:
+        if not same(wanted_leaves.get(name), found_leaves.get(name)):
+            return _words(wanted_leaves, name), _words(found_leaves, name)
+    return json.dumps(wanted), json.dumps(found)  # they differ in an empty list or table, which has no fields
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,10 @@ from fedtune.tuning.trial import Extendable, Job, Score, Trial, Tuner, incumbent
 MOST_ATTEMPTS = 1000  # at one job
 
 
+class AttemptsFailed(InputError):
+    """So many attempts failed that the study can't go on: all attempts at one job, or one at every job."""
+
+
 class Ledger:
     """What has happened in a study so far. `personalised` holds the evaluations after local training that were read."""
 
@@ -35,7 +39,7 @@ class Ledger:
     def charge(self, job: Job, attempt: int) -> TrialHistory | None:
         """The history of the job's trial, with the job charged; None if the budget has too few rounds left for it.
 
-        `attempt` counts the failed attempts at this job before this one. Raises InputError after MOST_ATTEMPTS.
+        `attempt` counts the failed attempts at this job before this one. Raises AttemptsFailed after MOST_ATTEMPTS.
         """
         history = self.trials.get(job.trial.number) or self._new_history(job.trial)
         num_rounds = job.rounds - history.reported_rounds
@@ -44,7 +48,7 @@ class Ledger:
                 return None
             self._spent += num_rounds
         elif attempt == MOST_ATTEMPTS:
-            raise InputError(
+            raise AttemptsFailed(
                 f"devices.drop_probability must let every job end, got {self._settings.devices.drop_probability}: "
                 f"{attempt:,} attempts at a job of {num_rounds} rounds failed"
             )
@@ -74,7 +78,7 @@ class Ledger:
             tuner.raise_num_configs(extension.num_configs)
 
     def result(self, time: float) -> dict[str, Any]:
-        """The row of results.csv, as far as the journal of the study decides it; `time` is the end in virtual time."""
+        """The row of results.csv without the incumbent's state; `time` is the end of the study in virtual time."""
         assert self.best is not None
         return {
             "trials": len(self.trials),

@@ -17,10 +17,10 @@ from fedtune.errors import InputError
 from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters, resolve_tuners, study_tuner
 from fedtune.runs.history import TrialHistory, past_personalised, past_records
 from fedtune.runs.journal import Journal, JournalEnds, same
-from fedtune.runs.ledger import Ledger
+from fedtune.runs.ledger import AttemptsFailed, Ledger
 from fedtune.runs.results import trial_rows
 from fedtune.runs.run_folder import settings_path
-from fedtune.runs.study import JobAttempt, NoJobEnded, Study
+from fedtune.runs.study import JobAttempt, Study
 from fedtune.settings import Settings, read_settings, resolve
 from fedtune.simulation.records import record_as_row
 from fedtune.tuning.trial import Job, Score, Trial
@@ -85,7 +85,6 @@ class JournalledJobs:
         self._journal = journal
         self._ledger = ledger
         self._records = past_records(journal)
-        self._personalised = past_personalised(journal)
 
     def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
         """The attempt, as the next line has it; if that is no ask, the study finds out when it compares the two."""
@@ -104,10 +103,10 @@ class JournalledJobs:
 
     def finish(self, attempt: JobAttempt) -> None:
         """Takes the rounds of the job from the journal. Raises InputError if it lacks one."""
-        line_number, _ = self._journal.coming()
-        history, trial = attempt.history, attempt.job.trial.number
+        job, history, trial = attempt.job, attempt.history, attempt.job.trial.number
+        line_number = self._journal.expect("tell", trial=trial, rung=job.rung, rounds=job.rounds)
         known = self._records.get(trial, {})
-        for server_round in range(history.reported_rounds + 1, attempt.job.rounds + 1):
+        for server_round in range(history.reported_rounds + 1, job.rounds + 1):
             if server_round not in known:
                 wanted = f"a line of round {server_round} of trial {trial} before it"
                 raise self._journal.misfit(line_number, wanted, "none")
@@ -117,14 +116,13 @@ class JournalledJobs:
         """Does nothing: a replay has no checkpoints."""
 
     def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
-        """Checks that the journal holds the evaluation. Raises InputError if it does not, and yet goes on."""
+        """Checks that the journal holds the evaluation. Raises InputError if the journal goes on without it."""
         yield from ()
-        if (reading, trial.number, rounds) not in self._personalised:
+        if (reading, trial.number, rounds) not in self._ledger.personalised:
             self._journal.coming()  # JournalEnds if the study was stopped here
             raise InputError(
                 f"{self._journal.path} must have a line of the personalised errors of trial {trial.number}, got none"
             )
-        self._ledger.personalised = self._personalised
 
 
 class Replay:
@@ -137,6 +135,7 @@ class Replay:
         self.seed = seed
         self.journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
         self.ledger = Ledger(settings)
+        self.ledger.personalised = past_personalised(self.journal)
         self.tuner = study_tuner(tuner, seed, hyperparameters)
         self._study = Study(
             tuner,
@@ -158,7 +157,7 @@ class Replay:
         try:
             for _ in self._study.steps():
                 raise AssertionError("a replay waits for nothing")
-        except (JournalEnds, NoJobEnded):
+        except (JournalEnds, AttemptsFailed):
             finished = False
         histories = [history for history in self.ledger.trials.values() if history.scores]
         ended = len(self.ledger.incumbents)

@@ -4,17 +4,16 @@ A study is the workload of the event loop (`fedtune.simulation.event_loop`). It 
 before it acts on it, and keeps a ledger. Who carries out the jobs is not its business: `fedtune.runs.trained_jobs`
 trains them, `fedtune.runs.replay` takes what became of them from the journal of the past.
 
-A generator of None yields whenever it waits for the executor; whoever runs it then lets the executor compute.
+A generator here yields, without a value, whenever it waits for the executor. Its caller then lets the executor compute.
 """
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from fedtune.errors import InputError
 from fedtune.runs.history import TrialHistory
 from fedtune.runs.journal import Journal
-from fedtune.runs.ledger import Ledger
+from fedtune.runs.ledger import AttemptsFailed, Ledger
 from fedtune.runs.results import trial_as_json
 from fedtune.settings import ExtensionSettings, Settings, digest
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
@@ -55,10 +54,6 @@ class Jobs(Protocol):
 
         `reading` says how clients choose their configuration: "sampled" from theta, or "argmax".
         """
-
-
-class NoJobEnded(InputError):
-    """Every job of a study failed for good, so there is no incumbent."""
 
 
 class Study:
@@ -170,7 +165,7 @@ class Study:
 
     def _best(self) -> Score:
         if self._ledger.best is None:
-            raise NoJobEnded(
+            raise AttemptsFailed(
                 f"devices.drop_probability must let a job end, got {self._settings.devices.drop_probability}: "
                 f"all {self._ledger.failed_attempts} jobs of tuner {self.name}, seed {self.seed}, failed"
             )

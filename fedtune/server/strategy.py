@@ -135,8 +135,7 @@ class FedTuneStrategy(Strategy):
             entropy=fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan"),
             failures=sorted(reply.error.reason or "" for reply in replies if reply.has_error()),
         )
-        numbers = {name: value for name, value in self.outcome._asdict().items() if name != "failures"}
-        return pack(weights.numpy()), MetricRecord(numbers)
+        return pack(weights.numpy()), _as_metrics(self.outcome)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -204,3 +203,18 @@ def _in_order(replies: Iterable[Message], nodes: Sequence[int]) -> dict[int, Mes
     position = {node: index for index, node in enumerate(nodes)}
     answers = {position[reply.metadata.src_node_id]: reply for reply in replies if reply.has_content()}
     return {index: answers[index] for index in sorted(answers)}
+
+
+def _as_metrics(outcome: RoundOutcome) -> MetricRecord:
+    """The outcome as Flower logs it, under the names of the columns of rounds.parquet."""
+    return MetricRecord(
+        {
+            "cohort": outcome.cohort,
+            "lost": outcome.failed,
+            "dropped": outcome.rejected,
+            "clipped": outcome.clipped,
+            "error": outcome.error,
+            "loss": outcome.loss,
+            "entropy": outcome.entropy,
+        }
+    )
