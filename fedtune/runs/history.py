@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from fedtune.errors import InputError
 from fedtune.runs.journal import Journal
 from fedtune.simulation.evaluation import tail_mean
 from fedtune.simulation.records import Evaluation, RoundRecord, record_from_json
@@ -41,12 +42,23 @@ class TrialHistory:
         return {record.round: record.evaluation for record in rounds if record.evaluation is not None}
 
 
-def past_records(journal: Journal) -> dict[int, dict[int, RoundRecord]]:
-    """The rounds that a journal holds, by trial and round. If a round was trained twice, the later record counts."""
-    records: dict[int, dict[int, RoundRecord]] = {}
-    for line in journal.notes("round"):
-        records.setdefault(line["trial"], {})[line["record"]["round"]] = record_from_json(line["record"])
-    return records
+class PastRounds:
+    """The rounds that a journal held when it was opened. If a round was trained twice, the later record counts."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._path = journal.path
+        self._records = {
+            (line["trial"], line["record"]["round"]): record_from_json(line["record"])
+            for line in journal.notes("round")
+        }
+
+    def of(self, trial: int, after: int, up_to: int) -> list[RoundRecord]:
+        """The trial's records of rounds after + 1 to up_to. Raises InputError if one is missing."""
+        numbers = range(after + 1, up_to + 1)
+        for number in numbers:
+            if (trial, number) not in self._records:
+                raise InputError(f"{self._path} must have a line of round {number} of trial {trial}, got none")
+        return [self._records[trial, number] for number in numbers]
 
 
 def past_personalised(journal: Journal) -> dict[Reading, Evaluation]:

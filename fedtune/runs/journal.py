@@ -86,14 +86,13 @@ class Journal:
             raise JournalEnds
         return self._decisions[0]
 
-    def expect(self, event: str, **fields: Any) -> int:
-        """The number of the next decision's line. Raises InputError unless it is of this event and has these fields."""
+    def expect(self, event: str, **fields: Any) -> None:
+        """Raises InputError unless the next decision of the past is of this event and has these fields."""
         number, found = self.coming()
         wanted = {"event": event, **fields}
         shown = {name: found.get(name) for name in wanted}
         if not same(wanted, shown):
             raise self.misfit(number, *_difference(wanted, shown))
-        return number
 
     def check_that_it_ends_here(self) -> None:
         """Raises InputError if decisions of the past are still to come."""

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fedtune.errors import InputError
 from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters, resolve_tuners, study_tuner
-from fedtune.runs.history import TrialHistory, past_personalised, past_records
+from fedtune.runs.history import PastRounds, TrialHistory, past_personalised
 from fedtune.runs.journal import Journal, JournalEnds, same
 from fedtune.runs.ledger import AttemptsFailed, Ledger
 from fedtune.runs.results import trial_rows
@@ -84,7 +84,7 @@ class JournalledJobs:
     def __init__(self, journal: Journal, ledger: Ledger) -> None:
         self._journal = journal
         self._ledger = ledger
-        self._records = past_records(journal)
+        self._past_rounds = PastRounds(journal)
 
     def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
         """The attempt, as the next line has it; if that is no ask, the study finds out when it compares the two."""
@@ -104,13 +104,8 @@ class JournalledJobs:
     def finish(self, attempt: JobAttempt) -> None:
         """Takes the rounds of the job from the journal. Raises InputError if it lacks one."""
         job, history, trial = attempt.job, attempt.history, attempt.job.trial.number
-        line_number = self._journal.expect("tell", trial=trial, rung=job.rung, rounds=job.rounds)
-        known = self._records.get(trial, {})
-        for server_round in range(history.reported_rounds + 1, job.rounds + 1):
-            if server_round not in known:
-                wanted = f"a line of round {server_round} of trial {trial} before it"
-                raise self._journal.misfit(line_number, wanted, "none")
-            history.records.append(known[server_round])
+        self._journal.expect("tell", trial=trial, rung=job.rung, rounds=job.rounds)
+        history.records += self._past_rounds.of(trial, history.reported_rounds, job.rounds)
 
     def reported(self, job: Job, best: Score) -> None:
         """Does nothing: a replay has no checkpoints."""

@@ -138,7 +138,7 @@ class TrainedJobs:
             self._store.inherit(trial.number, parent.round, parent.inherited_state())
         # A study that was stopped had trained some of the rounds already.
         latest = self._store.latest(trial.number)
-        for record in self._store.past_records(trial.number, first, min(latest, job.rounds)):
+        for record in self._store.past_rounds.of(trial.number, first, min(latest, job.rounds)):
             enter(record)
         if latest < job.rounds:
             checkpoint = yield from self._checkpoint(trial, latest, order)

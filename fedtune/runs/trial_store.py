@@ -12,7 +12,7 @@ import numpy as np
 
 from fedtune.errors import InputError
 from fedtune.runs import checkpoint
-from fedtune.runs.history import past_records
+from fedtune.runs.history import PastRounds
 from fedtune.runs.journal import Journal
 from fedtune.simulation.records import RoundRecord, record_as_json
 
@@ -24,20 +24,13 @@ class TrialStore:
         folder.mkdir(exist_ok=True)
         self._journal = journal
         self._folder = folder
-        self._past_records = past_records(journal)
+        self.past_rounds = PastRounds(journal)
         self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
         self._reported: dict[int, int] = {}  # the round at the end of each trial's last reported job
 
     def latest(self, trial: int) -> int:
         """The round of the trial's latest checkpoint; 0 if it has none."""
         return self._latest.get(trial, 0)
-
-    def past_records(self, trial: int, after: int, up_to: int) -> list[RoundRecord]:
-        """The trial's records of rounds after + 1 to up_to, from before the study was stopped."""
-        known = self._past_records.get(trial, {})
-        if missing := [number for number in range(after + 1, up_to + 1) if number not in known]:
-            raise InputError(f"{self._journal.path} must have a line of round {missing[0]} of trial {trial}, got none")
-        return [known[number] for number in range(after + 1, up_to + 1)]
 
     def write(self, trial: int, record: RoundRecord, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Notes a round; with the arrays of the federation's state, writes a checkpoint of that round."""
