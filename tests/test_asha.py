@@ -256,15 +256,15 @@ def test_default_min_rounds(max_rounds, reduction_factor, min_rounds):
     assert ASHA(draw, max_rounds, reduction_factor=reduction_factor).rung_rounds[0] == min_rounds
 
 
-@pytest.mark.parametrize(("max_rounds", "would_do"), [(100, [81, 99, 108, 243]), (10, [9, 18, 27]), (1, [3, 9])])
-def test_rounds_that_leave_nothing_to_stop_early(max_rounds, would_do):
+@pytest.mark.parametrize(("max_rounds", "allowed"), [(100, [81, 99, 108, 243]), (10, [9, 18, 27]), (1, [3, 9])])
+def test_rounds_that_leave_nothing_to_stop_early(max_rounds, allowed):
     with pytest.raises(InputError) as raised:
         ASHA(draw, max_rounds)
     assert str(raised.value) == (
         f"max_rounds must be a multiple of reduction_factor (3), got {max_rounds}; "
-        f"{', '.join(map(str, would_do))} would do"
+        f"{', '.join(map(str, allowed))} are allowed"
     )
-    for rounds in would_do:
+    for rounds in allowed:
         assert len(ASHA(draw, rounds).rung_rounds) > 1
 
 
@@ -277,7 +277,7 @@ def test_rounds_that_leave_nothing_to_stop_early(max_rounds, would_do):
         ({"min_rounds": 82}, "min_rounds must be a whole number >= 1 and <= 81, got 82"),
         (
             {"min_rounds": 2},
-            "max_rounds must be min_rounds (2) times a power of reduction_factor (3), got 81; 54 or 162 would do",
+            "max_rounds must be min_rounds (2) times a power of reduction_factor (3), got 81; 54 and 162 are allowed",
         ),
         ({"early_stopping_rate": 5}, "early_stopping_rate must be a whole number >= 0 and <= 4, got 5"),
         ({"num_configs": 80}, f"num_configs must be a whole number >= {3**4}, got 80"),

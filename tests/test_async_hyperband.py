@@ -81,7 +81,8 @@ def test_rungs_when_a_256th_is_no_whole_number_of_rounds():
     with pytest.raises(InputError) as raised:
         AsyncHyperband(draw, 81)
     assert (
-        str(raised.value) == "max_rounds must be a multiple of reduction_factor (4), got 81; 64, 80, 96, 256 would do"
+        str(raised.value)
+        == "max_rounds must be a multiple of reduction_factor (4), got 81; 64, 80, 96, 256 are allowed"
     )
     assert len(AsyncHyperband(draw, 81, min_rounds=81).widths) == 1
 

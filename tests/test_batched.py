@@ -368,7 +368,7 @@ def data_dependent(spec):
     return nn.Sequential(nn.Flatten(), Branch(), nn.Linear(64, spec.num_classes))
 """
 
-MIXED = "a client's training is not the same when others train beside it"
+MIXED = "a client's training is not the same if other clients train with it"
 
 
 @pytest.mark.parametrize(

@@ -239,8 +239,8 @@ def test_it_must_be_over_by_max_rounds(num_configs, halvings):
         with pytest.raises(InputError) as raised:
             settings.resolve(3 * halvings - 1)
         assert str(raised.value) == (
-            f"max_rounds must be >= {3 * halvings} to eliminate all but one of {num_configs} configurations by halving "
-            f"every 3 rounds, got {3 * halvings - 1}"
+            f"max_rounds must be >= {3 * halvings} to reduce {num_configs} configurations to one by halving every 3 "
+            f"rounds, got {3 * halvings - 1}"
         )
 
 

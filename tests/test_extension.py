@@ -1,5 +1,6 @@
 """A finished run that is asked for more: the same bytes as a run whose settings asked for it from the start."""
 
+import re
 import shutil
 
 import pandas as pd
@@ -115,10 +116,10 @@ def ten_configs(tmp_path_factory):
     [
         ([], "extend needs --num-configs, --total-rounds or both, got neither"),
         (["--num-configs", "2"], "num_configs must be a whole number >= 11, got 2"),
-        (["--total-rounds", "27"], "total_rounds must be more than the 27 so far, got 27"),
+        (["--total-rounds", "27"], "total_rounds must be more than the present budget, 27, got 27"),
         (
             ["--num-configs", "90", "--total-rounds", "3"],
-            "total_rounds must be more than the 27 so far, got 3",
+            "total_rounds must be more than the present budget, 27, got 3",
         ),
     ],
 )
@@ -147,13 +148,13 @@ def test_an_extension_has_no_option_for_what_its_run_has_decided(tmp_path, monke
 @pytest.mark.parametrize(
     ("tuner", "message"),
     [
-        ("sha", "only studies of random, asha, async_hyperband and their like can be extended, got sha"),
-        ("manual", "only studies of random, asha, async_hyperband and their like can be extended, got manual"),
+        ("sha", "only random, asha and async_hyperband, with or without +fedex, can be extended, got sha"),
+        ("manual", "only random, asha and async_hyperband, with or without +fedex, can be extended, got manual"),
     ],
 )
 def test_a_tuner_that_cannot_go_on_is_named(tmp_path, tuner, message):
     fedtune.compare("digits", out=tmp_path / "run", tuners=[tuner], **SETTINGS)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(message)):
         fedtune.extend(tmp_path / "run", num_configs=100)
 
 
@@ -165,6 +166,6 @@ def test_a_run_that_was_stopped_is_to_be_resumed_first(tmp_path):
     with pytest.raises(Killed):
         fedtune.compare("digits", out=tmp_path / "run", tuners=["asha"], listener=stop, **SETTINGS)
     with pytest.raises(
-        InputError, match=r"run must be finished \(`fedtune resume .*run`\), got asha-seed0 that is not"
+        InputError, match=r"run must be finished \(`fedtune resume .*run`\), got the unfinished study asha-seed0"
     ):
         fedtune.extend(tmp_path / "run", num_configs=100)

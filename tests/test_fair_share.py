@@ -75,8 +75,8 @@ def test_another_worker_takes_nobodys_away(num_workers, limits, random):
     ("args", "said"),
     [
         ((-1, [1]), "num_workers must be a whole number >= 0, got -1"),
-        ((1, [1, -2]), "limit of job 1 must be a whole number >= 0, got -2"),
-        ((1, [1], [0]), "weight of job 0 must be a finite number > 0, got 0"),
+        ((1, [1, -2]), "limit of study 1 must be a whole number >= 0, got -2"),
+        ((1, [1], [0]), "weight of study 0 must be a finite number > 0, got 0"),
         ((1, [1, 1], [1]), "weights must be as many as limits, 2, got 1"),
     ],
 )

@@ -64,7 +64,7 @@ def test_features_have_mean_0_and_variance_1():
         ({"likes": None}, {}, "column 'likes' must have a value in every row, got none in 120 of 120"),
         ({}, {"label": "price", "features": ["age"]}, "labels of a classification must be whole numbers or names, got"),
         ({}, {"label": "likes", "features": ["age"], "objective": "regression"}, "labels of a regression must be num"),
-        ({}, {"features": []}, "a table must have a column beside 'user' and 'price', got none"),
+        ({}, {"features": []}, "a table must have a column in addition to 'user' and 'price', got none"),
     ],
 )
 def test_a_bad_table_is_one_line(change, options, message):

@@ -164,4 +164,6 @@ def test_a_run_of_another_torch_is_gone_on_with_and_says_so(finished, tmp_path):
     heard = []
     fedtune.resume(folder, executor="serial", listener=heard.append)
     (warning,) = (event["message"] for event in heard if event["event"] == "warning")
-    assert warning == f"the run was begun with torch 1.0, now {now}: its results may equal those of neither"
+    assert warning == (
+        f"the run was begun with torch 1.0, now {now}: its results may differ from a run with either set of versions"
+    )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.domains import Choice, Integer, LogUniform, Uniform
-from fedtune.tuning.space import FEDEX_CLIENT_SPACE, FEDEX_SERVER_SPACE, Hyperparameter, check_space, perturb, sample
+from fedtune.tuning.domains import Choice, Domain, Integer, LogUniform, PowerOfTwo, Uniform
+from fedtune.tuning.space import Hyperparameter, check_space, perturb, sample
 
 CLIENT = {
     "learning_rate": Hyperparameter(0.1, low=0.0, low_open=True),
@@ -15,6 +15,23 @@ CLIENT = {
     "epochs": Hyperparameter(1, low=1, integer=True),
     "dropout": Hyperparameter(0.0, low=0.0, high=1.0, high_open=True),
     "proximal_mu": Hyperparameter(0.0, low=0.0),
+}
+
+# The spaces of Khodak et al., NeurIPS 2021 (arXiv 2106.04502), but momentum stops
+# at 0.999, since at 1 the velocity never decays.
+FEDEX_CLIENT_SPACE: dict[str, Domain] = {
+    "learning_rate": LogUniform(1e-4, 1.0),
+    "momentum": Uniform(0.0, 0.999),
+    "weight_decay": LogUniform(1e-5, 1e-1),
+    "epochs": Integer(1, 5),
+    "batch_size": PowerOfTwo(8, 128),
+    "proximal_mu": LogUniform(1e-5, 1.0),
+    "dropout": Uniform(0.0, 0.5),
+}
+FEDEX_SERVER_SPACE: dict[str, Domain] = {
+    "learning_rate": LogUniform(0.1, 10.0),
+    "momentum": Choice((0.0, 0.9)),
+    "decay": LogUniform(1e-4, 1e-2),
 }
 
 

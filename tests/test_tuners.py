@@ -187,7 +187,7 @@ def test_fedex_after_elimination_has_its_own_options_and_losses_unless_set(optio
 
 
 def test_elimination_must_be_over_by_max_rounds_and_that_is_found_before_the_run():
-    with pytest.raises(InputError, match="max_rounds must be >= 84 to eliminate all but one of 27 configurations"):
+    with pytest.raises(InputError, match="max_rounds must be >= 84 to reduce 27 configurations to one"):
         parse("elimination", rounds_per_halving=21)
 
 

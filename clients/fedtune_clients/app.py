@@ -2,7 +2,7 @@
 
 It uses these settings of the run: [data], [model], `device`, `precision` and the name in [client]. The node's config
 says which client the node is ("partition-id"), unless the "config" of a message names another one ("client").
-`fedtune.server.messages` says what else messages hold.
+`fedtune.server.messages` describes the messages.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Steps of SGD by backpropagation, written out for four kinds of layers (WRITTEN_OUT) and left to autograd for others.
 
-The written-out form spares autograd's overhead, which is most of a small layer's time. And it adds the gradient of a
-linear layer's weight, a product of two matrices, to the weight while it computes the product; autograd would write the
-product to memory first.
+The written-out form has none of autograd's overhead, which is most of a small layer's time. It also saves memory
+traffic: the gradient of a linear layer's weight is a product of two matrices, and it is added to the weight while the
+product is computed. Autograd would write the product to memory first.
 
 If all layers of a model are written out, several clients can take a step together, each with weights of its own. An
 operation that works row by row is done on the rows of all clients at once. A matrix product is done for each client as
@@ -98,7 +98,7 @@ class Backprop:
 class Block:
     """Layers that are left to autograd, for one client. It is also the base class of the layers that are written out.
 
-    `forward` leaves in it what `backward` needs.
+    `forward` stores what `backward` needs.
     """
 
     needs_input_gradient = True
@@ -123,7 +123,10 @@ class Block:
         return Rows([x.detach()])
 
     def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
-        """The loss's gradient by the inputs, if it is needed, given its gradient by the outputs. Steps the weights."""
+        """The gradient of the loss with respect to the inputs, if it is needed. Steps the weights.
+
+        `gradient` is the gradient of the loss with respect to the outputs.
+        """
         sources = [*self.parameters, self._source] if self.needs_input_gradient else self.parameters
         if self._result.requires_grad or not self.needs_input_gradient:
             gradients = torch.autograd.grad(self._result, sources, gradient.per_client[0], materialize_grads=True)
@@ -168,7 +171,7 @@ class ReLU(Block):
     """nn.ReLU."""
 
     def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
-        """The inputs, with 0 in place of what is below it."""
+        """max(inputs, 0)."""
         (module,) = self.modules
         self._outputs = _map(torch.relu_ if module.inplace else torch.relu, inputs)
         return self._outputs
@@ -260,7 +263,7 @@ def _apart(whole: Shaped[Tensor, "client example ..."], sizes: list[int]) -> Row
 
 
 def _map(function: Callable[..., Tensor], *rows: Rows) -> Rows:
-    """What the function makes of the rows; it must work row by row."""
+    """The results of the function on the rows; the function must work row by row."""
     wholes = [argument.whole for argument in rows]
     if any(whole is None for whole in wholes):
         tensors = zip(*[argument.per_client for argument in rows], strict=True)
@@ -269,7 +272,10 @@ def _map(function: Callable[..., Tensor], *rows: Rows) -> Rows:
 
 
 def _blocks(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[Block]:
-    """The layers of nested nn.Sequentials: one block for each that is written out, one for all others between two."""
+    """The layers of nested nn.Sequentials as blocks.
+
+    A layer that is written out is a block of its own. Other layers that follow each other share one block.
+    """
     between: list[nn.Module] = []
     for layer in _layers(module):
         if _is_written_out(layer) and all(parameter in numbers for parameter in layer.parameters()):
@@ -286,7 +292,7 @@ def _blocks(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[
 def _is_written_out(layer: nn.Module) -> bool:
     if type(layer) not in WRITTEN_OUT or _has_hooks(layer):
         return False
-    # Weights that a user added to the layer must decay, even if nothing uses them: autograd sees to that.
+    # Weights that a user added to the layer must decay, even if nothing uses them: autograd does this.
     known = {"weight", "bias"} if type(layer) is nn.Linear else set()
     if dict(layer.named_parameters()).keys() - known:
         return False

@@ -1,4 +1,4 @@
-"""Local SGD of many clients in one tensor program, for devices that are mostly idle if one small step runs at a time.
+"""Local SGD of many clients in one tensor program. It is for devices that one client's small steps leave mostly idle.
 
 It is `fedtune_clients.local_sgd.client_update` for many clients, with the same numbered lines. From the same generators
 it draws the same batches and the same dropout. The weights are the same to rounding. On a GPU the dropout draws differ,
@@ -26,7 +26,7 @@ from fedtune_clients.hyperparameters import complete
 
 
 class LocalTraining(NamedTuple):
-    """What one client does: a batch for each step, given as the indices of its examples among those of all clients."""
+    """The local training of one client. A batch holds indices into the examples of all clients; each step has one."""
 
     row: int  # of the result
     config: dict[str, Number]
@@ -51,10 +51,9 @@ def train_batched(
     configs: Sequence[Config],
     rngs: Sequence[np.random.Generator],
 ) -> Float[Tensor, "client weight"]:
-    """The weights of each client after local SGD from `weights` on its part of the examples, to rounding as `train`'s.
+    """The weights of each client after local SGD from `weights` on its examples, equal to `train` up to rounding.
 
-    `examples` holds the examples of the first client, then those of the second, and so on; `sizes` says how many
-    examples each client has.
+    `examples` holds the examples of all clients, client after client; `sizes` says how many examples each client has.
     """
     trainings = _trainings(sizes, configs, rngs)
     model.load(weights)
@@ -124,7 +123,7 @@ def _schedule(
     counts = np.zeros(index.shape, np.bool_)
     for place, training in enumerate(bucket):
         for step, batch in enumerate(training.batches):
-            # Filled up with an example of the client's own, which is as finite as its others.
+            # Fill up with an example of the same client. If all its examples are finite, this one is finite too.
             index[step, place] = batch[0]
             index[step, place, : len(batch)] = batch
             counts[step, place, : len(batch)] = True
@@ -141,9 +140,10 @@ def _loss_of(model: FlatModel) -> Callable[..., Float[Tensor, ""]]:
         with _dropout_as(model.module, lambda inputs: inputs * next(remaining) if masks else inputs):
             outputs = model.outputs(weights, x, parameters)
         if not y.is_floating_point():
-            return model.loss(outputs, torch.where(_beside(counts, y), y, IGNORED))
-        # For real targets there is no label that does not count. So the error is made zero, and the mean corrected.
-        outputs, y = (torch.where(_beside(counts, tensor), tensor, 0.0) for tensor in (outputs, y))
+            return model.loss(outputs, torch.where(_per_client(counts, y), y, IGNORED))
+        # Real targets have no label like IGNORED. So the error of a filled-up example is set to 0, and the mean is
+        # divided by the share of examples that count.
+        outputs, y = (torch.where(_per_client(counts, tensor), tensor, 0.0) for tensor in (outputs, y))
         return model.loss(outputs, y) / counts.float().mean()
 
     return loss
@@ -168,22 +168,22 @@ def _sgd_step(
     for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         # Not in place: two parameters may share one gradient.
         if decay is not None:
-            gradient = torch.addcmul(gradient, parameter, _beside(decay, parameter))
+            gradient = torch.addcmul(gradient, parameter, _per_client(decay, parameter))
         if mu is not None:
-            gradient = torch.addcmul(gradient, sent[number], _beside(mu, parameter), value=-1)
+            gradient = torch.addcmul(gradient, sent[number], _per_client(mu, parameter), value=-1)
         if momentum is not None:
-            gradient = velocities[number].mul_(_beside(momentum, parameter)).add_(gradient)
-        parameter.addcmul_(gradient, _beside(learning_rate, parameter), value=-1)
+            gradient = velocities[number].mul_(_per_client(momentum, parameter)).add_(gradient)
+        parameter.addcmul_(gradient, _per_client(learning_rate, parameter), value=-1)
 
 
-def _beside(column: Tensor, tensor: Tensor) -> Tensor:
-    """As much of the column as the tensor's first axis is long, in a shape that broadcasts along that axis."""
+def _per_client(column: Tensor, tensor: Tensor) -> Tensor:
+    """The first `len(tensor)` entries of the column, shaped to broadcast: one entry for each row of the tensor."""
     return column[: len(tensor)].view(-1, *[1] * (tensor.ndim - 1))
 
 
 @contextmanager
 def _dropout_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, `forward` takes the place of the module's dropout layers."""
+    """Inside the `with` block the module's dropout layers call `forward`."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
     for layer in layers:
         layer.forward = forward  # type: ignore[assignment]

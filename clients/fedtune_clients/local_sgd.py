@@ -13,12 +13,13 @@ ClientUpdate; the proximal term is equation 2 of Li et al. (2020), "Federated Op
 E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dropout, weight decay and FedProx's term.
 Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
 
-`client_update` is the algorithm as one would write it: it says what local SGD means. Runs use faster forms: `train` and
-`train_together` (in `fedtune_clients.together`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests hold the
-weights of `train` equal to the weights of `client_update` within 1e-5, since the fast form adds and multiplies the same
-numbers in another order. The bits are the same if `train` leaves all of backpropagation to autograd, as it does under
-autocast, and there is neither weight decay nor a proximal term. On a GPU the two forms may draw other numbers for
-dropout.
+`client_update` is the algorithm in its readable form: it defines what local SGD means. Runs use faster forms: `train`
+and `train_together` (in `fedtune_clients.together`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests check
+that the weights of `train` and of `client_update` are equal within 1e-5: the fast form adds and multiplies the same
+numbers in another order. The bits are equal under two conditions:
+- `train` leaves all of backpropagation to autograd, as it does under autocast;
+- there is neither weight decay nor a proximal term.
+On a GPU the two forms may draw different numbers for dropout.
 """
 
 import numpy as np

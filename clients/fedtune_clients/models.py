@@ -98,7 +98,7 @@ class _ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         images = x.reshape(-1, *self.shape).movedim(1, -1)
-        # Through a flat form: torch takes the strides of images with one channel for the strides of another format.
+        # Flatten the images first. If they have one channel, torch mistakes their strides for another memory format.
         return images.flatten(1).view(images.shape).movedim(-1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The step of SGD, on one weight tensor of a client's model at a time. Its source is in `fedtune_clients.local_sgd`."""
+"""The step of SGD, on one weight tensor of a client's model at a time. `fedtune_clients.local_sgd` names the papers."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class SGDStep:
         self._finish(number)
 
     def along_product(self, number: int, left: Tensor, right: Tensor) -> None:
-        """What `along` does with the product of two matrices, or of a matrix and a vector, as one operation."""
+        """Like `along` with left @ right as the gradient, in one operation. `right` is a matrix or a vector."""
         target = self._targets[number]
         add_product = target.addmm_ if right.ndim > 1 else target.addmv_
         add_product(left, right, beta=self._retained, alpha=self._scale)

@@ -1,8 +1,8 @@
 """The fast form of `fedtune_clients.local_sgd.client_update`, for one client or for several side by side.
 
 Backpropagation is written out (`fedtune_clients.backprop`). If all layers of a model are written out, several clients
-take each step together, which spares most of the time that a small model spends on the start of operations. Each
-client gets the bits that it would get alone. The numbers at the ends of lines are those of ClientUpdate.
+take each step together. For a small model this saves most of the overhead of starting operations. Each client gets the
+bits that it would get alone. The numbers at the ends of lines are the line numbers of ClientUpdate.
 """
 
 import itertools
@@ -59,7 +59,7 @@ def train_together(
     configs: Sequence[Config],
     rngs: Sequence[np.random.Generator],
 ) -> list[Float[Tensor, "weight"]]:
-    """What `train` gives for each of several clients, to the bit. See `num_together`."""
+    """The weights of each client, with the same bits as from `train`. See `num_together`."""
     completed = [complete(config) for config in configs]
     backprop = _backprop(model, torch.is_autocast_enabled(model.flat.device.type))
     if len(completed) > 1 and not backprop.takes_several:
@@ -98,7 +98,7 @@ def prepare(module: nn.Module, dropout: float, seed: int) -> None:
 
 
 def _rows(model: FlatModel, weights: Float[Tensor, "weight"], count: int) -> list[Float[Tensor, "weight"]]:
-    """Copies of the weights: the model's own if one is needed, otherwise each at an aligned place in memory."""
+    """`count` copies of the weights: a single copy is `model.flat`; several copies have aligned places in memory."""
     if count == 1:
         model.load(weights)
         return [model.flat]
@@ -117,7 +117,7 @@ def _batches(
 
 
 def _alike(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """The turns in groups that step together. All batches of a group are filled up to the size of the largest.
+    """Groups of turns; the clients of a group step together. All its batches are filled up to the size of the largest.
 
     A group holds small batches of similar sizes; a large batch is a group of its own.
     """

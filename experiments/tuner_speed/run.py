@@ -14,10 +14,11 @@ from fedtune.tuning import bohb
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.async_hyperband import AsyncHyperband
 from fedtune.tuning.bohb import BOHB
+from fedtune.tuning.domains import Integer, LogUniform, PowerOfTwo, Uniform
 from fedtune.tuning.hyperband import hyperband
 from fedtune.tuning.pbt import PBT
 from fedtune.tuning.random_search import RandomSearch
-from fedtune.tuning.space import FEDEX_CLIENT_SPACE, SearchSpace, sample
+from fedtune.tuning.space import SearchSpace, sample
 from fedtune.tuning.successive_halving import successive_halving
 from fedtune.tuning.trial import Config, Trial, Tuner
 
@@ -25,7 +26,20 @@ FOLDER = Path(__file__).parent
 PARALLEL_TRIALS = 25
 MAX_ROUNDS = 81
 SMALLEST = {"sizes": [1_000], "out": Path("runs/smallest/tuner_speed")}
-SPACE = SearchSpace(FEDEX_CLIENT_SPACE, {})
+# The clients' space of Khodak et al., NeurIPS 2021 (arXiv 2106.04502), but momentum
+# stops at 0.999, since at 1 the velocity never decays.
+SPACE = SearchSpace(
+    {
+        "learning_rate": LogUniform(1e-4, 1.0),
+        "momentum": Uniform(0.0, 0.999),
+        "weight_decay": LogUniform(1e-5, 1e-1),
+        "epochs": Integer(1, 5),
+        "batch_size": PowerOfTwo(8, 128),
+        "proximal_mu": LogUniform(1e-5, 1.0),
+        "dropout": Uniform(0.0, 0.5),
+    },
+    {},
+)
 CONFIG = sample(SPACE.client, np.random.default_rng(0))
 
 

@@ -1,4 +1,12 @@
-"""What one client is asked, and does. The public names are those that a client program needs.
+"""The work of one client: its tasks, its examples, the flat model, training and measuring.
+
+Local SGD itself is in `clients/fedtune_clients`: `work` calls the functions of a client program. The public names here
+are the names that a client program needs:
+
+    ClientProgram   what a client program must define
+    Config, Hyperparameter, Number    its configuration, and the ranges that it declares
+    Examples, StoredExamples    a client's examples, as a model gets them and as they are stored
+    FlatModel       the model, with its weights in one flat tensor
 
 A name is imported when it is first used, so that `import fedtune.client` imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Examples in the form in which a client program gets them."""
+"""A client's examples: as they are stored, and as a client program and its model get them."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from fedtune.data.spec import DatasetSpec
 
 
 class Examples(NamedTuple):
-    """Examples in the form in which a model gets them, on the model's device."""
+    """Examples as a model takes them as input, on the model's device."""
 
     x: Shaped[Tensor, "example ..."]  # float32 or int64
     y: Shaped[Tensor, "example ..."]  # int64; float32 for regression
@@ -30,8 +30,8 @@ class Examples(NamedTuple):
 class StoredExamples:
     """Examples in the form in which they are stored, such as one byte for each pixel.
 
-    What is taken from them has the form in which a model gets it: float32 times `spec.scale`, or int64 for tokens. So a
-    client that trains on one batch at a time never holds all its examples in the larger form.
+    `take` and `all` convert the examples to the form that a model takes: float32 times `spec.scale`, or int64 for
+    tokens. So a client that trains on one batch at a time never holds all its examples in the larger form.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class StoredExamples:
 
 
 def _inputs(stored: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> Shaped[Tensor, "example ..."]:
-    """A copy in the form in which a model gets it."""
+    """A copy in the form that a model takes."""
     if spec.input_kind == "token":
         return stored.to(torch.int64, copy=True)
     return stored.to(torch.float32, copy=True).mul_(spec.scale)

@@ -75,7 +75,7 @@ class FlatModel:
         return [views[index] for index in self._trainable]
 
     def state_dict(self, weights: Float[Tensor, "weight"]) -> dict[str, Tensor]:
-        """Views of the weights by the names that `load_state_dict` of the same kind of module takes."""
+        """Views of the weights by name: `load_state_dict` of a module of the same kind accepts this dictionary."""
         views = self._views(weights)
         integers = {name: first for name, (_, first) in self._integers.items()}
         return {name: views[index] for name, index in self._names.items()} | integers
@@ -86,6 +86,6 @@ class FlatModel:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own tensors by name: parameters and persistent buffers, not copies of them."""
-    state = module.state_dict(keep_vars=True)  # tied weights are found by their identity, which detached ones lack
+    """The module's own tensors by name, not copies: the parameters and the persistent buffers."""
+    state = module.state_dict(keep_vars=True)  # not detached: tied weights are found because they are one object
     return ((name, value) for name, value in state.items() if isinstance(value, Tensor))

@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 def measure_alone(
     model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[ClientPart]
 ) -> list[Measured]:
-    """What the weights give on each of the parts. The model then holds the weights."""
+    """The mean error and mean loss of the weights on each of the parts. The model then holds the weights."""
     (measured,) = measure_side_by_side(model, [weights], dataset, [parts])
     return measured
 
@@ -48,7 +48,7 @@ def measure_side_by_side(
     dataset: FederatedDataset,
     parts: Sequence[Sequence[ClientPart]],
 ) -> list[list[Measured]]:
-    """For each of several weights, what `measure_alone` gives on the parts at the same place in `parts`, to the bit."""
+    """For each i, the results of `measure_alone` for `weights[i]` and `parts[i]`, with the same bits."""
     measures: list[Measures] = []
     waiting: list[tuple[Tensor, Tensor]] = []  # outputs and labels that are not measured yet
     sizes: list[int] = []
@@ -78,7 +78,7 @@ def measure_batched(
     dataset: FederatedDataset,
     parts: Sequence[Sequence[ClientPart]],
 ) -> list[list[Measured]]:
-    """For each client, what its row of the weights gives on each of its parts."""
+    """For each client, the mean error and mean loss of its row of the weights on each of its parts."""
     device = model.flat.device
     stored = [dataset.examples(*part) for client_parts in parts for part in client_parts]
     examples = StoredExamples(*joined(stored), dataset.spec, device).all()
@@ -88,7 +88,7 @@ def measure_batched(
     sizes = np.array([sum(part_sizes) for part_sizes in _grouped(sizes_of(stored), map(len, parts))])  # (client,)
     starts = np.cumsum(sizes) - sizes  # (client,)
 
-    # A batch of each client that has examples left: the clients with the most examples are left to the end.
+    # Measure one batch of every client that still has examples to measure, until no client has any.
     model.module.eval()
     largest_first = np.argsort(-sizes, kind="stable")
     for first in range(0, int(sizes.max()), EVALUATION_BATCH):
@@ -138,6 +138,6 @@ def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], s
 
 
 def _grouped(values: Iterable[T], counts: Iterable[int]) -> list[list[T]]:
-    """The values in groups: as many as the first count says, then as many as the second says, and so on."""
+    """The values in groups: the first `counts[0]` values, the next `counts[1]` values, and so on."""
     remaining = iter(values)
     return [list(itertools.islice(remaining, count)) for count in counts]

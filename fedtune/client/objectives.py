@@ -3,9 +3,9 @@
 - `classification`: one label for each example. The model returns logits of shape (example, class).
 - `next_token`: one label for each position. The logits have shape (example, position, class), and a position whose
   label is IGNORED does not count.
-- `regression`: real targets, which the model returns. Its loss and its error are the squared error. If the targets have
-  variance 1, as the loaders make them, that is the share of the variance that the model does not explain: 1 for a model
-  that only knows the mean.
+- `regression`: real targets, which the model returns. The loss and the error are both the squared error. The loaders
+  scale the targets to variance 1. Then the mean squared error is the share of the variance that the model does not
+  explain: it is 1 for a model that only knows the mean.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What executors are asked to compute, and what they answer.
+"""The tasks for executors, their results, and the interface of an executor.
 
 An executor takes batches of tasks; the tasks of a batch start from the same weights. `submit` returns a ticket at once,
 `step` blocks until something was computed, and `collect` gives the results of a finished ticket in the order of its
@@ -85,7 +85,7 @@ class Executor(Protocol):
     """Runs tasks. If several batches wait, the batch with the smallest `order` goes first."""
 
     def describe(self) -> str:
-        """Where clients train, in words that begin with "in"."""
+        """Where clients train, for a message: for example "in 2 worker processes"."""
 
     def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> Ticket:
         """The ticket of this batch of tasks."""

@@ -1,4 +1,6 @@
-"""What a client does in a round: it trains, and it measures the trained model (`fedtune.client.measure`).
+"""A client's work in a round: it trains, and it measures the trained model (`fedtune.client.measure`).
+
+Training itself is in the client program, for example `fedtune_clients.local_sgd`. This module calls it:
 
 - `train_alone` trains one client at a time.
 - `train_side_by_side` trains several clients of a small model, with less overhead. The results are the same to the bit.
@@ -39,7 +41,7 @@ def train_and_measure(
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
 ) -> list[Result]:
-    """Each task's result after training from `weights`. The weights in it are valid until the model is next used."""
+    """The result of each task after training from `weights`. Its weights are valid until the model is next used."""
     before = [
         measure_alone(model, weights, dataset, parts_of(task))[0]
         if isinstance(task, TrainTask) and task.error_before
@@ -48,7 +50,7 @@ def train_and_measure(
     ]
     trained = train(model, weights, dataset, tasks)
     after = measure_side_by_side(model, trained, dataset, list(map(parts_of, tasks)))
-    return [result(dataset, *of_task) for of_task in zip(tasks, trained, after, before, strict=True)]
+    return [result(dataset, *values) for values in zip(tasks, trained, after, before, strict=True)]
 
 
 def parts_of(task: ClientTask) -> list[ClientPart]:
@@ -64,7 +66,7 @@ def result(
     after: Sequence[Measured],
     before: Measured | None,
 ) -> Result:
-    """The task's result, made of the trained weights and of what was measured on `parts_of(task)`.
+    """The result of a task, from its trained weights and the measurements `after` training on `parts_of(task)`.
 
     An update's metrics are `error` and `loss`, means over the validation part after training; `error_before` and
     `loss_before`, the same before training, if the task asks for them; and `num_train` and `num_validation`, numbers
@@ -86,8 +88,8 @@ def evaluate_clients(
 ) -> list[Metrics]:
     """For each client, the mean error and loss of the weights on its validation and its test part, and their sizes.
 
-    The examples of all clients go through the model in one stream of batches, so that small clients cost little. They
-    are copied for it, in the form in which they are stored.
+    The examples of all clients go through the model in one stream of batches, so that small clients cost little. The
+    stream needs a copy of the examples, which has the form in which they are stored.
     """
     parts = [(client, part) for client in clients for part in ("validation", "test")]
     measured = measure_alone(model, weights, dataset, parts)
@@ -104,7 +106,7 @@ def train_alone(
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
 ) -> list[Float[Tensor, "weight"]]:
-    """The weights of the only task's client after training from `weights`. The model then holds them."""
+    """The weights of the client of the only task, after training from `weights`. The model then holds them."""
     (task,) = tasks
     examples = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device).all()
     model.load(train(model, weights, examples, task.config, generator(task.seed)))
@@ -118,7 +120,7 @@ def train_side_by_side(
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
 ) -> list[Float[Tensor, "weight"]]:
-    """The weights of each task's client after training from `weights`: to the bit what `train_alone` gives."""
+    """The weights of each task's client after training from `weights`, with the same bits as from `train_alone`."""
     stored = [dataset.examples(task.client, "train") for task in tasks]
     examples = [StoredExamples(*arrays, dataset.spec, model.flat.device) for arrays in stored]
     configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
@@ -139,7 +141,10 @@ def train_batched(
     dataset: FederatedDataset,
     tasks: Sequence[ClientTask],
 ) -> Float[Tensor, "client weight"]:
-    """The weights of each task's client after training from `weights`, a row for each."""
+    """The weights of each task's client after training from `weights`: a row for each task.
+
+    `program_train_batched` is the `train_batched` of the client program.
+    """
     stored = [dataset.examples(task.client, "train") for task in tasks]
     examples = StoredExamples(*joined(stored), dataset.spec, model.flat.device).all()
     configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]

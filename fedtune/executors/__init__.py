@@ -1,1 +1,10 @@
-"""Who computes what the clients do: one process, a pool of them, or one tensor program."""
+"""Executors: they run the clients' work in one process, in several worker processes, or in one tensor program.
+
+`choice` makes the executor that the settings name. The `serial` executor does all work in this process. A `machine`
+holds the model, the data and the client program, and does the tasks. `batched` is a machine that trains many clients in
+one tensor program; the serial executor works with either of these machines.
+
+The `pool` executor sends tasks to worker processes, and replaces a worker that dies. `processes` starts and ends them,
+`worker` is the program that each of them runs, and `shared_memory` holds the weights and the updates. `schedule`
+decides which tasks a worker gets next; `fair_share` divides the workers among studies that run at once.
+"""

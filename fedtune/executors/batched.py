@@ -1,4 +1,4 @@
-"""The batched executor's machine: many clients train in one tensor program, for a device that one client can't fill."""
+"""The batched executor's machine: many clients train in one tensor program, since one can't keep a GPU busy."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from fedtune.errors import InputError
 from fedtune.executors.machine import ALONE, Machine, MachineSettings, in_precision
 
 LARGEST_CHUNK = 128  # clients
-CHUNK_BYTES = 2**32  # for the copies of the clients' weights; if the rest doesn't fit beside them, chunks are halved
+CHUNK_BYTES = 2**32  # for the copies of the clients' weights; if the memory can't hold the rest too, chunks are halved
 COPIES = 4  # of a client's weights: the weights, the gradient, the velocity and a temporary one
 TOLERANCE = 1e-2  # relative to the distance that training goes; a GPU's convolutions round to a thousandth
 
@@ -53,7 +53,7 @@ class BatchedMachine:
         return ALONE if self._train is None else f"in one tensor program on {self._machine.device}"
 
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of the tasks in their order, whose weights lie in memory of their own."""
+        """The results in the order of the tasks. Each update owns the memory of its weights."""
         if self._train is None:
             return self._machine.run_alone(weights, tasks)
         # Train the clients in chunks. A chunk that did not fit gives no results and is tried again, halved.
@@ -70,7 +70,7 @@ class BatchedMachine:
         return [results[index] for index in range(len(tasks))]
 
     def _run_chunk(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
-        """The results; none if the chunk did not fit the memory, after which chunks are half as large."""
+        """The results; empty if the chunk did not fit the memory. Chunks are half as large from then on."""
         try:
             return self._compute(train, weights, tasks)
         except torch.OutOfMemoryError as error:
@@ -102,7 +102,7 @@ class BatchedMachine:
         return [result(dataset, task, rows[i], after[i], before.get(i)) for i, task in enumerate(tasks)]
 
     def _obstacle(self, train: TrainBatched) -> str | None:
-        """Why clients can't be batched, None if they can; two clients of a few examples are trained both ways."""
+        """The reason why clients can't be batched, or None. To find out, it trains two small clients both ways."""
         model, dataset, program = self._machine.model, self._machine.dataset, self._machine.program
         x, y = dataset.examples(int(dataset.num_examples("train").argmax()), "train")
         sizes = [min(3, len(y)), min(2, len(y))]  # of unequal sizes, so that one batch is filled up
@@ -122,7 +122,7 @@ class BatchedMachine:
         # Batch normalisation fails this check: it mixes the examples of a batch.
         if max(map(float, distances)) <= TOLERANCE:
             return None
-        return "a client's training is not the same when others train beside it"
+        return "a client's training is not the same if other clients train with it"
 
     def _say_once(self, reason: str) -> None:
         if not self._has_said:

@@ -1,4 +1,4 @@
-"""One machine that does any client's work: a resident model, the federation's data and the client program."""
+"""A machine: it holds the model, the federation's data and the client program, and does any client's tasks."""
 
 import functools
 import math
@@ -74,15 +74,15 @@ class Machine:
                 yield self.run(weights, several[0])
 
     def run_all(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of `run_each`, whose weights lie in memory of their own."""
+        """The results of `run_each`. Each update owns the memory of its weights."""
         return [detached_copy(result) for result in self.run_each(weights, tasks)]
 
     def run_alone(self, weights: torch.Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of `run_all`. The tasks are done one at a time, so that a failure is of its own client only."""
+        """The results of `run_all`. The tasks are done one at a time, so a failing client affects no other."""
         return [detached_copy(self.run(weights, task)) for task in tasks]
 
     def compute(self, weights: torch.Tensor, task: Task) -> Result:
-        """The task's result, like `run`; but what the client program raises is not caught."""
+        """The task's result, like `run`, but exceptions of the client program are not caught."""
         if isinstance(task, EvaluateTask):
             return evaluate_clients(self.model, weights, self.dataset, task.clients)
         return train_and_measure(self._train_alone, self.model, weights, self.dataset, [task])[0]
@@ -134,7 +134,7 @@ def num_together(settings: MachineSettings, program: ClientProgram, model: FlatM
 
 
 def side_by_side(num_together: int) -> str:
-    """What a message about where clients train adds if several train together."""
+    """The end of a message about where clients train: how many train together; empty if each trains alone."""
     return f", up to {num_together} together" if num_together > 1 else ""
 
 
@@ -153,5 +153,5 @@ def in_precision(settings: MachineSettings, train: Callable[..., torch.Tensor]) 
 
 
 def detached_copy(result: Result) -> Result:
-    """The result, with an update's weights copied to the CPU, into memory of their own."""
+    """The result, with an update's weights copied to the CPU, so that it owns their memory."""
     return Update(result.weights.to("cpu", copy=True), result.metrics) if isinstance(result, Update) else result

@@ -2,7 +2,8 @@
 
 `fedtune.executors.schedule` decides which tasks a worker gets; this module sends them, receives the answers and keeps
 the workers alive. A worker that dies is replaced and its tasks run again; a task that ends its worker twice is a
-failure of its client.
+failure of its client. If two workers die before they are ready, and no worker became ready in between, the run ends
+with an error.
 """
 
 import itertools
@@ -59,7 +60,7 @@ class PoolExecutor:
         self._folder = os.getcwd()
         self._data = {name: share(array) for name, array in dataset.shared().items()}
         self._schedule = Schedule()
-        self._schedule.add_study(1.0)  # study 0, of what is submitted to the pool itself
+        self._schedule.add_study(1.0)  # study 0: tasks that are submitted to the pool itself
         self._tickets = itertools.count()
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
@@ -69,7 +70,7 @@ class PoolExecutor:
         self._workers = [self._start_worker() for _ in range(num_workers)]
 
     def describe(self) -> str:
-        """Where clients train; waits for the first worker that is ready, which knows."""
+        """Where clients train. It waits until a worker is ready: only a ready worker knows `num_together`."""
         while self._num_together is None:
             self._wait()
         count = len(self._workers)
@@ -190,7 +191,7 @@ class PoolExecutor:
         self._schedule.finish(piece)
 
     def _replace(self, worker: Worker) -> None:
-        """Starts a new worker in the place of one that died, whose tasks wait again."""
+        """Replaces a dead worker, and queues its tasks again."""
         end_process(worker.process, worker.connection)
         exit_code = worker.process.exitcode
         # A worker that can't even start would be replaced for ever.

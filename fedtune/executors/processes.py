@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 
 def num_workers(requested: int) -> int:
-    """How many processes to use; 0 stands for one a core that this process may run on."""
+    """How many processes to use; 0 means one for each core that this process may run on."""
     return requested or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
@@ -21,8 +21,8 @@ def start_forkserver() -> None:
 
     It imports torch while this process does something else: call this function early.
     """
-    # torch comes first and by itself: if a later name can't be imported, the preload ends without a word, as happens
-    # if fedtune is not installed.
+    # torch comes first and by itself: if a later name can't be imported, the preload ends without an error message.
+    # This happens if fedtune is not installed.
     preload = ["torch", "fedtune.executors.worker"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     resource_tracker.ensure_running()  # before the signal is blocked: it unblocks the signal as it starts
@@ -35,7 +35,10 @@ def start_forkserver() -> None:
 
 
 def start_process(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection]:
-    """A new process that calls `target`, and the connection to it; `target` gets its end of it, then the arguments."""
+    """A new process that calls `target`, and the connection to it.
+
+    The first argument of `target` is the other end of the connection; `arguments` follow.
+    """
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)

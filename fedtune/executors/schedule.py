@@ -1,11 +1,11 @@
-"""What a worker of the pool gets next: which study's turn it is, which task goes first, how many tasks travel together.
+"""Decides which tasks a worker of the pool gets next: of which study, which task first, and how many in one chunk.
 
-Tasks wait in one queue a study. In a queue the task of the smallest `order` goes first, and the longest task among
-tasks of equal order. Studies that run at once share the workers as `fedtune.executors.fair_share` says. Short tasks
-travel several in a chunk, and a worker that will soon be done gets its next chunk early, so that it need not wait for
-the main process.
+Each study has one queue of tasks. The task with the smallest `order` in a queue goes first; of tasks with the same
+`order`, the longest task goes first. Studies that run at once share the workers as `fedtune.executors.fair_share` says.
+Several short tasks are sent in one chunk. A worker that will soon be done gets its next chunk early, so that it does
+not wait for the main process.
 
-Nothing here knows of processes: workers' loads come in, chunks go out.
+This module does not handle processes. Its input is the load of each worker, its output is chunks of tasks.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.executors.fair_share import fair_share
 
 CHUNK_SECONDS = 0.01  # shorter tasks are sent several at a time
-CHUNK_OF_ROOM = 0.5  # a chunk of several tasks fills at most half of a worker's room: the worker may prove slow
+CHUNK_OF_ROOM = 0.5  # a chunk of several tasks fills at most half of a worker's room, in case the worker is slow
 STEP_COST = 16  # a step of local SGD costs about as much as this many examples
 EVALUATION_COST = 0.25  # evaluating an example costs about as much as training on this many
 FIRST = -math.inf  # the order of a task that goes before all others
@@ -82,7 +82,7 @@ class Schedule:
         self._unfinished_cost -= piece.cost
 
     def measure_speed(self, chunk: Sequence[Piece], seconds: float) -> None:
-        """Notes how long a worker took for a chunk, from which the time of the next ones is estimated."""
+        """Notes how long a worker took for a chunk. The time of later chunks is estimated from this."""
         self._seconds_per_cost = seconds / sum(piece.cost for piece in chunk)
 
     def worker_died(self, load: Load) -> list[Piece]:
@@ -128,7 +128,7 @@ class Schedule:
         )
 
     def _room(self, load: Load, loads: Sequence[Load]) -> float:
-        """How much cost the worker lacks to an equal part of all unfinished tasks."""
+        """The worker's equal part of the cost of all unfinished tasks, minus the cost of its load."""
         return self._unfinished_cost / len(loads) - _load_cost(load)
 
     def _seconds(self, cost: float) -> float:
@@ -136,9 +136,9 @@ class Schedule:
         return cost * self._seconds_per_cost
 
     def _next_study(self, loads: Sequence[Load]) -> int:
-        """Of the studies with waiting tasks, the one whose number of running chunks is furthest below its fair share.
+        """The study that has waiting tasks and whose number of running chunks is furthest below its fair share.
 
-        The shares are fair shares of all running chunks, counting the next one.
+        A fair share is a share of the running chunks and the next chunk.
         """
         waiting = [study for study, queue in enumerate(self._queues) if queue]
         if len(waiting) == 1:  # the usual case, and the fast one

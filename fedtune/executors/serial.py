@@ -18,7 +18,7 @@ class RunsAll(Protocol):
         """Where clients train."""
 
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
-        """The results of the tasks in their order, whose weights lie in memory of their own."""
+        """The results in the order of the tasks. Each update owns the memory of its weights."""
 
 
 class SerialExecutor:

@@ -1,4 +1,4 @@
-"""Memory that processes share: an anonymous file that each process maps. It is gone when the last of them ends."""
+"""Memory that processes share: an anonymous file that each process maps. It is freed when the last process ends."""
 
 import mmap
 import os
@@ -54,7 +54,7 @@ class MappedFile:
 
 
 def share(array: np.ndarray) -> SharedArray | MappedFile:
-    """The array as an argument for a process that starts: a mapped file or a view of one is not copied, others are."""
+    """The array as an argument for a new process. A mapped file or a view of one is not copied; other arrays are."""
     place = place_of(array)
     return SharedArray.copy_of(array) if place is None else MappedFile(place)
 
@@ -88,7 +88,7 @@ def _num_bytes(shape: Shape, dtype: str) -> int:
 def _anonymous_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("fedtune")
-    else:  # where there is no memfd, an unlinked temporary file does the same
+    else:  # if there is no memfd, an unlinked temporary file does the same
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, size)

@@ -1,4 +1,4 @@
-"""Checkpoints: the arrays of a federation's state in a safetensors file, with a checksum of them in its metadata."""
+"""Checkpoints: the arrays of a federation's state in a safetensors file, whose metadata holds their checksum."""
 
 import zlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from fedtune.runs.run_folder import replacing
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays; at every moment `path` holds either the old checkpoint or the new one, whole.
+    """Writes the arrays; at every moment `path` holds the complete old checkpoint or the complete new one.
 
     Raises OSError if they can't be written, as on a full disk.
     """

@@ -46,7 +46,10 @@ class RunningStudy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings that were checked against the data set, the model, the client program and the tuners they name."""
+    """A run that is ready to start: its settings, data set, hyperparameters and tuners.
+
+    The settings were checked against the data set, the model, the client program and the tuners that they name.
+    """
 
     settings: Settings
     dataset: FederatedDataset

@@ -1,4 +1,4 @@
-"""What a run was computed with: versions, commit and machine."""
+"""The versions, the commit and the machine of a run, and the warning if a resumed run has other versions."""
 
 import json
 import os
@@ -26,7 +26,8 @@ def check_versions(folder: Path, listener: Listener) -> None:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} must say which versions the run was begun with, got {reason}") from None
     if different:
-        message = f"the run was begun with {'; '.join(different)}: its results may equal those of neither"
+        begun_with = f"the run was begun with {'; '.join(different)}"
+        message = f"{begun_with}: its results may differ from a run with either set of versions"
         listener({"event": "warning", "message": message})
 
 

@@ -16,9 +16,9 @@ from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve
 def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) -> None:
     """Writes an extension into the settings of a run, so that `fedtune.resume` runs it.
 
-    A `total_rounds` of None is as many rounds as `num_configs` configurations can use. The results so far are removed;
-    the journals hold them. Raises InputError, and changes nothing, unless every study has ended and its tuner can be
-    extended.
+    If `total_rounds` is None, the budget is num_configs × max_rounds, but at least the present budget. The results so
+    far are removed; the journals hold them. Raises InputError, and changes nothing, unless every study has ended and
+    its tuner can be extended.
     """
     path = settings_path(folder)
     with locked(folder):
@@ -41,7 +41,7 @@ def _extended(settings: Settings, num_configs: int | None, total_rounds: int | N
         assert num_configs is not None
         total_rounds = max(before, num_configs * settings.max_rounds)
     elif total_rounds < before or (num_configs is None and total_rounds == before):
-        raise InputError(f"total_rounds must be more than the {before} so far, got {total_rounds}")
+        raise InputError(f"total_rounds must be more than the present budget, {before}, got {total_rounds}")
     extension = {"total_rounds": total_rounds}
     if num_configs is not None:
         extension["num_configs"] = num_configs
@@ -54,8 +54,8 @@ def _check(name: str, seed: int, settings: Settings, extension: ExtensionSetting
     """Raises InputError unless the study has ended and its tuner, rebuilt from the journal, can be extended."""
     tuner = tuner_settings(name, settings)
     if not tuner.kind.extendable:
-        raise InputError(f"only studies of random, asha, async_hyperband and their like can be extended, got {name}")
+        raise InputError(f"only random, asha and async_hyperband, with or without +fedex, can be extended, got {name}")
     study = Replay(tuner, seed, settings, resolve_hyperparameters(settings), folder)
     if not study.run().finished:
-        raise InputError(f"run must be finished (`fedtune resume {folder}`), got {study} that is not")
+        raise InputError(f"run must be finished (`fedtune resume {folder}`), got the unfinished study {study}")
     study.ledger.extend(study.tuner, extension)

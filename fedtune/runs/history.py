@@ -8,7 +8,7 @@ from fedtune.simulation.evaluation import tail_mean
 from fedtune.simulation.records import Evaluation, RoundRecord, record_from_json
 from fedtune.tuning.trial import Trial
 
-# Which of a trial's personalised evaluations (at_max_rounds, sampled or argmax), its number, and its round then.
+# A personalised evaluation: its kind (at_max_rounds, sampled or argmax), the trial's number, and the trial's round.
 Reading = tuple[str, int, int]
 
 
@@ -28,12 +28,12 @@ class TrialHistory:
         return max(self.scores, default=self.start)
 
     def tail(self, error: str, up_to: int | None = None) -> float:
-        """The tail mean of a field of the evaluations up to a round; None is the last one."""
+        """The tail mean of a field of the evaluations up to the round `up_to`; None means up to the last round."""
         evaluations = self._evaluations(up_to)
         return tail_mean(list(evaluations), [getattr(evaluation, error) for evaluation in evaluations.values()])
 
     def last_test_error(self, up_to: int | None = None) -> float:
-        """The test error at the last evaluation up to a round; NaN before the first."""
+        """The test error at the last evaluation up to the round `up_to`; NaN if there is no evaluation yet."""
         evaluations = list(self._evaluations(up_to).values())
         return evaluations[-1].test_error if evaluations else float("nan")
 

@@ -1,8 +1,10 @@
-"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line, written before it is acted on.
+"""The journal of a study: every ask, round, checkpoint and tell, one JSON object a line.
+
+A decision is written before the study acts on it. Rounds and checkpoints are written as they are computed.
 
 A study that is resumed runs the same event loop from the start. Each decision that it takes again is compared with the
-journal, and what was computed before comes from the journal, so the study goes on at the point where it stopped and
-ends with the same numbers as a study that was never stopped.
+journal, and the rounds that were computed before are read from the journal. So the study continues at the point at
+which it stopped, and ends with the same numbers as a study that was never stopped.
 """
 
 import json
@@ -48,7 +50,7 @@ class Journal:
         self._file = None if read_only else path.open("ab", buffering=0)
 
     def begin(self, tuner: str, seed: int, settings: str) -> None:
-        """The first decision: whose study it is, and the digest of its settings."""
+        """Writes the first decision: the tuner and the seed of the study, and the digest of its settings."""
         if self._decisions:
             _, line = self._decisions[0]
             if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != settings:
@@ -81,7 +83,7 @@ class Journal:
         return self._notes[event]
 
     def coming(self) -> tuple[int, dict[str, Any]]:
-        """The next decision of the past, after the number of its line. Raises JournalEnds if there is none."""
+        """(line number, decision) of the next past decision. Raises JournalEnds if there is none."""
         if not self._decisions:
             raise JournalEnds
         return self._decisions[0]
@@ -101,7 +103,7 @@ class Journal:
             raise self.misfit(number, "no more lines", _words(line, "time"))
 
     def misfit(self, line_number: int, expected: str, found: str) -> InputError:
-        """The error to raise if a line of the past is not what the tuner decides."""
+        """The error to raise if a line of the past differs from the tuner's decision."""
         return InputError(f"{self.path}, line {line_number}, does not fit the tuner: expected {expected}, got {found}")
 
     def close(self) -> None:
@@ -121,7 +123,7 @@ class Journal:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _read(self) -> int | None:
-        """Takes in all whole lines. Returns the place in the file at which a torn line begins, None if none is torn."""
+        """Takes in all whole lines. Returns the place in the file at which a torn last line begins, or None."""
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for number, text in enumerate(data[:whole].decode(errors="replace").split("\n")[:-1], start=1):

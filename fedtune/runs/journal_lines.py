@@ -1,4 +1,4 @@
-"""What a journal may hold: the fields of each line, and which line may follow which."""
+"""The lines that a journal may hold: the fields of each line, and the order of the lines."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _fields(**kinds: Any) -> type[BaseModel]:
-    """A model of fields that must be there, of these types, and no others."""
+    """A pydantic model with exactly these fields, all required, of these types."""
     definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
     model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
     return model
@@ -73,16 +73,16 @@ NOTES = ("round", "lost", "checkpoint", "personalised")  # what was computed; al
 
 @dataclass
 class _Trial:
-    """A trial as the lines so far have it."""
+    """A trial after the lines so far."""
 
     asked: int = 0  # its rounds at the end of its last job; a failed attempt does not count
-    round: int = 0  # its last one
-    evaluated: bool = True  # whether that was
+    round: int = 0  # its last round
+    evaluated: bool = True  # whether its last round was evaluated
     checkpoint: int = 0  # the round of its last checkpoint
 
 
 class Order:
-    """What may follow the lines so far, whatever the tuner decides.
+    """Checks the order of the lines, as far as it does not depend on the tuner.
 
     The rounds of a trial come one after another, up to the number that was asked for. A checkpoint comes after a round
     that was evaluated; a trial whose first note is a checkpoint inherited it from another trial. After a stop, rounds
@@ -93,7 +93,7 @@ class Order:
         self._trials: dict[int, _Trial] = defaultdict(_Trial)
 
     def take(self, line: Mapping[str, Any]) -> str | None:
-        """Takes the next line. Returns what must stand there if the line can't; None if it can."""
+        """Takes the next line. Returns None if the line is allowed here, otherwise the reason why it is not."""
         if "trial" not in line:
             return None
         trial, about = self._trials[line["trial"]], f"of trial {line['trial']}"

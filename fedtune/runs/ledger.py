@@ -1,8 +1,9 @@
-"""The book of a study: what it asked for and spent, which attempts failed, what was scored, and which trial is best.
+"""The ledger of a study: its jobs and the rounds that it spent, the failed attempts, the scores, and the best trial.
 
-A study that is trained and a study that is rebuilt from its journal keep the same book, so each rule stands here once:
-a job is charged to the budget when it is first attempted, and never again; a copy of a trial starts at the round at
-which its parent was; an extension raises the budget and the number of configurations.
+A study that is trained and a study that is rebuilt from its journal keep the same ledger, so each rule is here once:
+- A job is charged to the budget when it is first attempted, and never again.
+- A copy of a trial starts at the last round of its parent that was reported.
+- An extension raises the budget and the number of configurations.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ class AttemptsFailed(InputError):
 
 
 class Ledger:
-    """What has happened in a study so far. `personalised` holds the evaluations after local training that were read."""
+    """The events of a study so far. `personalised` holds the evaluations after local training that were made."""
 
     def __init__(self, settings: Settings) -> None:
         self.trials: dict[int, TrialHistory] = {}

@@ -55,7 +55,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
 
 
 def check_devices(settings: Settings) -> None:
-    """Raises InputError unless the table `[devices]` makes sense, and jobs that are tried until they end can end."""
+    """Raises InputError unless the table `[devices]` makes sense and a retried job has a chance to end."""
     distributions(settings.devices)
     if any(not tuner_kind(name).searches for name in settings.tuners):
         check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))

@@ -1,9 +1,9 @@
 """Studies rebuilt from their journals alone (thesis, section 3.5.4): nothing is trained, and nothing is written.
 
-The same study runs again, over jobs that the journal holds (`JournalledJobs`). Each decision of its tuner must be the
-next decision in the journal. Finish times come from the journal's asks; scores are computed again from its rounds. What
-has been rebuilt at the end must equal results.csv, rounds.parquet and trials.parquet, if they exist; if results.csv
-exists, every study must have ended.
+The same study runs again, but its jobs are read from the journal (`JournalledJobs`). Each decision of its tuner must be
+the next decision in the journal. Finish times come from the journal's asks; scores are computed again from its rounds.
+The rebuilt rows must equal the rows of results.csv, rounds.parquet and trials.parquet, if these files exist. If
+results.csv exists, every study must have ended.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -33,9 +33,9 @@ class ReplayedStudy:
 
     tuner: str
     seed: int
-    jobs: int  # those that ended
-    trials: int  # of these jobs
-    rounds: int  # of these jobs
+    jobs: int  # jobs that ended
+    trials: int  # trials of the jobs that ended
+    rounds: int  # rounds of these trials
     incumbent: Score | None  # None if no job ended
     under_way: int  # jobs that had not ended at the end of the journal
     finished: bool
@@ -79,7 +79,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
 
 
 class JournalledJobs:
-    """Takes what became of the jobs of a study from its journal. See `fedtune.runs.study.Jobs`."""
+    """Reads the outcome of each job of a study from its journal. See `fedtune.runs.study.Jobs`."""
 
     def __init__(self, journal: Journal, ledger: Ledger) -> None:
         self._journal = journal
@@ -87,7 +87,7 @@ class JournalledJobs:
         self._past_rounds = PastRounds(journal)
 
     def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
-        """The attempt, as the next line has it; if that is no ask, the study finds out when it compares the two."""
+        """The attempt in the next line. If that line is no `ask`, `Journal.decide` raises InputError next."""
         line_number, line = self._journal.coming()
         finish_time, failed = line.get("finishes", now), line.get("dropped", False)
         if line["event"] == "ask" and not finish_time >= now:
@@ -111,7 +111,7 @@ class JournalledJobs:
         """Does nothing: a replay has no checkpoints."""
 
     def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
-        """Checks that the journal holds the evaluation. Raises InputError if the journal goes on without it."""
+        """Checks that the journal holds the evaluation. Raises InputError if the journal continues without it."""
         yield from ()
         if (reading, trial.number, rounds) not in self._ledger.personalised:
             self._journal.coming()  # JournalEnds if the study was stopped here

@@ -1,4 +1,4 @@
-"""A finished study as rows: of rounds.parquet, trials.parquet and results.csv."""
+"""The rows of a finished study in rounds.parquet, trials.parquet and results.csv, and the writing of these files."""
 
 import json
 import math
@@ -36,8 +36,8 @@ def round_rows(
 ) -> list[dict[str, Any]]:
     """A row for each round of each trial, in virtual order. `incumbents` are (virtual time, trial) after each score.
 
-    `spent` counts the rounds up to and with the row. `incumbent` is the trial one would pick just after it. It is -1
-    before the first score, unless there is only one trial to pick.
+    `spent` counts the rounds up to and including the row. `incumbent` is the best trial just after the row. It is -1
+    before the first score, unless there is only one trial.
     """
     rows = sorted(
         (
@@ -87,7 +87,7 @@ def result_row(
     records = [record for any_history in trials.values() for record in any_history.records]
     sampled = personalised["sampled", best.trial, best.rounds]
     argmax = personalised.get(("argmax", best.trial, best.rounds), sampled)
-    # Beyond max_rounds, which an infinite horizon allows, a search is not evaluated in between.
+    # With an infinite horizon the best trial may have more than max_rounds. Then there is no evaluation at max_rounds.
     beyond = math.nan if best.rounds > max_rounds else sampled.test_error
     at_max_rounds = personalised.get(("at_max_rounds", best.trial, max_rounds))
     return {
@@ -107,7 +107,7 @@ def result_row(
 
 
 def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]:
-    """The second-best trial of those with a score at the best trial's last round, and how far it lies behind.
+    """The second-best trial among the trials with a score at the best trial's last round, and how far it is behind.
 
     `runner_up` is its number, -1 if there is none. `lead` is its score minus the best score. `lead_se` is the root of
     the sum of both scores' squared standard errors. A score is a mean over several evaluations of the same clients.

@@ -1,4 +1,4 @@
-"""A run folder: how it is made, that one process at a time uses it, and that no file in it is ever half written."""
+"""Makes a run folder, locks it for one process, and replaces its files as a whole: no file is ever half written."""
 
 import contextlib
 import fcntl

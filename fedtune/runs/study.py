@@ -1,8 +1,11 @@
-"""A study: one tuner with one seed, from its first ask until the next job no longer fits into its budget.
+"""A study: one tuner with one seed, from its first ask until no further job can be started.
+
+No further job can be started if the next one no longer fits into the budget, or if the tuner has no more jobs. A study
+may be extended after that.
 
 A study is the workload of the event loop (`fedtune.simulation.event_loop`). It writes each decision into the journal
-before it acts on it, and keeps a ledger. Who carries out the jobs is not its business: `fedtune.runs.trained_jobs`
-trains them, `fedtune.runs.replay` takes what became of them from the journal of the past.
+before it acts on it, and keeps a ledger. It does not carry out the jobs itself: `fedtune.runs.trained_jobs` trains
+them, and `fedtune.runs.replay` reads their outcomes from the journal.
 
 A generator here yields, without a value, whenever it waits for the executor. Its caller then lets the executor compute.
 """
@@ -44,10 +47,10 @@ class Jobs(Protocol):
         """Whether everything of the attempt is computed."""
 
     def finish(self, attempt: JobAttempt) -> None:
-        """Sees to it that the trial's history holds all rounds of the job, which can be scored then."""
+        """Adds all rounds of the job to the trial's history, unless they are there, so that the job can be scored."""
 
     def reported(self, job: Job, best: Score) -> None:
-        """Takes note that the job's score is in the journal, and which trial is the incumbent now."""
+        """Called when the job's score is in the journal; `best` is the score of the incumbent now."""
 
     def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
         """Enters the evaluation of the trial after local training into the ledger, unless the ledger has it.
@@ -79,7 +82,7 @@ class Study:
         self._jobs = jobs
         self._say = say
         kind = tuner_settings.kind
-        # Within one federation a job that failed for good would end the study.
+        # With one federation a failed job that is not retried would end the study.
         on_drop: OnDrop = settings.devices.on_drop if kind.searches else "retry"
         self._loop = EventLoop(tuner, self, settings.parallel_trials, on_drop, forgets_jobs=kind.forgets_jobs)
 
@@ -89,7 +92,7 @@ class Study:
         return self._loop.time
 
     def steps(self) -> Generator[None, None, None]:
-        """Runs the study to its end, and then through each extension; if it was stopped, it goes on where it was."""
+        """Runs the study to its end, and then through each extension. A study that was stopped is resumed."""
         self._journal.begin(self.name, self.seed, digest(self._settings))
         yield from self._loop.run()
         yield from self._end()
@@ -155,7 +158,7 @@ class Study:
         self._ledger.extend(self._tuner, extension)
 
     def _end(self) -> Generator[None, None, None]:
-        """Reads the incumbent's personalised errors, and writes the end into the journal."""
+        """Evaluates the incumbent after local training, and writes the end into the journal."""
         best = self._best()
         trial = self._ledger.trials[best.trial].trial
         yield from self._jobs.personalise("sampled", trial, best.rounds)

@@ -1,4 +1,4 @@
-"""A study's jobs as they are trained: many federations at once, which share one executor."""
+"""Trains the jobs of a study, many federations at a time, on one executor."""
 
 from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple, TypeVar
@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 
 
 class Chosen(NamedTuple):
-    """What the incumbent of a finished study ends with."""
+    """The configuration, theta and pool of a finished study's incumbent at its end."""
 
     config: Config  # the client configuration of largest probability
     theta: tuple[Float[np.ndarray, "_"], ...]
@@ -50,9 +50,9 @@ class TrainedJobs:
         self._journal = journal
         self._store = store
         self._say = say
-        self._trained: set[int] = set()  # trials that had all their rounds, and whose checkpoint is kept
+        self._trained: set[int] = set()  # completely trained trials whose checkpoint is kept
         self._running: dict[JobAttempt, Generator[Ticket, None, None]] = {}
-        self._tickets: dict[JobAttempt, Ticket] = {}  # that the running jobs wait for
+        self._tickets: dict[JobAttempt, Ticket] = {}  # the ticket that each running job waits for
 
     def attempt(self, job: Job, number: int, history: TrialHistory, now: float) -> JobAttempt:
         """The attempt that starts now. An attempt that will fail is never computed."""
@@ -90,7 +90,7 @@ class TrainedJobs:
         """Does nothing: each round entered the trial's history when it was trained."""
 
     def reported(self, job: Job, best: Score) -> None:
-        """Removes the checkpoints that nobody will need: of trials that had all their rounds, except the incumbent."""
+        """Removes the checkpoints of trials that are completely trained, except the incumbent's checkpoint."""
         self._store.report(job.trial.number, job.rounds)
         if self._tuner.ends_at_max_rounds and job.rounds == self._settings.max_rounds:
             self._trained.add(job.trial.number)
@@ -103,7 +103,7 @@ class TrainedJobs:
         yield from self._waiting(self._personalise(reading, trial, rounds))
 
     def chosen(self, best: Score) -> Generator[None, None, Chosen]:
-        """What the incumbent ends with. Its checkpoint is the only one that is kept."""
+        """The incumbent's configuration, theta and pool. Its checkpoint is the only one that is kept."""
         trial = self._ledger.trials[best.trial].trial
         federation = yield from self._waiting(self._federation(trial, best.rounds, order=0.0))
         self._store.keep_only(best.trial)
@@ -119,7 +119,7 @@ class TrainedJobs:
             self._tickets[attempt] = ticket
 
     def _train(self, attempt: JobAttempt) -> Generator[Ticket, None, None]:
-        """Brings the trial to the last round of the job: as far as the journal knows the rounds, then by training."""
+        """Takes the rounds of the job that the journal has, and trains the other rounds."""
         job, history = attempt.job, attempt.history
         trial, first, order = job.trial, history.reported_rounds, attempt.finish_time
 

@@ -1,6 +1,7 @@
-"""What a job trains: a function of the settings, the seed, the trial, the rounds from and to, and the checkpoint.
+"""Trains one job of a trial.
 
-It depends on nothing else, so a job may be trained at any time, in any order, beside any other.
+The result depends on the settings, the seed, the trial, the first and last round, and the checkpoint, and on nothing
+else. So a job may be trained at any time, in any order, and at the same time as other jobs.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -45,7 +46,7 @@ def train(
     order: float,
     on_round: OnRound,
 ) -> Generator[Ticket, None, Federation]:
-    """The trial's federation after `to_round` rounds, trained on from a checkpoint; from its first round if None.
+    """The trial's federation after `to_round` rounds. Training starts from the checkpoint; None means from the start.
 
     It yields the tickets that it waits for. `order` is its place in the executor's queue, smaller first.
     """

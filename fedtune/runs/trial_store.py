@@ -1,8 +1,9 @@
-"""What a study keeps of its trials on disk: records of rounds in the journal, the state of federations in checkpoints.
+"""Keeps a study's trials on disk: records of rounds in the journal, the state of federations in checkpoints.
 
-A trial's files are `trial-<number>-round-<round>.safetensors`. The store keeps a trial's latest checkpoint, and the one
-at the end of its last reported job if that is an older one. Finished trials keep no checkpoint, except the best. So a
-live trial takes the disk space of two checkpoints at most, whatever the number of rounds.
+A trial's files are `trial-<number>-round-<round>.safetensors`. The store keeps a trial's latest checkpoint. It also
+keeps the checkpoint at the end of the trial's last reported job, if that checkpoint is older. Finished trials keep no
+checkpoint, except the best trial. So a live trial takes the disk space of two checkpoints at most, whatever the number
+of rounds.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from fedtune.simulation.records import RoundRecord, record_as_json
 
 
 class TrialStore:
-    """Writes rounds and checkpoints as they come, and finds again what a study had written before it was stopped."""
+    """Writes rounds and checkpoints as they come, and reads what a study wrote before it was stopped."""
 
     def __init__(self, journal: Journal, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -46,7 +47,7 @@ class TrialStore:
         self._save(trial, server_round, arrays)
 
     def report(self, trial: int, server_round: int) -> None:
-        """The job that ended with this round was reported: its state is kept until the next job is."""
+        """Keeps the state at this round, the last one of a reported job, until the trial's next job is reported."""
         previous, self._reported[trial] = self._reported.get(trial, 0), server_round
         if previous not in (server_round, self.latest(trial)):
             self._path(trial, previous).unlink(missing_ok=True)
@@ -65,7 +66,7 @@ class TrialStore:
         return arrays
 
     def replace(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a checkpoint again that was lost, if it is one that is kept."""
+        """Writes a lost checkpoint again, if the store still needs it."""
         if server_round in (self.latest(trial), self._reported.get(trial)):
             checkpoint.save(self._path(trial, server_round), arrays)
 

@@ -1,4 +1,4 @@
-"""All uses of Flower's private names (as in flwr 1.38 to 1.41); the test of this module fails if Flower changes one."""
+"""All uses of Flower's private names (as in flwr 1.38 to 1.42); the test of this module fails if Flower changes one."""
 
 import functools
 from collections.abc import Mapping

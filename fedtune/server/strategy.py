@@ -1,8 +1,9 @@
 """The server's strategy: federated averaging, a server optimiser, and a policy over a pool of client configurations.
 
 This is algorithm 7 (FedEx, see `fedtune.tuning.fedex`) in Flower's two halves of a round: `configure_train` does lines
-2 to 4, the clients do lines 5 and 6, `aggregate_train` does lines 8 to 10. Elimination and other policies can take the
-place of FedEx. A pool of one configuration is plain federated averaging.
+2 to 4. The clients train (line 5), and report their weights and their errors F_k. `aggregate_train` does line 8, and
+the policy's `update` does lines 6, 9 and 10: the server computes the gradients of line 6 from the errors. Elimination
+and other policies can take the place of FedEx. A pool of one configuration is plain federated averaging.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,7 @@
-"""The virtual clock: a queue of future events. The earliest comes first; at equal times, the one scheduled first."""
+"""The virtual clock: a queue of future events.
+
+The earliest event comes first. Of events at the same time, the event that was scheduled first comes first.
+"""
 
 import heapq
 import itertools

@@ -1,14 +1,15 @@
 """Devices on the virtual clock: which clients take part in a round, how long the round takes, and which attempts fail.
 
-The server asks clients that are available, and a fraction `over_selection` more of them than the cohort needs. A client
-downloads the weights, trains, and uploads its update. The round ends as soon as `cohort_size` clients have answered, or
-all that were asked. Otherwise it ends at the `deadline`; without a deadline, it ends when no client is left that will
-answer. A client that would answer after the end is a straggler. The updates of stragglers and of clients that drop out
-do not count (Bonawitz et al. 2019, "Towards federated learning at scale", sections 2.2 and 9).
+The server asks available clients: cohort_size × (1 + over_selection) of them, rounded up, or fewer if there are not so
+many. A client downloads the weights, trains, and uploads its update. The round ends as soon as `cohort_size` clients
+have answered, or when all asked clients have answered, if they are fewer. Otherwise it ends at the `deadline`; without
+a deadline, it ends with the last answer. A client that would answer after the end is a straggler. The updates of
+stragglers and of clients that drop out do not count (Bonawitz et al. 2019, "Towards federated learning at scale",
+sections 2.2 and 9).
 
 Everything is drawn from streams keyed by the round and the client, and is known before anything is trained. So
-stragglers are never trained, and every trial of a seed has the same devices. The only thing in a trial that makes its
-rounds longer is its number of epochs; if its pool has several numbers, their mean counts.
+stragglers are never trained, and every trial of a seed has the same devices. Of a trial's hyperparameters, only
+`epochs` changes the duration of its rounds; if its pool has several numbers of epochs, their mean counts.
 """
 
 import math
@@ -26,7 +27,7 @@ from fedtune.tuning.domains import Choice, Domain, parse_domain
 from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Job, Trial
 
-LEAST_CHANCE = 0.001  # that an attempt succeeds; with less, a job that is retried until it succeeds would hardly end
+LEAST_CHANCE = 0.001  # the least probability that an attempt succeeds, so that a job that is retried ends in practice
 
 
 class LogNormal(NamedTuple):
@@ -42,7 +43,7 @@ class LogNormal(NamedTuple):
 
 Distribution = float | Domain | LogNormal  # a number is the same for every client
 
-RANGES: dict[str, dict[str, Any]] = {  # in which a distribution's values must lie, for each field of Device
+RANGES: dict[str, dict[str, Any]] = {  # the allowed range of each field of Device
     "seconds_per_example": {"low": 0},
     "download_speed": {"low": 0, "low_open": True},
     "upload_speed": {"low": 0, "low_open": True},
@@ -112,7 +113,7 @@ class Devices:
         answer_times = self._answer_times(clients, mean_epochs(trial))
         in_time = np.flatnonzero(~drops_out & (answer_times <= self._settings.deadline))
         counted = in_time[np.argsort(answer_times[in_time], kind="stable")][: self._cohort_size]
-        # Wait for the last of them, or in vain for others.
+        # Wait for the last counted client; if the cohort is too small, until the deadline or for the last answer.
         if len(counted) == min(self._cohort_size, len(clients)):
             waited = float(answer_times[counted].max(initial=0.0))
         elif math.isfinite(self._settings.deadline):

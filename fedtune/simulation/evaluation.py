@@ -41,7 +41,7 @@ def evaluation_tasks(dataset: FederatedDataset, clients: Int[np.ndarray, "client
 
 
 def combine(metrics: Sequence[Metrics]) -> Evaluation:
-    """The evaluation that the clients' metrics, in client order, make together."""
+    """One evaluation, combined from the clients' metrics in client order."""
     errors, sizes = column(metrics, "validation_error"), column(metrics, "num_validation")
     return Evaluation(**evaluation_means(metrics), validation_error_se=standard_error(errors, sizes))
 
@@ -64,7 +64,7 @@ def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray,
 
 
 def flatten(results: Sequence[Result]) -> list[Metrics]:
-    """The metrics in evaluation results. Raises RuntimeError if a client failed: an evaluation leaves nobody out."""
+    """The metrics in evaluation results. Raises RuntimeError if a client failed: all must be evaluated."""
     metrics: list[Metrics] = []
     for result in results:
         if isinstance(result, Failure):

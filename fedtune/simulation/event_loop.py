@@ -31,10 +31,10 @@ Running = TypeVar("Running", bound=Attempt)
 
 @runtime_checkable
 class Workload(Protocol[Running]):
-    """What the jobs of a study are."""
+    """Runs the jobs of a study."""
 
     def start(self, job: Job, number: int, now: float) -> Running | None:
-        """The running attempt; None if the job no longer fits into the budget: then no more jobs are asked for."""
+        """The running attempt. None if the job does not fit into the budget: then no more jobs are asked for."""
 
     def ready(self, attempt: Running) -> bool:
         """Whether everything of the attempt is computed. If not, the loop yields and asks again."""
@@ -43,7 +43,7 @@ class Workload(Protocol[Running]):
         """The error of a job that is done, which is reported to the tuner next."""
 
     def fail(self, attempt: Running, then: OnDrop) -> None:
-        """Takes note that the attempt failed, and what happens to its job then."""
+        """Records that the attempt failed; `then` says what happens to its job."""
 
 
 class EventLoop(Generic[Running]):
@@ -84,7 +84,7 @@ class EventLoop(Generic[Running]):
     def run(self) -> Iterator[None]:
         """Runs until no job is running and none can be started; yields whenever it waits for a job to be computed.
 
-        It can be run again, after an extension: then the job that the workload had refused comes first.
+        It can be run again after an extension. Then the first job is the one that did not fit into the budget before.
         """
         if self._refused:
             self._retries.append((self._refused, 0))

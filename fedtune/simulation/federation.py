@@ -116,7 +116,7 @@ class Federation:
         return fedex.expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
 
     def pool(self) -> Pool:
-        """The client configurations that theta weighs now."""
+        """The pool of client configurations now; theta is the distribution over it."""
         return self.strategy.policy.pool
 
     def theta(self) -> tuple[Float[np.ndarray, "_"], ...]:
@@ -133,7 +133,7 @@ class Federation:
         return arrays
 
     def inherited_state(self) -> dict[str, np.ndarray]:
-        """The state that a copy of this trial starts from: without the policy's, which belongs to this trial's pool."""
+        """The state that a copy of this trial starts from. It lacks the policy's state, which is for this pool."""
         return {name: array for name, array in self.arrays().items() if not name.startswith("policy.")}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -56,7 +56,7 @@ class ExecutorGrid(Grid):
         return range(FIRST_NODE_ID, FIRST_NODE_ID + self._num_clients)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """The messages' ids, after their work was given to the executor."""
+        """Gives the messages' work to the executor, and returns the messages' ids."""
         sent = list(messages)
         self.release()
         message_ids = self._stamp(sent)
@@ -75,7 +75,7 @@ class ExecutorGrid(Grid):
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to messages of pushes whose work is all done, each reply once; does not wait for others."""
+        """The replies to messages whose push is completely done, each reply once. Does not wait for other pushes."""
         for ticket in [ticket for ticket in self._under_way if self._executor.finished(ticket)]:
             for message, result in zip(self._under_way.pop(ticket), self._executor.collect(ticket), strict=True):
                 self._replies[message.metadata.message_id] = protocol.answer(message, result)

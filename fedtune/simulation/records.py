@@ -1,4 +1,6 @@
-"""What is recorded of a round. The journal's keys, the columns of rounds.parquet and the sums over them derive from it.
+"""The record of a round.
+
+The journal's keys, the columns of rounds.parquet and the sums in results.csv are derived from its fields.
 
 This module imports nothing heavy: reports read it too.
 """
@@ -22,10 +24,11 @@ class Evaluation(NamedTuple):
 
 
 def _in_files(column: str | None = None, *, total: int | None = None, fault: int | None = None) -> dict[str, Any]:
-    """What files hold of a record's field, if that is more than a column with the field's own name.
+    """How a field of the record appears in files, if not only as a column with the field's own name.
 
-    `column` is its name in the journal and in rounds.parquet. `total` is its place among the sums in results.csv, and
-    `fault` its place among the faults that a table shows; None means in neither.
+    `column` is its name in the journal and in rounds.parquet. `total` is its place among the sums in results.csv; None
+    means that there is no sum. `fault` is its place among the faults in a report's table; None means that it is no
+    fault.
     """
     return {"column": column, "total": total, "fault": fault}
 
@@ -56,7 +59,7 @@ KEY_TYPES = {COLUMN_OF[item.name]: item.type for item in fields(RoundRecord)}  #
 
 
 def _placed(kind: str) -> list[str]:
-    """The names of the fields that have a place of this kind, by place."""
+    """The names of the fields that have a place of this kind ("total" or "fault"), in the order of their places."""
     places = {item.metadata[kind]: item.name for item in fields(RoundRecord) if item.metadata.get(kind)}
     return [places[place] for place in sorted(places)]
 

@@ -8,17 +8,19 @@ For a search space, and what can be done with its domains:
     SearchSpace     the domains of the client's and of the server's hyperparameters
     Uniform, LogUniform, Integer, PowerOfTwo, Choice    the domains; Domain is any of them
     parse_domain    the domain in a settings table such as {log_uniform = [1e-4, 1.0]}
-    sample, perturb    a random configuration, and one moved a little
+    sample, perturb    `sample` draws a random configuration, `perturb` moves a configuration a little
 
-For a tuner of your own, or for a program that drives one:
+For a program that drives a tuner, and for a new tuner in `fedtune.tuning.tuners` (tuners are not plug-ins):
     Tuner           the interface: `ask` for a job, `tell` its error
     Extendable      a tuner that can be asked for more configurations
     Trial, Job      one federation under one configuration (or a pool), and the rounds to train it to
     Score, incumbent    a trial's error after some rounds, and the best one so far
     TunerKind       the description of a tuner: how it is made, what can be set, and how it behaves
-    TunerSettings, TrialSource, Budget    what a kind parses a table into, and what it makes a tuner from
+    TunerSettings   one tuner's checked settings, which a kind parses from a settings table
+    TrialSource, Budget    where a tuner takes its trials from, and what it may spend
     TUNERS          the kinds of all tuners, by name
-    Policy, PolicyKind, PolicySettings    what happens inside a trial, and its description
+    Policy          the interface of what happens inside a trial: it hands out client configurations
+    PolicyKind, PolicySettings    the description of a policy, and its checked settings
 
     >>> from fedtune.tuning import TUNERS, Budget, LogUniform, SearchSpace, Trial, TrialSource
     >>> settings = TUNERS["asha"].parse("asha", {"reduction_factor": 3}, Budget(max_rounds=9, total_rounds=81))

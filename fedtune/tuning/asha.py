@@ -43,7 +43,7 @@ class ASHA:
     ) -> None:
         self.rung_rounds = rung_rounds(max_rounds, min_rounds, reduction_factor, early_stopping_rate)
         if num_configs is not None:
-            # As in line 3 of Algorithm 2: with fewer it is not certain that one is trained to max_rounds.
+            # Line 3 of Algorithm 2 too: with fewer configurations perhaps none would be trained to max_rounds.
             fewest = 1 if infinite_horizon else reduction_factor ** (len(self.rung_rounds) - 1)
             checked_number("num_configs", num_configs, low=fewest, integer=True)
         self.num_configs = num_configs

@@ -4,7 +4,8 @@ The user gives n, the number of configurations, and R, the rounds of one; the re
 
     eta = 4;  r = R / 256, five rungs;  brackets s = 0, 1, 2, bracket s with a base rung of r eta^s rounds
     mean resource of a configuration in bracket s, if nobody is promoted wrongly:  (number of rungs) R / eta^(s_max - s)
-    n is shared in inverse proportion to it: 12/17, 15/68 and 5/68, each rounded down, the remainder to the first
+    n is shared in inverse proportion to it: 12/17, 15/68 and 5/68, each rounded down; the first bracket also gets
+    the remainder
 
 The brackets are filled one after another. Promotions, in any bracket, come before new trials, so that workers idle only
 at the end of the last bracket. Without n the tuner loops through the brackets without end (section 3.3.2). Each pass
@@ -37,7 +38,7 @@ MOST_RUNGS = 5
 
 
 class AsyncHyperband:
-    """A tuner that runs several brackets of ASHA; a pass draws `widths` configurations into the brackets."""
+    """A tuner that runs several brackets of ASHA. In each pass, bracket s gets `widths[s]` new configurations."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class AsyncHyperband:
             raise InputError("num_configs can be raised only if it was set; without it the brackets never end")
         check_more_configs(num_configs, self.num_configs, self.num_configs)
         widths = self._shares(num_configs)
-        if widths[0] < self.widths[0]:  # other shares only grow, but the first is what rounding leaves
+        if widths[0] < self.widths[0]:  # only the first share can shrink: it includes what rounding leaves
             enough = next(n for n in count(num_configs) if self._shares(n)[0] >= self.widths[0])
             raise InputError(
                 f"num_configs must be >= {enough} to leave the first bracket its {self.widths[0]} configurations, "
@@ -116,7 +117,7 @@ class AsyncHyperband:
         return job
 
     def _passes(self, num_passes: int | None) -> Iterator[ASHA]:
-        """The brackets in turn, each with room for one pass more; None means passes without end."""
+        """The brackets in turn. Each gets room for the configurations of one more pass. None means endless passes."""
         for passed in count() if num_passes is None else range(num_passes):
             for bracket, width in zip(self._brackets, self.widths, strict=True):
                 bracket.num_configs = (passed + 1) * width
@@ -134,7 +135,7 @@ def few_rungs_min_rounds(max_rounds: int, reduction_factor: int) -> int:
 
 
 def how_many_brackets(mode: str, num_rungs: int) -> int:
-    """How many brackets a mode runs; there are as many brackets as rungs: with five, 1, 3 or 5."""
+    """How many brackets a mode runs. There are as many brackets as rungs: of five brackets, 1, 3 or 5 run."""
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
     return {"aggressive": 1, "standard": (num_rungs + 1) // 2, "conservative": num_rungs}[mode]

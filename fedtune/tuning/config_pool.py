@@ -1,4 +1,4 @@
-"""The finite pools of client configurations within one federation.
+"""The finite pool of client configurations of one trial.
 
 FedEx weighs one centre and small perturbations of it; elimination starts from the whole space.
 """

@@ -19,7 +19,7 @@ from fedtune.errors import InputError, UnknownNameError
 
 Number = float | int
 
-LARGEST = 1e300  # the largest finite number here, so that differences of two are finite too
+LARGEST = 1e300  # the largest finite number here: so the difference of two numbers is finite too
 LARGEST_WHOLE = 2**53  # up to here floats count exactly
 
 
@@ -191,7 +191,7 @@ class Choice:
         return self.options[int(rng.integers(len(self.options)))]
 
     def perturb(self, value: Number, rng: np.random.Generator, fraction: float) -> Number:
-        """The nearest option: options have no scale, so that an option stays as it is."""
+        """The nearest option: options have no scale, so an option stays as it is."""
         return self.clip(value)
 
     def clip(self, value: Number) -> Number:
@@ -248,7 +248,7 @@ def is_number(value: Any) -> bool:
 def _whole_step(width: int, rng: np.random.Generator, fraction: float) -> int:
     """A step in [-reach, reach], 0 included, where reach is the fraction of the width rounded up.
 
-    At the fraction of 0.1 of Khodak et al. (see `fedtune.tuning.space`), epochs 1..5 and batch sizes 2^3..2^7 move by
+    At the fraction of 0.1 of Khodak et al. (arXiv 2106.04502), epochs 1..5 and batch sizes 2^3..2^7 move by
     one at most, as in their code. At a fraction of 0 nothing moves.
     """
     reach = math.ceil(fraction * width)
@@ -261,5 +261,5 @@ def _middle(index: int, size: int) -> float:
 
 
 def _share(unit: float, size: int) -> int:
-    """The index of the one of `size` equal shares of [0, 1] in which a number lies."""
+    """[0, 1] is divided into `size` equal shares: the index of the share that contains the number."""
     return min(int(unit * size), size - 1)

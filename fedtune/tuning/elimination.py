@@ -14,7 +14,8 @@ C -> live. Filled in and departures (measured, see docs/algorithms/elimination.m
   how often each was dealt, so that the deck follows from the state and the round's own random stream.
 - Losses fall from round to round, and rounds differ in their clients. So s_c is the effect of c in the additive model
   loss = round + configuration. The model is fitted by alternating means to all losses so far, including the losses of
-  eliminated configurations. An effect is shrunk towards 0 as by half an observation more, since few losses say little.
+  eliminated configurations. An effect is sum / (n + 1/2) instead of sum / n over its n residuals: few losses say
+  little, so it is shrunk towards 0.
 - A loss that is not finite or is above `worst` counts as `worst`. The lower number wins a tie.
 """
 
@@ -36,7 +37,10 @@ SHRINKAGE = 0.5
 
 @dataclass(frozen=True)
 class EliminationSettings:
-    """What a user can set: the size of the pool, and m (None: a fortieth of max_rounds, but at least 4)."""
+    """What a user can set: the size of the pool, and the rounds between halvings, m.
+
+    If `rounds_per_halving` is None, m is a fortieth of max_rounds, rounded down, but at least 4.
+    """
 
     num_configs: int = 27
     rounds_per_halving: int | None = None
@@ -52,8 +56,8 @@ class EliminationSettings:
         rounds = m * (self.num_configs.bit_length() - 1)
         if rounds > max_rounds:
             raise InputError(
-                f"max_rounds must be >= {rounds} to eliminate all but one of {self.num_configs} configurations by "
-                f"halving every {m} rounds, got {max_rounds}"
+                f"max_rounds must be >= {rounds} to reduce {self.num_configs} configurations to one by halving every "
+                f"{m} rounds, got {max_rounds}"
             )
         return m
 
@@ -110,7 +114,7 @@ def update(
 
 
 def effects(state: EliminationState) -> Float[np.ndarray, " config"]:
-    """The effect of each configuration: how much higher its losses are than its rounds explain."""
+    """The effect of each configuration: how much higher its losses are than the mean losses of its rounds."""
     effect = np.zeros(len(state.live))
     num_losses = np.bincount(state.row_config, minlength=len(effect))
     clients = np.maximum(1, np.bincount(state.row_round))

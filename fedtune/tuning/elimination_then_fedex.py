@@ -39,7 +39,7 @@ class EliminationThenFedEx:
         return self._current.needs_error_before
 
     def draw(self, draws: np.random.Generator, cohort_size: int) -> Drawn:
-        """What the algorithm that is running draws for each client."""
+        """For each client the elements of `pool` that the running algorithm draws."""
         return self._current.draw(draws, cohort_size)
 
     def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:

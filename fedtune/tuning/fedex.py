@@ -1,6 +1,7 @@
 """FedEx: exponentiated gradient over a finite pool of client configurations, while one federation trains.
 
-Algorithm 7 of the thesis (section 7.3; later Khodak et al., NeurIPS 2021, arXiv 2106.04502), what concerns theta:
+Algorithm 7 of the thesis (section 7.3; later Khodak et al., NeurIPS 2021, arXiv 2106.04502). These lines use or update
+theta:
 
      1  for round t = 1, ..., T:
      2      for client k = 1, ..., B:
@@ -9,13 +10,15 @@ Algorithm 7 of the thesis (section 7.3; later Khodak et al., NeurIPS 2021, arXiv
      9      theta <- theta * exp(-eta_t sum_k |V_k| g_k / sum_k |V_k|)        `update`
     10      theta <- theta / ||theta||_1
 
-theta -> exp(log_theta), F -> error, lambda -> baseline, |V| -> num_validation; lines 3, 5, 7, 8 are the server's. theta
-is a tuple of independent distributions, one for each factor of the pool; a flat pool has one factor.
+theta -> exp(log_theta), F -> error, lambda -> baseline, |V| -> num_validation. theta is a tuple of independent
+distributions, one for each factor of the pool; a flat pool has one factor. The other lines are elsewhere: line 3 (send
+the weights) and line 8 (federated averaging) are in `fedtune.server.strategy`, line 5 is the client's local training.
 
 Filled in, since the text leaves it open:
-- The step size eta_t is sqrt(2 ln k) over ||g|| (aggressive), sqrt(sum of ||g||^2 so far) (adaptive), sqrt(t) (auto)
-  or 1 (constant). The norm is the largest coordinate, and every factor has its own k and norm. `off` leaves theta
-  unchanged: the control that every comparison needs.
+- The step size eta_t is sqrt(2 ln k) / d. The step size `aggressive` has d = ||g||, `adaptive` has d = sqrt(sum of
+  ||g||^2 so far), `auto` has d = sqrt(t), and `constant` has d = 1. The norm is the largest absolute coordinate. Every
+  factor of the pool has its own number of elements k and its own norm. `off` leaves theta unchanged: the control that
+  every comparison needs.
 - The baseline lambda must not depend on what this client drew in this round, otherwise the gradient is biased.
   `previous` is the mean of past rounds, weighted by discount ** age. `leave_one_out` is the mean of the cohort's other
   clients. `client` is the client's own error before local training.
@@ -106,9 +109,10 @@ def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
 
 
 def worst_error(signal: str, num_classes: int) -> float:
-    """The largest F that counts, so that one client can't move theta for long. For a loss it is twice that of guessing.
+    """The largest F that counts, so that one client can't move theta for long: a larger F counts as this one.
 
-    If num_classes is 0, it is a regression: error and loss are unbounded, and 1 for guessing the mean.
+    For a classification it is 1 for the error, and twice the loss of guessing for the loss. num_classes is 0 for a
+    regression: error and loss are unbounded, and 1 for a model that guesses the mean. There it is 2.
     """
     return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal] if num_classes else 2.0
 

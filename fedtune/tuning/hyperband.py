@@ -34,7 +34,7 @@ def hyperband(
 
 
 def bracket_plans(rounds: tuple[int, ...], reduction_factor: int, floor_first: bool = False) -> list[BracketPlan]:
-    """The brackets, from the most to the least aggressive; `rounds` is after how many rounds the rungs end."""
+    """The brackets, from the most to the least aggressive. Rung k ends after `rounds[k]` rounds."""
     plans = []
     for s in range(len(rounds)):  # 1
         num_rungs, grown = len(rounds) - s, reduction_factor ** (len(rounds) - s - 1)

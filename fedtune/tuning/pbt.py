@@ -7,14 +7,14 @@
         explore: every inherited hyperparameter is multiplied by 1.2 or 0.8, or moves to an adjacent choice, with
                  probability 3/4; else it is drawn anew                                              `explore_config`
     no member is ever more than two intervals ahead of another
-    where no member of any population may train, a new population is started
+    if no member of any population may train, a new population is started
 
 In the thesis a population has 25 members, and an interval is 1/30 of R. A member that exploits becomes a new trial,
 whose `parent` is the trial that it copies. 20 % are floor(P' / 5) of the P' members that have reported an error.
 
 Filled in: who exploits whom is decided when the member's next job is asked for, from the errors last reported. A member
 that would be too far ahead of the slowest member, or that has trained for R rounds, is not copied. A member whose error
-is not finite exploits whatever its rank; if no member has a finite error, it is given up. Left out: sampling until half
+is not finite exploits whatever its rank; if no member has a finite error, it is removed. Left out: sampling until half
 the population is better than guessing. Departure: if the budget can't train 25 members to R, the population has as many
 members as the budget can train (`default_population_size`).
 """
@@ -39,7 +39,7 @@ INTERVALS = 30
 FIFTH = 5
 MOST_AHEAD = 2  # intervals
 
-Explore = Callable[[Trial, int], Trial]  # a parent and a new number: the parent with its hyperparameters explored
+Explore = Callable[[Trial, int], Trial]  # (parent, new number) -> a trial like the parent, with new hyperparameters
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class Member:
     """A place in a population, and the trial that holds it now (None before the first job)."""
 
     trial: Trial | None = None
-    rounds: int = 0  # that the trial had had when its last error was reported
+    rounds: int = 0  # the trial's rounds when its last error was reported
     key: Key | None = None  # how it ranks, by the last error reported for this trial
 
     @property
@@ -71,7 +71,7 @@ class Population:
         return self.waiting[0] if self.waiting and self.waiting[0].rounds <= self._furthest_start() else None
 
     def donors(self, member: Member) -> list[Member]:
-        """The members of which this member should copy one; empty if it should continue itself."""
+        """The members that this member may copy; empty if it should not copy any."""
         fifth = len(self._ranked) // FIFTH
         worst = self._ranked[len(self._ranked) - fifth :]
         if member.key is None or not (member.diverged or (worst and member.key >= _key(worst[0]))):
@@ -91,7 +91,7 @@ class Population:
             insort(self.waiting, member, key=lambda waiting: waiting.rounds)
 
     def copy(self, member: Member, donor: Member, trial: Trial) -> None:
-        """Puts a member where its donor is, with no error of its own yet."""
+        """Gives a member the trial `trial`, a copy of its donor, and the donor's rounds. It has no error yet."""
         self.forget(member)
         insort(self._rounds, donor.rounds)
         member.trial, member.rounds, member.key = trial, donor.rounds, None
@@ -166,7 +166,7 @@ class PBT:
         self._num_populations += 1
 
     def _prepare(self, population: Population, member: Member) -> Trial | None:
-        """The trial that the member trains next, after exploiting and exploring; None if the member is given up."""
+        """The trial that the member trains next, after exploiting and exploring; None if the member is removed."""
         donors = population.donors(member)
         if member.trial is None:
             member.trial = self._draw(next(self._numbers))
@@ -216,8 +216,8 @@ def moved(domain: Domain, value: Number, *, up: bool) -> Number:
         return domain.clip(value * 2.0**direction)
     if isinstance(domain, Choice):
         options = sorted(domain.options)
-        beside = options.index(value) + direction
-        return options[min(max(beside, 0), len(options) - 1)]
+        adjacent = options.index(value) + direction
+        return options[min(max(adjacent, 0), len(options) - 1)]
     if isinstance(domain, Integer):
         return domain.clip(value + direction * max(1, round(0.2 * abs(value))))
     return domain.clip(value * (1.2 if up else 0.8))

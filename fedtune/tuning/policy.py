@@ -1,8 +1,8 @@
-"""The interface of a policy: what a federation's clients train with, and what is learnt from their errors.
+"""The interface of a policy: it chooses the configurations of a federation's clients, and learns from their errors.
 
 The server's strategy drives it: `draw` before a round, `update` after it, `to_arrays` and `restore` around a
-checkpoint. A policy stands at the end of its algorithm's module: FedEx in `fedex`, and others in `elimination`,
-`elimination_then_fedex` and `rsws`.
+checkpoint. The policy class is at the end of its algorithm's module: `fedex`, `elimination`, `elimination_then_fedex`
+and `rsws`.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Policy(Protocol):
         """The elements of the pool that each client of a cohort trains with; `fedex.expand` makes a configuration."""
 
     def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:
-        """Learns from a round; called once after every round, whatever happened in it.
+        """Learns from a round; called once after every round, also if no client answered.
 
         The arrays hold the whole cohort. num_validation is 0 for a client that did not answer. The error is NaN for a
         client whose update was rejected.
@@ -49,7 +49,7 @@ class Policy(Protocol):
         """How likely a client is to draw each element of each factor."""
 
     def best(self) -> tuple[int, ...]:
-        """The element of each factor that one would pick now."""
+        """The index of the best element of each factor, as far as is known now."""
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state as a checkpoint holds it."""

@@ -1,4 +1,4 @@
-"""What can happen inside a trial: its client configurations, and the policy that hands them out and learns from them.
+"""The kinds of policies: a policy hands out a trial's client configurations and learns from the clients' errors.
 
 A `PolicyKind` is a part of a tuner's description (`fedtune.tuning.tuner_kind`). It turns options into `PolicySettings`,
 which make the pool and the policy of each trial.

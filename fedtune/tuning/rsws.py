@@ -5,12 +5,12 @@
     return the best                                                                                    `mean_errors`
 
 Here an architecture is a client configuration out of a finite pool drawn at random. For fixed weights a learning rate
-changes nothing (section 7.1.2), so a configuration is evaluated as section 7.3 does it: by a client's validation error
-after local training that starts from the shared weights.
+changes nothing (section 7.1.2), so a configuration is evaluated as in section 7.3: by a client's validation error after
+local training that starts from the shared weights.
 
 Departure: this needs no extra evaluation. A configuration's error is the mean over the last quarter of the rounds,
-weighted by validation examples. In these rounds the shared weights were close to the present ones, and the scores of
-trials are taken over the same rounds. An error that is not finite counts as 1. A configuration without an error in
+weighted by validation examples. In these rounds the shared weights were close to the present weights. A trial's
+score is a mean over the same rounds. An error that is not finite counts as 1. A configuration without an error in
 these rounds ranks last. The lower number wins a tie.
 """
 

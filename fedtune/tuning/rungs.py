@@ -38,7 +38,10 @@ class Rung:
             heappush(self._candidates, _negated(heappop(self._others)))
 
     def promote(self) -> int | None:
-        """The best trial not yet promoted, now promoted, if it is among the best floor(n / reduction_factor)."""
+        """Promotes the best trial that was not promoted yet, if it is among the best floor(n / reduction_factor).
+
+        Returns the number of the trial, or None.
+        """
         if not self._waiting or not self._candidates or self._waiting[0] > _negated(self._candidates[0]):
             return None
         return heappop(self._waiting)[2]
@@ -65,7 +68,7 @@ def rung_rounds(
 
 
 def num_halvings(max_rounds: int, min_rounds: int, reduction_factor: int) -> int:
-    """log_eta(R / r), counted in whole numbers: the logarithms of 243 and 3 divide to less than 5."""
+    """log_eta(R / r), counted in whole numbers: in floats, log(243) / log(3) is less than 5."""
     checked_number("min_rounds", min_rounds, low=1, high=max_rounds, integer=True)
     halvings, rounds = 0, min_rounds
     while rounds < max_rounds:
@@ -73,7 +76,7 @@ def num_halvings(max_rounds: int, min_rounds: int, reduction_factor: int) -> int
     if rounds != max_rounds:
         raise InputError(
             f"max_rounds must be min_rounds ({min_rounds}) times a power of reduction_factor ({reduction_factor}), "
-            f"got {max_rounds}; {rounds // reduction_factor} or {rounds} would do"
+            f"got {max_rounds}; {rounds // reduction_factor} and {rounds} are allowed"
         )
     return halvings
 
@@ -82,8 +85,8 @@ def default_min_rounds(max_rounds: int, reduction_factor: int) -> int:
     """The smallest whole r for which R / r is a power of eta (R >= 1, eta >= 2): 1 for 81 and eta 3, 11 for 99.
 
     Raises InputError if that is R itself, since then no trial could be stopped early. The error names values of R that
-    would do: the powers of eta around R, whose rungs start at 1, and the multiples of eta^2 around R, which have three
-    rungs or more.
+    are allowed. They are the powers of eta around R, whose rungs start at 1, and the multiples of eta^2 around R, which
+    have three rungs or more.
     """
     min_rounds, power = max_rounds, reduction_factor
     while min_rounds % reduction_factor == 0:
@@ -93,8 +96,8 @@ def default_min_rounds(max_rounds: int, reduction_factor: int) -> int:
     while power * reduction_factor < max_rounds:
         power *= reduction_factor
     multiple = reduction_factor**2 * (max_rounds // reduction_factor**2)
-    would_do = {power, power * reduction_factor, multiple, multiple + reduction_factor**2} - {0}
+    allowed = {power, power * reduction_factor, multiple, multiple + reduction_factor**2} - {0}
     raise InputError(
         f"max_rounds must be a multiple of reduction_factor ({reduction_factor}), got {max_rounds}; "
-        f"{', '.join(map(str, sorted(would_do)))} would do"
+        f"{', '.join(map(str, sorted(allowed)))} are allowed"
     )

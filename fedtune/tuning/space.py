@@ -1,9 +1,6 @@
 """Hyperparameters and search spaces: the range of each hyperparameter, and what a tuner may search.
 
 A configuration maps hyperparameter names to plain floats and ints.
-
-The spaces at the end are the spaces of Khodak et al., NeurIPS 2021 (arXiv 2106.04502). Departure: momentum stops at
-0.999, since at 1 the velocity never decays.
 """
 
 import math
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.domains import LARGEST, Choice, Domain, Integer, LogUniform, PowerOfTwo, Uniform, is_number
+from fedtune.tuning.domains import LARGEST, Choice, Domain, LogUniform, Uniform, is_number
 from fedtune.tuning.domains import Number as Number
 
 Config = Mapping[str, Number]
@@ -30,7 +27,7 @@ def checked_number(
     high_open: bool = False,
     integer: bool = False,
 ) -> Number:
-    """The value as an int or a finite float; InputError unless it is one and lies in the range."""
+    """The value as an int or a finite float. Raises InputError if it is no number of this kind or is out of range."""
     allowed = (
         is_number(value)
         and (isinstance(value, int) or not integer)
@@ -48,7 +45,7 @@ def checked_number(
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """The default and the range of one hyperparameter, as the program that uses it declares them.
+    """The default and the range of one hyperparameter, declared by the client program or the server that uses it.
 
     `low` and `high` belong to the range unless `low_open` or `high_open` is set.
     """
@@ -97,7 +94,7 @@ def perturb(
 
 
 def check_space(domains: Mapping[str, Domain], known: Mapping[str, Hyperparameter], kind: str) -> None:
-    """Raises InputError unless every domain is of a known hyperparameter and within its range.
+    """Raises InputError unless every name is a known hyperparameter and its domain is within the allowed range.
 
     `kind` is what an error calls the hyperparameters, for example "client hyperparameter".
     """
@@ -111,20 +108,3 @@ def check_space(domains: Mapping[str, Domain], known: Mapping[str, Hyperparamete
                 known[name].check(name, value)
             except InputError as error:
                 raise InputError(f"{kind} outside its range in {domain}: {error}") from None
-
-
-FEDEX_CLIENT_SPACE: dict[str, Domain] = {
-    "learning_rate": LogUniform(1e-4, 1.0),
-    "momentum": Uniform(0.0, 0.999),
-    "weight_decay": LogUniform(1e-5, 1e-1),
-    "epochs": Integer(1, 5),
-    "batch_size": PowerOfTwo(8, 128),
-    "proximal_mu": LogUniform(1e-5, 1.0),
-    "dropout": Uniform(0.0, 0.5),
-}
-
-FEDEX_SERVER_SPACE: dict[str, Domain] = {
-    "learning_rate": LogUniform(0.1, 10.0),
-    "momentum": Choice((0.0, 0.9)),
-    "decay": LogUniform(1e-4, 1e-2),
-}

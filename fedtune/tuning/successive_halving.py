@@ -12,7 +12,7 @@
     12  return the best of T
 
 R -> max_rounds, r -> min_rounds, eta -> reduction_factor, s -> early_stopping_rate. One run of the algorithm is a
-bracket. A new bracket is opened if a worker is free while every job of the open brackets runs or waits for other jobs.
+bracket. A new bracket is opened if a worker is free and no open bracket has a job that can start now.
 The oldest bracket that has a job goes first (section 3.3.1).
 
 Departures: line 3 has > in the text, but its own example (n = 9, r = 1, R = 9, eta = 3) needs >=. No trial is cut
@@ -53,7 +53,7 @@ class Bracket:
 
     @property
     def waits(self) -> bool:
-        """Whether no job can be started before the next `tell`, or at all."""
+        """Whether no job can be started now: the bracket waits for the next `tell`, or it is finished."""
         return self._unstarted == 0
 
     def ask(self, draw: Iterator[Trial]) -> Job:

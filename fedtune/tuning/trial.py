@@ -18,11 +18,11 @@ Pool = tuple[tuple[Config, ...], ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """One federation: the server's configuration and the client configurations that FedEx weighs.
+    """One federation: the server's configuration, and the pool of client configurations.
 
-    `parent` is the number of the trial whose state it inherits; None means that it starts from the initial weights. It
-    inherits the state after the parent's last reported job when its own first job is asked for, even if a later job of
-    the parent is running by then. Its rounds are counted on from the parent's rounds.
+    `parent` is the number of the trial whose state this trial inherits; None means that this trial starts from the
+    initial weights. When its first job is asked for, this trial takes the state after the parent's last reported job,
+    even if a later job of the parent is running at that time. Its round number continues from the round of that state.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Tuner(Protocol):
     """Decides what to train next."""
 
     def ask(self) -> Job | None:
-        """The next job. None if there is nothing to run before the next `tell`, or at all if no job is running."""
+        """The next job. None means: ask again after the next `tell`; if no job is running, the tuner is done."""
 
     def tell(self, job: Job, error: float) -> None:
         """Report a job's validation error; each job that was asked for is reported once."""
@@ -76,7 +76,10 @@ class Extendable(Tuner, Protocol):
 
 
 def check_more_configs(num_configs: int, before: int | None, num_drawn: int) -> None:
-    """Raises InputError unless num_configs is above the limit before, or at least num_drawn if there was no limit."""
+    """Raises InputError unless num_configs is above the previous limit `before`.
+
+    If there was no limit (`before` is None), num_configs must be at least num_drawn.
+    """
     checked_number("num_configs", num_configs, low=num_drawn if before is None else before + 1, integer=True)
 
 
@@ -97,7 +100,7 @@ def rank_key(error: float, number: int) -> tuple[bool, float, int]:
 
 
 def incumbent(scores: Iterable[Score]) -> Score | None:
-    """The score of the trial one would pick now: the best at the highest number of rounds; None without scores.
+    """The score of the best trial now: the lowest error at the highest number of rounds; None without scores.
 
     A trial that diverged is picked only if all trials diverged, however far it was trained.
     """

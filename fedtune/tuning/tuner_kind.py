@@ -1,8 +1,8 @@
 """The description of a tuner: how it is made, what can be set, and how it behaves.
 
-A `TunerKind` is all that the rest of the program knows of a tuner. Its `parse` turns a [tuner.NAME] table into
-`TunerSettings`, which make the tuner and the pool and the policy of each trial. A module of your own describes a tuner
-in the same way as `fedtune.tuning.tuners` does:
+The rest of the program uses a tuner only through its `TunerKind`. `TunerKind.parse` turns a [tuner.NAME] table into
+`TunerSettings`, which make the tuner and the pool and the policy of each trial. A new tuner is added to
+`fedtune.tuning.tuners`; tuners are not plug-ins. Its description is, for example:
 
     from fedtune.tuning import TunerKind
 
@@ -33,7 +33,8 @@ class Budget(NamedTuple):
 class TrialSource:
     """Where a tuner takes its trials from.
 
-    `draw(n)` is trial number n: with random values in a search, with the fixed values within one federation.
+    `draw(n)` is trial number n. In a search it has random values; a tuner that trains one federation gets the fixed
+    values of the settings.
     `compose(n, server, client)` is trial number n with values of `space` that the tuner has chosen itself.
     """
 
@@ -55,9 +56,9 @@ class TunerKind:
     make: Callable[..., Tuner]
     options: Mapping[str, type] = field(default_factory=dict)  # the tuner's own, each an int, float, bool or str
     policy: PolicyKind = ONE_CONFIGURATION  # what happens inside each trial, with options of its own
-    searches: bool = True  # False: all happens within one federation, around the fixed values
-    forgets_jobs: bool = False  # it does as well if a job that failed for good is never reported to it
-    extendable: bool = False  # `num_configs` is all that it draws, and can be raised: it is an `Extendable`
+    searches: bool = True  # False: the tuner trains one federation, with the fixed values of the settings
+    forgets_jobs: bool = False  # the tuner needs no report of a failed job that is not retried
+    extendable: bool = False  # it draws `num_configs` configurations and is an `Extendable`: the number can be raised
     # Whether a trial that has had max_rounds rounds is never asked for again, given the options.
     ends_at_max_rounds: Callable[[Mapping[str, Any]], bool] = lambda options: True
 

@@ -46,7 +46,7 @@ def feature_columns(columns: Iterable[str], client: str, label: str, features: S
     if taken := {client, label} & {*chosen}:
         raise InputError(f"features must be other columns than the client and the label, got {min(taken)!r}")
     if not chosen:
-        raise InputError(f"a table must have a column beside {client!r} and {label!r}, got none")
+        raise InputError(f"a table must have a column in addition to {client!r} and {label!r}, got none")
     return chosen
 
 
