@@ -4,6 +4,7 @@ import tomli_w
 import torch
 from client_app_grid import ClientAppGrid
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.object_ref import validate
 from safetensors.torch import load_file
 
 from fedtune import plugins
@@ -32,6 +33,12 @@ TABLE = {
     "space": {"client": {"learning_rate": {"log_uniform": [0.01, 1.0]}}},
     "tuner": {"fedex": {"pool_size": 3}},
 }
+
+
+@pytest.mark.parametrize("name", ["fedtune.server.app:app", "fedtune_clients.app:app"])
+def test_flower_finds_the_documented_apps(name):
+    """`flwr run` checks the names before it starts: it reads the source and imports nothing."""
+    assert validate(name) == (True, None)
 
 
 def context(table, **run_config):
