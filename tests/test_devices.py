@@ -11,7 +11,8 @@ from fedtune import rng
 from fedtune.errors import InputError
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings, resolve
-from fedtune.simulation.devices import Devices, distributions, mean_epochs, shuffled
+from fedtune.simulation.device_distributions import distributions
+from fedtune.simulation.devices import Devices, mean_epochs, shuffled
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Job, Trial
 

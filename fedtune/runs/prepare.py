@@ -13,7 +13,8 @@ from fedtune.errors import InputError
 from fedtune.hyperparameters import initial_weights, resolve_hyperparameters, resolve_tuners
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
-from fedtune.simulation.devices import check_jobs_can_end, distributions
+from fedtune.simulation.device_distributions import distributions
+from fedtune.simulation.devices import check_jobs_can_end
 from fedtune.tuning.tuners import tuner_kind
 
 
