@@ -127,15 +127,16 @@ def odd_program(tmp_path, body):
 
 
 TASKS = [TrainTask(client, CONFIG, seed=client) for client in range(3)]
+WRONG_ROW = r"InputError: train_together, for each client, must return a float32 tensor of shape \(195,\), got "
 
 
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
         ("raise SystemExit(3)", "SystemExit: 3"),
-        ("return rows[:2]", "InputError: train_together must return 3 float32 tensors of shape"),
-        ("return [row.double() for row in rows]", "InputError: train_together must return 3 float32 tensors of shape"),
-        ("return [row.mean() for row in rows]", "InputError: train_together must return 3 float32 tensors of shape"),
+        ("return rows[:2]", "InputError: train_together must return weights for each of 3 clients, got 2$"),
+        ("return [row.double() for row in rows]", rf"{WRONG_ROW}float64 of shape \(195,\)$"),
+        ("return [row.mean() for row in rows]", rf"{WRONG_ROW}float32 of shape \(\)$"),
     ],
 )
 def test_a_train_together_that_does_not_go_is_told_and_not_tried_again(tmp_path, dataset, body, reason):

@@ -10,6 +10,7 @@ Training itself is in the client program, for example `fedtune_clients.local_sgd
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -109,7 +110,9 @@ def train_alone(
     """The weights of the client of the only task, after training from `weights`. The model then holds them."""
     (task,) = tasks
     examples = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device).all()
-    model.load(train(model, weights, examples, task.config, generator(task.seed)))
+    # The program gets a copy of the weights: others train from the same ones.
+    trained = train(model, weights.clone(), examples, dict(task.config), generator(task.seed))
+    model.load(_checked("train", trained, (model.num_weights,)))
     return [model.flat]
 
 
@@ -123,15 +126,13 @@ def train_side_by_side(
     """The weights of each task's client after training from `weights`, with the same bits as from `train_alone`."""
     stored = [dataset.examples(task.client, "train") for task in tasks]
     examples = [StoredExamples(*arrays, dataset.spec, model.flat.device) for arrays in stored]
-    configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
-    trained = list(train_together(model, weights, examples, configs, rngs))
-    shapes = [(row.dtype, row.shape) for row in trained]
-    if shapes != [(model.flat.dtype, model.flat.shape)] * len(tasks):
-        raise InputError(
-            f"train_together must return {len(tasks)} float32 tensors of shape {(*model.flat.shape,)}, got {shapes}"
-        )
+    configs, rngs = [dict(task.config) for task in tasks], [generator(task.seed) for task in tasks]
+    trained = list(train_together(model, weights.clone(), examples, configs, rngs))
+    if len(trained) != len(tasks):
+        raise InputError(f"train_together must return weights for each of {len(tasks)} clients, got {len(trained)}")
+    rows = [_checked("train_together, for each client,", row, (model.num_weights,)) for row in trained]
     # The model's own weights change as soon as it is used.
-    return [row.clone() if _share_memory(row, model.flat) else row for row in trained]
+    return [row.clone() if _share_memory(row, model.flat) else row for row in rows]
 
 
 def train_batched(
@@ -147,13 +148,28 @@ def train_batched(
     """
     stored = [dataset.examples(task.client, "train") for task in tasks]
     examples = StoredExamples(*joined(stored), dataset.spec, model.flat.device).all()
-    configs, rngs = [task.config for task in tasks], [generator(task.seed) for task in tasks]
-    return program_train_batched(model, weights, examples, sizes_of(stored), configs, rngs)
+    configs, rngs = [dict(task.config) for task in tasks], [generator(task.seed) for task in tasks]
+    trained = program_train_batched(model, weights.clone(), examples, sizes_of(stored), configs, rngs)
+    return _checked("train_batched", trained, (len(tasks), model.num_weights))
 
 
 def generator(seed: int) -> np.random.Generator:
     """The stream of random numbers that a client program gets for a task's seed."""
     return np.random.Generator(np.random.PCG64(seed))
+
+
+def _checked(function: str, trained: object, shape: tuple[int, ...]) -> Tensor:
+    """The weights that a client program's function returned, without their gradients. Raises InputError for others.
+
+    A tensor of one number would be broadcast, whole numbers would be rounded, and gradients would make the model's own
+    weights part of a graph.
+    """
+    wanted = f"{function} must return a float32 tensor of shape {shape}"
+    if not isinstance(trained, Tensor):
+        raise InputError(f"{wanted}, got {type(trained).__name__}")
+    if trained.dtype != torch.float32 or trained.shape != shape:
+        raise InputError(f"{wanted}, got {str(trained.dtype).removeprefix('torch.')} of shape {(*trained.shape,)}")
+    return trained.detach()
 
 
 def _evaluation_metrics(dataset: FederatedDataset, client: int, validation: Measured, test: Measured) -> Metrics:

@@ -148,11 +148,17 @@ class TrainedJobs:
             yield from self._personalise("at_max_rounds", trial, job.rounds)
 
     def _write(self, federation: Federation, record: RoundRecord) -> None:
-        """Writes a new round down, with the federation's state if the round was evaluated."""
+        """Writes a new round down, with the federation's state if the round was evaluated.
+
+        Raises InputError if every client failed in the first round of trial 0: then the client program is at fault.
+        """
         trial = federation.trial.number
-        self._store.write(trial, record, None if record.evaluation is None else federation.arrays())
         outcome = federation.strategy.outcome
-        if outcome is not None and (reasons := outcome.failures):
+        reasons = outcome.failures if outcome is not None else []
+        if (trial, record.round) == (0, 1) and 0 < record.cohort == record.failed:
+            raise InputError(f"every client failed in the first round, the first with: {reasons[0]}")
+        self._store.write(trial, record, None if record.evaluation is None else federation.arrays())
+        if reasons:
             self._journal.note("lost", trial=trial, round=record.round, reasons=reasons)
             self._say("lost", reasons=reasons)
 
