@@ -42,9 +42,11 @@ def stats(
     from rich.console import Console
 
     from fedtune.data.stats import statistics
-    from fedtune.report.plots import plot_stats
+    from fedtune.report.plots import check_path, plot_stats
     from fedtune.report.tables import size_histogram, stats_table
 
+    if figure:
+        check_path(figure)
     dataset = _load(what, assignments)
     Console().print(stats_table(statistics(dataset)))
     Console().print(size_histogram(dataset.sizes().sum(1)))

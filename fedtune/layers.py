@@ -53,7 +53,7 @@ def _shipped_and_given(what: str | Path, layers: Tables) -> tuple[Tables, Tables
     if name.endswith(".toml"):
         file = settings.read_settings(Path(what))
         given = [file, *layers]
-        name = file.get("data", {}).get("name")
+        name = _name_in(file, "data")
     # A file without a data set's name, or with something else in its place, is an error that `resolve` names.
     shipped = [plugins.dataset_settings(name)] if isinstance(name, str) else []
     tables = [*shipped, *given]
@@ -66,8 +66,15 @@ def _shipped_and_given(what: str | Path, layers: Tables) -> tuple[Tables, Tables
 def _client_name(tables: Tables) -> str | None:
     name = None
     for table in tables:
-        name = table.get("client", {}).get("name", name)
+        given = _name_in(table, "client")
+        name = given if isinstance(given, str) else name
     return name
+
+
+def _name_in(layer: Mapping[str, Any], table: str) -> Any:
+    """The name in one of the layer's tables; None if there is none, or if the layer holds something else there."""
+    held = layer.get(table)
+    return held.get("name") if isinstance(held, Mapping) else None
 
 
 def _budget_of_all_configs(merged: Mapping[str, Any], tuner: str) -> dict[str, Any]:

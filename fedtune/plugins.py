@@ -88,7 +88,12 @@ def make_model(table: Mapping[str, Any], spec: DatasetSpec) -> "nn.Module":
 
     name, options = _name_and_options(table)
     make = _function_in_file(name) if name_kind(name) == "file" else _load_installed("models", name)
-    model = call(make, options, f"model {name!r}", "model", spec)
+    try:
+        model = call(make, options, f"model {name!r}", "model", spec)
+    except InputError:
+        raise
+    except Exception as error:  # such as sizes that no memory holds
+        raise InputError(f"the model {name!r} can't be made with these settings: {_in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -122,15 +122,15 @@ class Settings(Table):
     """
 
     tuners: list[str] = ["manual", "random", "asha", "fedex"]
-    seeds: Count = 1
-    seed: int = Field(0, ge=0, strict=True)
+    seeds: int = Field(1, ge=1, le=10_000, strict=True)
+    seed: int = Field(0, ge=0, lt=2**62, strict=True)
     max_rounds: Count = 81
     total_rounds: Count = 405
     cohort_size: Count = 10
     parallel_trials: Count = 4
     parallel_studies: Count = 1
     shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    workers: int = Field(0, ge=0, strict=True)
+    workers: int = Field(0, ge=0, le=1024, strict=True)
     device: str = "cpu"
     executor: Literal["auto", "serial", "pool", "batched"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -149,6 +149,13 @@ class Settings(Table):
     def _has_a_name(cls, table: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(table.get("name"), str):
             raise ValueError("needs a name")
+        return table
+
+    @field_validator("client")
+    @classmethod
+    def _has_a_name_that_is_text(cls, table: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(table.get("name", ""), str):
+            raise ValueError("must have a name that is text, if it has one")
         return table
 
     @field_validator("tuners")

@@ -84,6 +84,12 @@ def test_every_floating_point_type_becomes_float32():
     assert {parameter.dtype for parameter in model.parameters} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_with_lazy_layers_is_an_input_error():
+    with pytest.raises(InputError, match="must know the size of every layer when it is made, got one with lazy layers"):
+        FlatModel(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
+
+
 def test_a_model_with_nothing_to_train_is_an_input_error():
     with pytest.raises(InputError, match="at least one trainable parameter"):
         FlatModel(nn.Flatten())

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from fedtune.client.objectives import OBJECTIVES
 from fedtune.errors import InputError
@@ -28,6 +29,8 @@ class FlatModel:
     def __init__(
         self, module: nn.Module, device: str | torch.device = "cpu", objective: str = "classification"
     ) -> None:
+        if any(map(is_lazy, module.state_dict(keep_vars=True).values())):
+            raise InputError("a model must know the size of every layer when it is made, got one with lazy layers")
         self.loss, self.measure = OBJECTIVES[objective]
         self.module = module.to(device).float()
         tensors = dict(_tensors(self.module))

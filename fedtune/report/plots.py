@@ -18,6 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.parts import PARTS
+from fedtune.errors import InputError
 from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale for a line on white.
@@ -291,6 +292,12 @@ def spread(heights: Float[np.ndarray, "label"], gap: float) -> Float[np.ndarray,
     moved = np.empty(count)
     moved[order] = np.clip(places, 0, max(0, 1 - gap * (count - 1))) + offsets
     return moved
+
+
+def check_path(path: Path) -> None:
+    """Raises InputError unless a figure can be written to a file of that name."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"a figure must be a file that ends in .png, got {path}")
 
 
 def _save(figure: Figure, path: Path) -> Path:
