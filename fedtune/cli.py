@@ -1,5 +1,6 @@
 """The command line. What is slow to import is imported by the command that needs it."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,9 +221,13 @@ def _run(settings: "Settings", options: RunOptions) -> None:
 
 @contextmanager
 def _progress(folder: Path) -> Iterator["LiveProgress"]:
-    """A display of the progress of the run in a folder. If Ctrl-C stops the run, a line says how to resume it."""
+    """A display of the progress of the run in a folder.
+
+    If Ctrl-C, SIGTERM or a terminal that closes (SIGHUP) stops the run, a line says how to resume it.
+    """
     from fedtune.report.live import LiveProgress
 
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with LiveProgress() as progress:
             yield progress
@@ -230,6 +235,14 @@ def _progress(folder: Path) -> Iterator["LiveProgress"]:
         if (folder / "settings.toml").is_file():
             typer.echo(f"stopped; to resume: fedtune resume {folder}", err=True)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stops the program as Ctrl-C does. SystemExit would not do: a client's program may raise that, and only fails."""
+    raise KeyboardInterrupt
 
 
 def _show(run: "Run") -> None:

@@ -1,11 +1,14 @@
 import csv
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -151,6 +154,16 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--set", "data=3"], "data must be a table, got 3"),
         (["train", "digits", "--set", "devices=3"], "devices must be a table, got 3"),
         (["train", "missing.toml"], "settings file missing.toml cannot be read"),
+        (["train", "digits", "--set", "client=3"], "client must be a table, got 3"),
+        (["train", "digits", "--set", "client.name=3"], "client must have a name that is text, if it has one"),
+        (["train", "digits", "--seed", "9" * 23], f"seed must be less than {2**62}, got {'9' * 23}"),
+        (["train", "digits", "--seeds", "9" * 11], "seeds must be less than or equal to 10000, got 99999999999"),
+        (["train", "digits", "--workers", "100000"], "workers must be less than or equal to 1024, got 100000"),
+        (
+            ["train", "digits", "--model", "mlp", "--set", "model.hidden=[100000000000]"],
+            "the model 'mlp' can't be made with these settings",
+        ),
+        (["data", "stats", "digits", "--figure", "x.txt"], "a figure must be a file that ends in .png, got x.txt"),
         (["data", "prepare", "mnists"], "unknown data set 'mnists'; known: "),
         (["data", "stats", "digits", "--set", "data.partition=pathological"], "unknown partition 'pathological'"),
     ],
@@ -163,6 +176,23 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(answer, monke
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('data = "digits"', "data must be a table, got 'digits'"),
+        ('client = "local_sgd"\ndata = {name = "digits"}', "client must be a table, got 'local_sgd'"),
+        ('client = {name = 3}\ndata = {name = "digits"}', "client must have a name that is text, if it has one"),
+    ],
+)
+def test_a_settings_file_with_something_else_for_a_table_is_one_line(answer, tmp_path, text, message):
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    code, shown, error = answer("compare", path, "--out", tmp_path / "run")
+    assert (code, shown, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"fedtune: {message}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -197,10 +227,13 @@ def test_rungs_that_do_not_lead_to_the_top_are_found_before_the_run(answer, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_control_c_says_how_to_resume(answer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_a_signal_stops_says_how_to_resume(answer, tmp_path, monkeypatch, number):
     def stopped(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(60)
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(Comparison, "run", stopped)
     monkeypatch.chdir(tmp_path)
     code, _, error = answer("train", "digits", "--rounds", 1, "--executor", "serial")
@@ -208,6 +241,7 @@ def test_control_c_says_how_to_resume(answer, tmp_path, monkeypatch):
     assert (code, error.strip()) == (130, f"stopped; to resume: fedtune resume runs/{folder.name}")
     code, _, error = answer("resume", folder, "--executor", "serial")
     assert (code, error.strip()) == (130, f"stopped; to resume: fedtune resume {folder}")
+    assert signal.getsignal(number) is before
 
 
 @pytest.fixture(scope="module")

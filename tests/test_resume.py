@@ -190,6 +190,14 @@ def test_a_finished_runs_checkpoints_come_again(kept, tmp_path, damage):
     assert contents(fedtune.resume(folder, executor="serial").folder) == contents(kept)
 
 
+def test_a_checkpoint_that_a_crash_left_behind_goes_at_the_end(kept, tmp_path):
+    """As if the process had died between a checkpoint's line in the journal and the removal of the one before."""
+    folder = shutil.copytree(kept, tmp_path / "copy")
+    for path in list(folder.glob("*/checkpoints/*")):
+        shutil.copy(path, path.with_name(re.sub(r"round-\d+", "round-1", path.name)))
+    assert contents(fedtune.resume(folder, executor="serial").folder) == contents(kept)
+
+
 def test_a_finished_run_resumes_to_itself(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "copy")
     before = {path: path.read_bytes() for path in folder.glob("*/journal.jsonl")}

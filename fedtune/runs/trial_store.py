@@ -77,8 +77,10 @@ class TrialStore:
 
     def keep_only(self, trial: int) -> None:
         """Removes all other trials' checkpoints, and files that a killed process left half written."""
+        rounds = (self.latest(trial), self._reported.get(trial, 0))
+        kept = {self._path(trial, server_round) for server_round in rounds}
         for path in self._folder.iterdir():
-            if not path.match(f"trial-{trial}-round-*.safetensors"):
+            if path not in kept:
                 path.unlink()
 
     def _save(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
