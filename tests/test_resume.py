@@ -253,15 +253,19 @@ def kill_in_the_middle(process, folder, wait):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(uninterrupted, tmp_path):
-    """A real process and its workers, SIGKILLed NUM_KILLS times at random moments, under both executors."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("half", [0, 1])
+def test_killed_at_random_moments(uninterrupted, tmp_path, half):
+    """A real process and its workers, SIGKILLed NUM_KILLS times at random moments, under both executors.
+
+    Each half has half of the kills, so that two processes can share them.
+    """
+    rng = np.random.default_rng(half)
     kills = runs = 0
-    while kills < NUM_KILLS:
+    while kills < NUM_KILLS // 2:
         folder = tmp_path / f"run-{runs}"
         arguments = [*COMMAND, "--out", str(folder)]
         while True:
-            process = start(folder, *arguments, "--executor", ("serial", "pool")[kills % 2])
+            process = start(folder, *arguments, "--executor", ("serial", "pool")[(kills + half) % 2])
             with process.stderr:
                 if not kill_in_the_middle(process, folder, rng.uniform(0.0, 2.0)):
                     assert process.wait() == 0, process.stderr.read().decode()
