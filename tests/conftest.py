@@ -1,10 +1,15 @@
-"""What holds for all tests: examples may take their time, and the checks of types cost little."""
+"""What holds for all tests: one thread a process, examples may take their time, and the checks of types cost little."""
 
 import inspect
+import os
 from typing import ForwardRef, get_args
 
 import jaxtyping
 from hypothesis import settings
+
+# For torch, which is imported later, here and in the processes that tests start: the test processes already use all
+# cores, and the threads of one would only wait for those of another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile("fedtune", deadline=None)
