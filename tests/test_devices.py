@@ -341,6 +341,30 @@ def test_hopeless_drops_are_refused_before_the_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        pytest.param({"devices": {"seconds_per_example": 0.05}}, "10 rounds", id="slow clients"),
+        pytest.param({"devices": {"upload_speed": 1000.0}}, "10 rounds", id="slow uploads"),
+        pytest.param({"client": {"epochs": 100}, "devices": {"seconds_per_example": 5e-4}}, "10 rounds", id="epochs"),
+        pytest.param(
+            {"space": {"client": {"epochs": {"integer": [1, 100]}}}, "devices": {"seconds_per_example": 5e-4}},
+            "10 rounds",
+            id="epochs that are searched",
+        ),
+        pytest.param(
+            {"tuners": ["random"], "max_rounds": 5, "devices": {"seconds_per_example": 0.1}}, "5 rounds", id="a search"
+        ),
+    ],
+)
+def test_hopeless_drops_count_what_the_clients_take(tmp_path, layers, message):
+    devices = {"drop_probability": 0.2, **layers.pop("devices")}
+    settings = {**SMALL, "tuners": ["manual"], "max_rounds": 10, "total_rounds": 10, **layers}
+    with pytest.raises(InputError, match=f"a job of {message} a chance of 0.001 to end, got 0.2, which leaves it"):
+        fedtune.compare("digits", out=tmp_path / "run", devices=devices, **settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_study_that_loses_every_job_says_so(tmp_path):
     table = {"drop_probability": 0.999, "on_drop": "lose"}
     with pytest.raises(InputError, match=r"all \d+ jobs of tuner random, seed 0, failed$"):

@@ -10,11 +10,13 @@ from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
 from fedtune.errors import InputError
-from fedtune.hyperparameters import initial_weights, resolve_hyperparameters, resolve_tuners
+from fedtune.hyperparameters import Hyperparameters, initial_weights, resolve_hyperparameters, resolve_tuners
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
 from fedtune.simulation.device_distributions import distributions
-from fedtune.simulation.devices import check_jobs_can_end
+from fedtune.simulation.devices import Devices, check_jobs_can_end
+from fedtune.tuning.domains import Choice
+from fedtune.tuning.space import Number
 from fedtune.tuning.tuners import tuner_kind
 
 
@@ -23,7 +25,7 @@ def prepare(settings: Settings) -> Comparison:
     hyperparameters = resolve_hyperparameters(settings)
     check_device(settings)
     tuners = resolve_tuners(settings, hyperparameters.space)
-    check_devices(settings)
+    distributions(settings.devices)  # checks the table [devices]
     dataset = plugins.load_dataset(settings.data)
     problems = find_problems(dataset, quick=True)
     if errors := errors_of(problems):
@@ -33,6 +35,7 @@ def prepare(settings: Settings) -> Comparison:
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
         )
     check_model(settings, dataset)
+    check_jobs(settings, dataset, hyperparameters)
     return Comparison(settings, dataset, hyperparameters, tuners, first_of(problems) if problems else None)
 
 
@@ -55,13 +58,30 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
             raise InputError(f"model {name!r} can't take an example of data set {dataset.name!r}: {reason}") from None
 
 
-def check_devices(settings: Settings) -> None:
-    """Raises InputError unless the table `[devices]` makes sense and a retried job has a chance to end."""
-    distributions(settings.devices)
+def check_jobs(settings: Settings, dataset: FederatedDataset, hyperparameters: Hyperparameters) -> None:
+    """Raises InputError unless a job that is retried has a chance to end on the devices of every seed."""
+    max_rounds, drop_probability = settings.max_rounds, settings.devices.drop_probability
+    if drop_probability == 0:
+        return
     if any(not tuner_kind(name).searches for name in settings.tuners):
-        check_jobs_can_end(settings.devices, max(settings.max_rounds, settings.total_rounds - settings.max_rounds))
+        longest_job = max(max_rounds, settings.total_rounds - max_rounds)
     elif settings.devices.on_drop == "retry":
-        check_jobs_can_end(settings.devices, settings.max_rounds)
+        longest_job = max_rounds
+    else:
+        return
+    epochs = most_epochs(hyperparameters)
+    num_train = dataset.num_examples("train")
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        weight_bytes = initial_weights(settings, dataset.spec, seed).nbytes
+        check_jobs_can_end(Devices(settings, seed, num_train, weight_bytes), drop_probability, longest_job, epochs)
+
+
+def most_epochs(hyperparameters: Hyperparameters) -> Number:
+    """The most local epochs with which a client may be asked to train; 1 if its client program has no epochs."""
+    fixed, domain = hyperparameters.client.get("epochs", 1), hyperparameters.space.client.get("epochs")
+    if domain is None:
+        return fixed
+    return max(fixed, *domain.options) if isinstance(domain, Choice) else max(fixed, domain.high)
 
 
 def check_device(settings: Settings) -> None:

@@ -24,6 +24,7 @@ from fedtune.errors import InputError
 from fedtune.settings import DevicesSettings, Settings
 from fedtune.simulation.device_distributions import RANGES, distributions
 from fedtune.simulation.stragglers import attempt_duration, fails_after
+from fedtune.tuning.space import Number
 from fedtune.tuning.trial import Job, Trial
 
 LEAST_CHANCE = 0.001  # the least probability that an attempt succeeds, so that a job that is retried ends in practice
@@ -168,13 +169,20 @@ class Devices:
         return Device(**values)
 
 
-def check_jobs_can_end(settings: DevicesSettings, longest_job: int) -> None:
-    """Raises InputError if an attempt at a job of that many rounds hardly ever succeeds: retrying it would not end."""
-    chance = (1 - settings.drop_probability) ** (longest_job * settings.round_time)
+def check_jobs_can_end(devices: Devices, drop_probability: float, longest_job: int, epochs: Number) -> None:
+    """Raises InputError if an attempt at a job hardly ever succeeds: retrying the job would not end.
+
+    It is a job of `longest_job` rounds, whose clients train for that many `epochs`.
+    """
+    if drop_probability == 0:
+        return
+    trial = Trial(0, {}, (({"epochs": epochs},),))
+    lasts = sum(devices.plan(trial, server_round).duration for server_round in range(1, longest_job + 1))
+    chance = (1 - drop_probability) ** lasts
     if chance < LEAST_CHANCE:
         raise InputError(
             f"devices.drop_probability must leave a job of {longest_job} rounds a chance of {LEAST_CHANCE} to end, "
-            f"got {settings.drop_probability}, which leaves it {chance:.1g}"
+            f"got {drop_probability}, which leaves it {chance:.1g}: the job takes {lasts:.4g} units of virtual time"
         )
 
 
