@@ -246,15 +246,26 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _show(run: "Run") -> None:
-    """Prints a finished run: the table, what each search chose, and the paths of the figures."""
+    """Prints a finished run: the table, what each search chose, and the paths of the figures.
+
+    The exit code is 1 if every trial of a study failed.
+    """
     from rich.console import Console
 
-    from fedtune.report.frames import summary
-    from fedtune.report.tables import chosen_lines, summary_table
+    from fedtune.report.frames import failed_studies, summary
+    from fedtune.report.tables import MIN_WIDTH, chosen_lines, summary_table
 
-    Console().print(summary_table(summary(run.results, run.timings)))
+    # A narrower table would hide columns. In a narrow terminal its lines wrap.
+    console = Console()
+    console.width = max(console.width, MIN_WIDTH)
+    console.print(summary_table(summary(run.results, run.timings)))
     for line in chosen_lines(run.results, run.settings["space"]):
         typer.echo(line)
     for figure in sorted((run.folder / "figures").glob("*.png")):
         typer.echo(f"figure: {figure}")
     typer.echo(f"run folder: {run.folder}")
+    failed = failed_studies(run)
+    for tuner, seed in failed:
+        typer.echo(f"fedtune: {tuner}, seed {seed}: every trial failed: no client's update could be used", err=True)
+    if failed:
+        raise typer.Exit(1)

@@ -149,6 +149,22 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--rounds", "0"], "max_rounds must be greater than or equal to 1, got 0"),
         (["train", "digits", "--set", "rounds=3"], "unknown setting 'rounds'; known: "),
         (["train", "digits", "--set", "rounds"], "--set must be key=value"),
+        (["train", "digits", "--set", "max_round=3"], "; did you mean max_rounds?"),
+        (["train", "digits", "--set", "client.learning_rat=1"], "; did you mean client.learning_rate?"),
+        (["train", ""], "a data set must have a name, got ''"),
+        (["train", "digits", "--set", "data.seed=-1"], "seed must be a whole number >= 0, got -1"),
+        (
+            ["train", "digits", "--set", f"client.batch_size={'9' * 20}"],
+            f"client.batch_size must be at most 9.0071993e+15, got {'9' * 20}",
+        ),
+        (
+            ["train", "digits", "--set", "client.learning_rate=1e300"],
+            "client.learning_rate must be at most 3.4e+38, got 1e+300",
+        ),
+        (
+            ["train", "digits", "--set", "server.learning_rate=1e300"],
+            "server.learning_rate must be at most 3.4e+38, got 1e+300",
+        ),
         (["train", "digits", "--executor", "ray"], "executor must be 'auto', 'serial', 'pool' or 'batched', got 'ray'"),
         (["train", "digits", "--rounds", "2", "--out", "/proc/run"], "--out must be a folder that can be made"),
         (["train", "digits", "--set", "data=3"], "data must be a table, got 3"),
@@ -176,6 +192,14 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(answer, monke
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(answer, tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('max_rounds = 0\ndata = {name = "digits"}', encoding="utf-8-sig")
+    code, shown, error = answer("compare", path)
+    assert (code, shown) == (2, "")
+    assert "max_rounds must be greater than or equal to 1, got 0" in error
 
 
 @pytest.mark.parametrize(
@@ -318,6 +342,29 @@ def test_train_shows_a_table_and_writes_a_run(tmp_path):
     again = fedtune("train", "digits", "--rounds", "3", "--out", "run", cwd=tmp_path)
     assert (again.returncode, again.stdout, again.stderr.count("\n")) == (2, "", 1)
     assert "--out run exists; choose another, or give --force to overwrite it" in again.stderr
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_a_narrow_terminal_hides_no_column(answer, searched, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    code, shown, _ = answer("resume", searched, "--executor", "serial")
+    assert code == 0
+    headings, row = shown.splitlines()[1:3], next(line for line in shown.splitlines() if line.startswith("asha"))
+    assert " ".join(headings).split()[:2] == ["personalised", "test"]
+    assert "…" not in shown
+    assert len(row.split()) == 7
+
+
+def test_a_study_whose_every_trial_failed_has_exit_code_1(answer, tmp_path):
+    budget = ["--max-rounds", "2", "--total-rounds", "2", "--executor", "serial", "--out", tmp_path / "run"]
+    code, shown, error = answer(
+        "compare", "digits", "--tuners", "manual,fedex", *budget, "--set", "client.learning_rate=3e38"
+    )
+    assert code == 1
+    assert "run folder:" in shown
+    assert error.splitlines()[-1] == "fedtune: manual, seed 0: every trial failed: no client's update could be used"
+    assert "fedex, seed 0: every" not in error
+    assert answer("resume", tmp_path / "run")[0] == 1
 
 
 def test_data_stats_draws_a_figure(tmp_path):

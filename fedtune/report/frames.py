@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedtune.errors import InputError
@@ -131,6 +132,20 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
         ],
         axis=1,
     ).reset_index()
+
+
+def failed_studies(run: Run) -> list[tuple[str, int]]:
+    """The tuner and seed of each study in which every trial failed.
+
+    A trial failed if its score is not finite, or if in none of its rounds an update could be used.
+    """
+    rounds = run.rounds
+    used = rounds[rounds["cohort"] > rounds["lost"] + rounds["dropped"]]
+    trained = pd.MultiIndex.from_frame(used[["tuner", "seed", "trial"]])
+    trials = pd.MultiIndex.from_frame(run.trials[["tuner", "seed", "trial"]])
+    good = run.trials[np.isfinite(run.trials["score"]) & trials.isin(trained)]
+    successful = set(zip(good["tuner"], good["seed"], strict=True))
+    return [study for study in zip(run.results["tuner"], run.results["seed"], strict=True) if study not in successful]
 
 
 def is_noise(lead: Any, standard_error: Any) -> Any:

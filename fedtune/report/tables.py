@@ -20,6 +20,7 @@ from fedtune.report.frames import READINGS, lead_line
 from fedtune.simulation.records import FAULTS
 
 MISSING = "–"
+MIN_WIDTH = 80  # characters, of the summary: in less room its columns would be cut
 COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 
 
@@ -40,7 +41,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
-        min_width=80,
+        min_width=MIN_WIDTH,
     )
     table.add_column("tuner", overflow="fold")
     for heading in (
