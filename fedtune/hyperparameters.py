@@ -35,7 +35,10 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
         if name not in known:
             raise UnknownNameError("client hyperparameter", f"client.{name}", [f"client.{other}" for other in known])
     client = {name: known[name].check(f"client.{name}", fixed.get(name, known[name].default)) for name in known}
-    server = {name: getattr(settings.server, name) for name in optimizers.HYPERPARAMETERS}
+    server = {
+        name: hyperparameter.check(f"server.{name}", getattr(settings.server, name))
+        for name, hyperparameter in optimizers.HYPERPARAMETERS.items()
+    }
     space = SearchSpace(
         {name: parse_domain(f"space.client.{name}", domain) for name, domain in settings.space.client.items()},
         {name: parse_domain(f"space.server.{name}", domain) for name, domain in settings.space.server.items()},

@@ -14,7 +14,7 @@ def call(function: Callable[..., Any], options: dict[str, Any], what: str, table
     `what` names the function and `table` the settings table of its options, both for error messages. InputError is
     raised for an option that the function does not take, for one of another type and for one that is missing.
     """
-    parameters = _parameters(functools.partial(function, *arguments), what)
+    parameters = _parameters(function, arguments, what)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in options.items():
         if key not in parameters and not takes_any:
@@ -29,13 +29,16 @@ def call(function: Callable[..., Any], options: dict[str, Any], what: str, table
     return function(*arguments, **options)
 
 
-def _parameters(function: Callable[..., Any], what: str) -> Mapping[str, inspect.Parameter]:
+def _parameters(function: Callable[..., Any], arguments: tuple[Any, ...], what: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function that its first `arguments` leave open."""
+    partial = functools.partial(function, *arguments)
     try:
-        return inspect.signature(function, eval_str=True).parameters
+        return inspect.signature(partial, eval_str=True).parameters
     except NameError:  # an annotation that is imported for type checkers only
-        return inspect.signature(function).parameters
-    except ValueError as error:
-        raise InputError(f"the {what} must be a function that can be called: {error}") from None
+        return inspect.signature(partial).parameters
+    except ValueError:  # the function does not take the arguments
+        taken = ", ".join(type(argument).__name__ for argument in arguments)
+        raise InputError(f"the {what} must be a function that takes ({taken}), got one that does not") from None
 
 
 def _check_type(annotation: Any, value: Any, name: str) -> None:

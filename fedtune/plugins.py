@@ -136,13 +136,15 @@ def _name_and_options(table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _load_installed(kind: str, name: str) -> Any:
     plugins = known(kind)
+    if name == "":
+        raise InputError(f"a {KIND_WORDS[kind]} must have a name, got ''")
     if name not in plugins:
         if kind == "datasets" and Path(name).is_dir():
             raise InputError(f"data set {name!r} must be an installed one; for the folder write {name + '/'!r}")
         raise UnknownNameError(KIND_WORDS[kind], name, plugins)
     try:
         return plugins[name].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"the plug-in {name!r} can't be loaded: {_in_one_line(error)}") from error
 
 
@@ -180,7 +182,7 @@ def _module(file: Path) -> ModuleType:
 
 @contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
-    """Turns an exception from a user's file into an InputError: one line with file and line number.
+    """Turns an exception from a user's file, or its exit, into an InputError: one line with file and line number.
 
     The exception stays as the InputError's cause, with its traceback.
     """
@@ -188,7 +190,7 @@ def _errors_of(file: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         if isinstance(error, SyntaxError) and error.filename == str(file):
             lines = [error.lineno]
@@ -196,6 +198,6 @@ def _errors_of(file: Path) -> Iterator[None]:
         raise InputError(f"{where}: {_in_one_line(error)}") from error
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"

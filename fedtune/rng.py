@@ -4,9 +4,16 @@ import hashlib
 
 import numpy as np
 
+from fedtune.errors import InputError
+
 
 def seed_sequence(seed: int | np.integer, purpose: str, *keys: int | np.integer) -> np.random.SeedSequence:
-    """The seed sequence of one purpose: equal arguments give equal streams, different ones independent streams."""
+    """The seed sequence of one purpose: equal arguments give equal streams, different ones independent streams.
+
+    Raises InputError if the seed is negative.
+    """
+    if seed < 0:
+        raise InputError(f"seed must be a whole number >= 0, got {seed}")
     # Hashed, not listed as entropy words: numpy pads entropy with zeros, so (seed, purpose) and (seed, purpose, 0)
     # would agree.
     name = repr((int(seed), purpose, tuple(int(key) for key in keys)))

@@ -53,7 +53,7 @@ def test_equal_fingerprints_of_unequal_examples_are_no_repeats(monkeypatch):
 
 def test_repeated_test_examples_are_warnings_of_their_client_and_one_for_all_others():
     x = np.array([5, 1, 5, 7, 2, 5], np.float32)[:, None]
-    dataset = data_set(x, np.zeros(6, np.int64), [[[0, 1], [1, 2], [2, 3]], [[3, 4], [4, 5], [5, 6]]])
+    dataset = data_set(x, np.array([0, 0, 0, 1, 1, 0]), [[[0, 1], [1, 2], [2, 3]], [[3, 4], [4, 5], [5, 6]]])
     problems = find_problems(dataset)
     assert [problem.message for problem in problems] == [
         "client 'c0': 1 of its 1 test examples also stand in its train part",
@@ -63,12 +63,22 @@ def test_repeated_test_examples_are_warnings_of_their_client_and_one_for_all_oth
     assert dataset.check() == []
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+def test_a_lone_class_is_a_warning(monkeypatch, step):
+    monkeypatch.setattr(checks, "chunk_size", lambda *arrays: step)
+    x, ranges = np.arange(3.0)[:, None], [[[0, 1], [1, 2], [2, 3]]]
+    (problem,) = find_problems(data_set(x, np.ones(3, np.int64), ranges), quick=True)
+    assert problem.message == "labels should be of two classes or more, got 1 in every example"
+    assert problem.severity == "warning"
+    assert find_problems(data_set(x, np.array([1, 1, 0]), ranges)) == []
+
+
 def test_a_quick_check_of_large_data_looks_at_some_clients_and_at_every_part(monkeypatch):
     x = np.arange(300, dtype=np.float32)[:, None]
     starts = np.arange(100)[:, None] * 3 + np.arange(3)
     ranges = np.stack([starts, starts + 1], 2)
     ranges[7, 2] = ranges[7, 2, 0]
-    dataset = data_set(x, np.zeros(300, np.int64), ranges)
+    dataset = data_set(x, np.arange(300) % 2, ranges)
     x[3 * 50] = np.nan  # a client that two, spread evenly, do not include
     assert len(find_problems(dataset, quick=True)) == 2  # small data are read whole
     monkeypatch.setattr(checks, "QUICK_BYTES", 24 * 12 * 2)

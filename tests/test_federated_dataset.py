@@ -204,7 +204,7 @@ def test_stats_of_a_data_set_with_problems_are_refused():
 
 
 def test_clients_whose_arrays_differ_are_refused_all_at_once():
-    x, y = np.arange(8, dtype=np.float32).reshape(4, 2), np.zeros(4, np.int64)
+    x, y = np.arange(8, dtype=np.float32).reshape(4, 2), np.arange(4) % 2
     clients = {
         "a": (x, y),
         "b": (x[:, :1], y),

@@ -64,6 +64,12 @@ def test_features_have_mean_0_and_variance_1():
         ({"likes": None}, {}, "column 'likes' must have a value in every row, got none in 120 of 120"),
         ({}, {"label": "price", "features": ["age"]}, "labels of a classification must be whole numbers or names, got"),
         ({}, {"label": "likes", "features": ["age"], "objective": "regression"}, "labels of a regression must be num"),
+        ({}, {"label": "user"}, "label must be another column than the client, got 'user' for both"),
+        ({}, {"features": ["age", "size", "age"]}, "features must name each column once, got 'age' twice"),
+        ({"likes": 0}, {}, "must be of two classes or more, got 0 in every row of column 'likes'"),
+        ({"likes": "cats"}, {}, "must be of two classes or more, got 'cats' in every row of column 'likes'"),
+        ({"likes": range(120)}, {}, "must repeat, got 120 different ones in the 120 rows of column 'likes'; for a n"),
+        ({"likes": [str(row) for row in range(120)]}, {}, "must repeat, got 120 different ones in the 120 rows of co"),
         ({}, {"features": []}, "a table must have a column in addition to 'user' and 'price', got none"),
     ],
 )
@@ -74,6 +80,40 @@ def test_a_bad_table_is_one_line(change, options, message):
         given["features"] = ["age"]
     with pytest.raises((InputError, UnknownNameError), match=message):
         from_frame(table, **given)
+
+
+def test_a_column_that_stands_twice_is_one_line(tmp_path):
+    path = tmp_path / "users.csv"
+    path.write_text("user,age,age,likes\n" + "ann,1,2,0\nbob,3,4,1\n" * 9)
+    options = {"client": "user", "label": "likes"}
+    with pytest.raises(InputError, match=r"^a table must name each column once, got 'age' twice$"):
+        fedtune.load(str(path), **options)
+    twice = pd.read_csv(path).set_axis(["user", "age", "age", "likes"], axis=1)
+    with pytest.raises(InputError, match=r"^a table must name each column once, got 'age' twice$"):
+        from_frame(twice, **options)
+
+
+def test_a_column_without_values_is_named_once(tmp_path):
+    path = tmp_path / "users.csv"
+    frame().assign(likes=np.arange(120) % 2, age=None).to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"^features must have values, got column 'age' with none in 120 rows$"):
+        fedtune.load(str(path), client="user", label="likes")
+
+
+def test_a_long_table_whose_column_changes_its_type_leaks_no_warning(tmp_path, recwarn):
+    path = tmp_path / "users.csv"
+    lines = [f"u{number % 3},{number},{number % 2}" for number in range(400_000)]
+    path.write_text("\n".join(["user,age,likes", *lines, "u1,old,1"]))
+    with pytest.raises(InputError, match=r"got column 'age' of type \w+, such as 'old'"):
+        fedtune.load(str(path), client="user", label="likes")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_negative_seed_is_one_line(tmp_path):
+    path = tmp_path / "users.csv"
+    frame().to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"^seed must be a whole number >= 0, got -1$"):
+        fedtune.load(str(path), client="user", label="likes", features=["age"], seed=-1)
 
 
 def test_missing_numbers_are_found_by_client():
@@ -367,12 +407,19 @@ def test_a_folder_without_its_slash_is_hinted_at(tmp_path, monkeypatch):
     [
         ("nn.Linear(64, 2)", r"does not fit data set 'digits': it must return logits of shape \(2, 10\), got \(2, 2\)"),
         ("nn.Linear(64, 11)", r"it must return logits of shape \(2, 10\), got \(2, 11\)"),
+        ("Named()", r"does not fit data set 'digits': it must return a tensor, got dict"),
         ("nn.Linear(3, 10)", r"can't take an example of data set 'digits': RuntimeError: mat1 and mat2 shapes"),
     ],
 )
 def test_a_model_that_does_not_fit_is_found_before_the_run(tmp_path, body, message):
     model = tmp_path / "model.py"
-    model.write_text(f"from torch import nn\ndef make(spec):\n    return nn.Sequential(nn.Flatten(), {body})\n")
+    model.write_text(
+        "from torch import nn\n"
+        "class Named(nn.Linear):\n"
+        "    def __init__(self): super().__init__(64, 10)\n"
+        "    def forward(self, x): return {'logits': super().forward(x)}\n"
+        f"def make(spec):\n    return nn.Sequential(nn.Flatten(), {body})\n"
+    )
     with pytest.raises(InputError, match=message):
         fedtune.train("digits", rounds=1, model={"name": f"{model}:make"}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -297,7 +297,7 @@ def test_options_of_a_file_are_checked_too(write):
     assert error_of(plugins.load_dataset, {**table, "noise": "loud"}) == "data.noise must be a valid number, got 'loud'"
     assert error_of(plugins.load_dataset, {**table, "clients": 3}) == (
         f"unknown setting of the data set '{path}:make' 'data.clients'; "
-        "known: data.folder, data.noise, data.num_clients"
+        "known: data.folder, data.noise, data.num_clients; did you mean data.num_clients?"
     )
 
 
@@ -307,7 +307,7 @@ def test_a_model_function_that_is_none(write):
         f"{path}:wrong must return a torch.nn.Module, got NoneType"
     )
     said = error_of(plugins.make_model, {"name": f"{path}:none"}, SPEC)
-    assert said.startswith(f"the model '{path}:none' must be a function that can be called: ")
+    assert said == f"the model '{path}:none' must be a function that takes (DatasetSpec), got one that does not"
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,7 @@ def test_a_client_program_that_is_none(write, text, said):
         ("def make(spec):\n    pass\n  x = 1\n", "line 3: IndentationError: unindent does not match any outer "),
         ("import no_such_package\n", "line 1: ModuleNotFoundError: No module named 'no_such_package'"),
         ("raise RuntimeError('a\\n  b')\n", "line 1: RuntimeError: a b"),
+        ("import sys\n\nsys.exit(3)\n", "line 3: SystemExit: 3"),
         ("import json\n\njson.loads('{')\n", "line 3: JSONDecodeError: Expecting property name"),
     ],
 )
@@ -343,7 +344,7 @@ def test_a_file_that_can_not_be_read_in_is_one_line_with_its_own_line_number(wri
         plugins.make_model({"name": f"{path}:make"}, SPEC)
     assert str(raised.value).startswith(f"{path}, {said}")
     assert "\n" not in str(raised.value)
-    assert isinstance(raised.value.__cause__, Exception)  # the traceback, for whoever wants it
+    assert raised.value.__cause__ is not None  # the traceback, for whoever wants it
 
 
 def test_a_file_with_an_error_is_read_again_once_it_is_mended(write):
@@ -376,5 +377,5 @@ def test_an_exception_in_a_files_function_is_one_line_with_its_own_line_number(w
     line = Path(path).read_text().splitlines().index('    return json.loads("{")') + 1
     assert said.startswith(f"{path}, line {line}: JSONDecodeError: Expecting property name")
     assert error_of(plugins.load_dataset, {"name": f"{path}:refuse"}) == "the folder must exist, got 'x'"
-    with pytest.raises(SystemExit):
-        plugins.load_dataset({"name": f"{path}:leave"})
+    line = Path(path).read_text().splitlines().index("    raise SystemExit(3)") + 1
+    assert error_of(plugins.load_dataset, {"name": f"{path}:leave"}) == f"{path}, line {line}: SystemExit: 3"

@@ -60,13 +60,16 @@ class FlatModel:
     ) -> Tensor:
         """The module's outputs with these weights in place of its own: a function that torch.func can transform.
 
-        `parameters`, if given, take the place of the parameters that can be trained.
+        `parameters`, if given, take the place of the parameters that can be trained. Raises InputError if the module
+        returns no tensor.
         """
         views = self._views(weights)
         for index, parameter in zip(self._trainable, parameters, strict=False):
             views[index] = parameter
         named = {name: views[index] for name, index in self._names.items()}
-        outputs: Tensor = functional_call(self.module, named, (x,), tie_weights=False)
+        outputs = functional_call(self.module, named, (x,), tie_weights=False)
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"it must return a tensor, got {type(outputs).__name__}")
         return outputs
 
     def slices(self, weights: Float[Tensor, "*client weight"]) -> list[Tensor]:

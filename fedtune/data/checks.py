@@ -32,8 +32,8 @@ def check(dataset: FederatedDataset) -> list[str]:
 def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Problem]:
     """Every problem of a data set.
 
-    First come the warnings about its files and ids that are not unique, then the problems of each client, last those of
-    several clients.
+    First come the warnings about its files and ids that are not unique, then the problems of each client, then those of
+    several clients, last a lone class.
 
     A quick check looks at all ids and at the size and place of all parts. If the examples are more than QUICK_EXAMPLES,
     or take more than QUICK_BYTES, it reads only as many: the first examples in each part of up to QUICK_CLIENTS
@@ -55,6 +55,7 @@ def find_problems(dataset: FederatedDataset, *, quick: bool = False) -> list[Pro
         *_text_problems(dataset),
         *(_problem(dataset, finding) for finding in sorted(findings, key=itemgetter(0))),
         *_repeats_elsewhere(dataset, searched[repeats.others]),
+        *_lone_class(dataset),
     ]
 
 
@@ -87,6 +88,16 @@ def _text_problems(dataset: FederatedDataset) -> Iterator[Problem]:
     if dataset.text is not None and (wrong := _outside(dataset.text, dataset.spec.num_classes)).any():
         message = f"text: characters must be in 0..{dataset.spec.num_classes - 1}, got {wrong.sum()} others, such as "
         yield Problem(f"{message}{dataset.text[wrong][0]}", "characters outside the range")
+
+
+def _lone_class(dataset: FederatedDataset) -> Iterator[Problem]:
+    """A warning if all examples of a classification have the same label: nothing can be learned."""
+    if dataset.spec.objective == "classification" and len(dataset.y):
+        label, step = dataset.y[0], chunk_size(dataset.y)
+        starts = range(0, len(dataset.y), step)
+        if all((dataset.y[start : start + step] == label).all() for start in starts):  # stops at the first other label
+            message = f"labels should be of two classes or more, got {label} in every example"
+            yield Problem(message, "a lone class", None, "warning")
 
 
 def _repeat_findings(dataset: FederatedDataset, own: Int64[np.ndarray, "repeat"]) -> Iterator[_Finding]:

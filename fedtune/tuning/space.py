@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.tuning.domains import LARGEST, Choice, Domain, LogUniform, Uniform, is_number
+from fedtune.tuning.domains import LARGEST, LARGEST_WHOLE, Choice, Domain, LogUniform, Uniform, is_number
 from fedtune.tuning.domains import Number as Number
 
 Config = Mapping[str, Number]
+
+LARGEST_SINGLE = 3.4e38  # about the largest number of single precision, in which clients train
 
 
 def checked_number(
@@ -61,8 +63,8 @@ class Hyperparameter:
         self.check("default", self.default)
 
     def check(self, name: str, value: Any) -> Number:
-        """The value as an int or float; InputError if it is not allowed."""
-        return checked_number(
+        """The value as an int or float; InputError if it is not allowed, or no number that single precision holds."""
+        number = checked_number(
             name,
             value,
             low=self.low,
@@ -71,6 +73,10 @@ class Hyperparameter:
             high_open=self.high_open,
             integer=self.integer,
         )
+        largest = LARGEST_WHOLE if self.integer else LARGEST_SINGLE
+        if abs(number) > largest:
+            raise InputError(f"{name} must be at most {largest:.8g}, got {value!r}")
+        return number
 
 
 @dataclass(frozen=True)

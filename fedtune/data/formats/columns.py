@@ -1,5 +1,6 @@
 """The columns of a table: features, labels, and their problems."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+MOST_DIFFERENT = 10  # rows in which all labels may be different: a table for a first try
+
+
 def column_problems(frame: "pd.DataFrame", client: str, label: str, features: Iterable[str]) -> list[Problem]:
-    """A problem for each feature that is not a number, and for a client or label column with gaps."""
+    """A problem for each feature that is not a number or has no values, and for a client or label column with gaps."""
     import pandas as pd
 
     problems = []
     for column in features:
-        if not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
+        if frame[column].isna().all():
+            message = f"features must have values, got column {column!r} with none in {len(frame)} rows"
+            problems.append(Problem(message, "features without values"))
+        elif not (pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])):
             texts = frame[column][frame[column].map(lambda value: isinstance(value, str))]
             wrong = texts[pd.to_numeric(texts, errors="coerce").isna()]
             message = (
@@ -39,9 +46,15 @@ def column_problems(frame: "pd.DataFrame", client: str, label: str, features: It
 def feature_columns(columns: Iterable[str], client: str, label: str, features: Sequence[str] | None) -> list[str]:
     """The feature columns of a table: `features`, or if it is None all columns except the client and the label."""
     columns = [*columns]
+    if twice := _repeated(columns):
+        raise InputError(f"a table must name each column once, got {twice!r} twice")
     for column in (client, label, *(features or ())):
         if column not in columns:
             raise UnknownNameError("column", column, columns)
+    if client == label:
+        raise InputError(f"label must be another column than the client, got {label!r} for both")
+    if twice := _repeated(features or ()):
+        raise InputError(f"features must name each column once, got {twice!r} twice")
     chosen = [column for column in columns if column not in (client, label)] if features is None else [*features]
     if taken := {client, label} & {*chosen}:
         raise InputError(f"features must be other columns than the client and the label, got {min(taken)!r}")
@@ -60,12 +73,28 @@ def labels_of(column: "pd.Series[Any]", objective: str) -> tuple[np.ndarray, int
         return column.to_numpy(np.float32), None
     if objective != "classification":
         raise InputError(f"objective of a table must be 'classification' or 'regression', got {objective!r}")
-    if pd.api.types.is_integer_dtype(column) and column.min() >= 0:
-        return column.to_numpy(np.int64), None
     if pd.api.types.is_float_dtype(column):
         raise InputError(
             f"labels of a classification must be whole numbers or names, got column {column.name!r} of type "
             f"{column.dtype}; for real targets set objective = 'regression'"
         )
     codes, names = pd.factorize(column, sort=True)
+    if len(names) == 1:
+        lone = names.tolist()[0]
+        raise InputError(
+            f"labels of a classification must be of two classes or more, got {lone!r} in every row of column "
+            f"{column.name!r}"
+        )
+    if len(names) == len(column) > MOST_DIFFERENT:
+        raise InputError(
+            f"labels of a classification must repeat, got {len(names)} different ones in the {len(column)} rows of "
+            f"column {column.name!r}; for a number to predict set objective = 'regression'"
+        )
+    if pd.api.types.is_integer_dtype(column) and column.min() >= 0:
+        return column.to_numpy(np.int64), None
     return codes.astype(np.int64), len(names)
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands in the list twice; None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

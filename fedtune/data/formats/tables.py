@@ -69,9 +69,20 @@ def read_frame(path: Path) -> "pd.DataFrame":
     try:
         if path.suffix in ARROW_SUFFIXES:
             return pd.read_feather(path)
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        return _read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise InputError(f"the table {path} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _read_csv(path: Path) -> "pd.DataFrame":
+    """The table in a CSV file, with the names in its first line as they are: pandas would rename a repeated one."""
+    import pandas as pd
+
+    frame = pd.read_csv(path, low_memory=False)  # one type for each column, also of a long file
+    names = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+    if len(set(names)) < len(names):
+        frame.columns = pd.Index(names)
+    return frame
 
 
 def from_frame(
