@@ -67,7 +67,7 @@ TARGETS = {  # how many times as fast as a rival the pool should be
 }
 COLOURS = {"Flower on Ray": "#D55E00", "pfl": "#009E73", "plain": "#666666"}
 SMALLEST = {
-    "cases": ["cnn:10"],  # all engines have the CNN
+    "cases": ["cnn:2"],  # all engines have the CNN
     "repeats": 1,
     "flute_rounds": 2,
     "out": Path("runs/smallest/engine_speed"),
@@ -134,12 +134,11 @@ def check_equal_work(model: str, cohort_size: int, running: dict[str, RunningEng
             raise RuntimeError(f"{model}: {name} and serial differ by {difference:.1e} of the way that they trained")
 
 
-def measure_starts(model: str, repeats: int, plans: Path) -> Iterator[Measured]:
+def measure_starts(model: str, cohort_size: int, repeats: int, plans: Path) -> Iterator[Measured]:
     """The time from an engine's start to the end of its first round, and its memory in the next rounds.
 
     One engine at a time: other engines would share memory pages with it.
     """
-    cohort_size = COHORT_SIZES[0]
     names = [name for name in STARTED[model] if installed(ENGINES[name])]
     for repeat, name in itertools.product(range(repeats), names):
         started = time.perf_counter()
@@ -159,9 +158,9 @@ def measure_flute_job(rounds: int, repeats: int, folder: Path) -> Iterator[Measu
         yield Measured(FLUTE, "logistic", 10, OURS, repeat, time.perf_counter() - started)
 
 
-def write_plans(folder: Path) -> None:
+def write_plans(cohort_sizes: Iterable[int], folder: Path) -> None:
     """The cohorts and the order of examples in each round, as fedtune draws them, for all engines to follow."""
-    for cohort_size in COHORT_SIZES:
+    for cohort_size in cohort_sizes:
         arguments = ["plan", str(folder), str(cohort_size), str(MAX_ROUNDS)]
         subprocess.run([sys.executable, FOLDER / "with_fedtune.py", *arguments], check=True)
 
@@ -180,7 +179,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
             if medians.empty:  # the rival is not installed
                 continue
             ratio = part[medians.idxmin()] / part[OURS]
-            target = TARGETS.get((model, cohort_size), {}).get(rival)
+            target = TARGETS.get((model, cohort_size), {}).get(rival, np.nan)
             lines.append((model, cohort_size, rival, ratio.median(), ratio.min(), ratio.max(), target))
     columns = ["model", "cohort_size", "rival", "median", "min", "max", "target"]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
@@ -264,10 +263,10 @@ def main() -> None:
             print(f"{name} is left out: peers.py has not made {engine.python}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_plans(folder)
+        write_plans({cohort_size for of_model in sizes.values() for cohort_size in of_model}, folder)
         measurements = [
             *(measure_rounds(*case, repeats, folder) for case in sizes.items()),
-            *(measure_starts(model, repeats, folder) for model in STARTED if model in sizes),
+            *(measure_starts(model, sizes[model][0], repeats, folder) for model in STARTED if model in sizes),
             measure_flute_job(arguments.flute_rounds, repeats, folder),
         ]
         for measurement in measurements:
