@@ -3,7 +3,8 @@ import pytest
 
 from fedtune.tuning.config_pool import make_pool, perturbed_pool, product_pool, whole_space_pool
 from fedtune.tuning.domains import Choice, Integer, LogUniform
-from fedtune.tuning.fedex import FedExSettings, expand
+from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.policy import expand
 from fedtune.tuning.trial import Trial
 
 CENTRE = {"learning_rate": 0.1, "epochs": 2, "momentum": 0.9, "batch_size": 10}

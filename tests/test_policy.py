@@ -9,7 +9,7 @@ from fedtune.tuning.domains import LogUniform
 from fedtune.tuning.elimination import EliminationPolicy
 from fedtune.tuning.elimination_then_fedex import EliminationThenFedEx
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
-from fedtune.tuning.policy import Policy
+from fedtune.tuning.policy import Policy, entropy, expand
 from fedtune.tuning.rsws import RSWSPolicy
 
 CONFIGS = tuple({"learning_rate": 10 ** (-i / 2)} for i in range(7))
@@ -46,11 +46,22 @@ def play(policy, rounds):
     for t in rounds:
         rng = np.random.default_rng(t)
         drawn = policy.draw(rng, 5)
-        error = np.array([loss_of(fedex.expand(policy.pool, row)) for row in drawn]) + rng.normal(0, 0.02, 5)
+        error = np.array([loss_of(expand(policy.pool, row)) for row in drawn]) + rng.normal(0, 0.02, 5)
         error[rng.random(5) < 0.1] = np.nan
         num_validation = np.where(rng.random(5) < 0.1, 0, NUM_VALIDATION)
         policy.update(drawn, error, num_validation, rng.random(5) if policy.needs_error_before else None)
     return policy
+
+
+def test_expand_merges_one_element_of_each_factor():
+    pool = (({"a": 1, "b": 2},), ({"c": 3}, {"c": 4}), ({"d": 5}, {"d": 6}))
+    assert expand(pool, np.array([0, 1, 0])) == {"a": 1, "b": 2, "c": 4, "d": 5}
+
+
+def test_the_entropy_of_a_product_is_the_sum_of_the_factors_entropies():
+    thetas = np.array([0.25, 0.75]), np.array([1.0, 0.0]), np.array([0.2, 0.4, 0.4])
+    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) - (0.2 * math.log(0.2) + 0.8 * math.log(0.4))
+    assert entropy(thetas) == pytest.approx(expected)
 
 
 @every_policy
@@ -142,7 +153,7 @@ def test_elimination_follows_its_functions_and_counts_rounds_without_an_answer()
         state = elimination.update(state, drawn, loss, heard, 3, WORST)
         policy.update(drawn, loss, heard)
         assert np.array_equal(policy.probabilities()[0] > 0, state.live)
-        assert fedex.entropy(policy.probabilities()) == pytest.approx(math.log(state.live.sum()))
+        assert entropy(policy.probabilities()) == pytest.approx(math.log(state.live.sum()))
     assert policy.best() == (elimination.survivor(state),)
     assert policy.signal == "loss"
 

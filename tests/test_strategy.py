@@ -25,6 +25,7 @@ from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning import fedex
 from fedtune.tuning.config_pool import make_pool
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
+from fedtune.tuning.policy import entropy
 from fedtune.tuning.trial import Trial
 from fedtune_clients import local_sgd
 from fedtune_clients.models import logistic
@@ -180,7 +181,7 @@ def test_two_rounds_by_hand(dataset, grid, initial):
         assert np.array_equal(strategy.policy.state.gradient_norm, state.gradient_norm)
         assert strategy.policy.state[2:] == state[2:]
         assert metrics["error"] == pytest.approx(num_validation @ error / num_validation.sum())
-        assert metrics["entropy"] == fedex.entropy(fedex.probabilities(state, settings))
+        assert metrics["entropy"] == entropy(fedex.probabilities(state, settings))
     assert not np.allclose(state.log_theta[0], fedex.init(POOL).log_theta[0])
 
 

@@ -22,8 +22,7 @@ from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import fill, pack
 from fedtune.server.metrics import column, evaluation_means, finite_mean
 from fedtune.settings import ServerSettings
-from fedtune.tuning import fedex
-from fedtune.tuning.policy import Policy
+from fedtune.tuning.policy import Policy, entropy, expand
 from fedtune.tuning.trial import Trial
 
 
@@ -133,7 +132,7 @@ class FedTuneStrategy(Strategy):
             clipped=int(mean.clipped.sum()),
             error=finite_mean(metrics, "error"),
             loss=finite_mean(metrics, "loss"),
-            entropy=fedex.entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan"),
+            entropy=entropy(self.policy.probabilities()) if self.trial.num_configs > 1 else float("nan"),
             failures=sorted(reply.error.reason or "" for reply in replies if reply.has_error()),
         )
         return pack(weights.numpy()), _as_metrics(self.outcome)
@@ -180,7 +179,7 @@ class FedTuneStrategy(Strategy):
     def _client_config(self, config: ConfigRecord, server_round: int, client: int, drawn: np.ndarray) -> ConfigRecord:
         return protocol.train_config(
             config,
-            fedex.expand(self.policy.pool, drawn),
+            expand(self.policy.pool, drawn),
             rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
             error_before=self.policy.needs_error_before,
         )

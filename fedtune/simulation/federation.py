@@ -22,8 +22,8 @@ from fedtune.simulation.devices import Devices, RoundPlan
 from fedtune.simulation.evaluation import combine, evaluation_tasks, flatten
 from fedtune.simulation.grid import ExecutorGrid
 from fedtune.simulation.records import Evaluation, RoundRecord
-from fedtune.tuning import fedex
-from fedtune.tuning.policy import with_prefix
+from fedtune.tuning.feedback import worst_error
+from fedtune.tuning.policy import expand, with_prefix
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool
 
@@ -109,11 +109,11 @@ class Federation:
     def sampled_config(self, client: int) -> Config:
         """The configuration that a client draws from theta for its personalisation (the result of algorithm 7)."""
         draws = rng.stream(self.strategy.seed, "personalise", self.trial.number, self.round, client)
-        return fedex.expand(self.strategy.policy.pool, self.strategy.policy.draw(draws, 1)[0])
+        return expand(self.strategy.policy.pool, self.strategy.policy.draw(draws, 1)[0])
 
     def best_config(self) -> Config:
         """The configuration with the largest probability."""
-        return fedex.expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
+        return expand(self.strategy.policy.pool, np.array(self.strategy.policy.best()))
 
     def pool(self) -> Pool:
         """The pool of client configurations now; theta is the distribution over it."""
@@ -177,7 +177,7 @@ class Federation:
         starts, stops = self._dataset.ranges[client].T
         _, num_validation, num_test = (stops - starts).tolist()
         num_classes = self._dataset.spec.num_classes
-        error, loss = fedex.worst_error("error", num_classes), fedex.worst_error("loss", num_classes)
+        error, loss = worst_error("error", num_classes), worst_error("loss", num_classes)
         return {
             "num_validation": num_validation,
             "validation_error": error,

@@ -16,7 +16,7 @@ C -> live. Filled in and departures (measured, see docs/algorithms/elimination.m
   loss = round + configuration. The model is fitted by alternating means to all losses so far, including the losses of
   eliminated configurations. An effect is sum / (n + 1/2) instead of sum / n over its n residuals: few losses say
   little, so it is shrunk towards 0.
-- A loss that is not finite or is above `worst` counts as `worst`. The lower number wins a tie.
+- A loss counts within [0, worst], and one that is not finite counts as `worst`. The lower number wins a tie.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Real
 
 from fedtune.errors import InputError
-from fedtune.tuning.fedex import bounded, worst_error
+from fedtune.tuning.feedback import bounded, worst_error
 from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
 from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Pool

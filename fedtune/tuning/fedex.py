@@ -22,8 +22,8 @@ Filled in, since the text leaves it open:
 - The baseline lambda must not depend on what this client drew in this round, otherwise the gradient is biased.
   `previous` is the mean of past rounds, weighted by discount ** age. `leave_one_out` is the mean of the cohort's other
   clients. `client` is the client's own error before local training.
-Departures: an error that is not finite or is above `worst` counts as `worst`. With min_probability m, clients draw from
-(1 - k m) theta + m, and that is what line 6 divides by.
+Departures: an error counts within [0, worst], and one that is not finite counts as `worst`. With min_probability m,
+clients draw from (1 - k m) theta + m, and that is what line 6 divides by.
 """
 
 import math
@@ -34,13 +34,13 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.tuning.feedback import SIGNALS, bounded, worst_error
 from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
-from fedtune.tuning.space import Config, Number, checked_number
+from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Pool
 
 STEP_SIZES = ("aggressive", "adaptive", "auto", "constant", "off")
 BASELINES = ("previous", "leave_one_out", "client", "none")
-SIGNALS = ("error", "loss")
 FORMS = ("flat", "product")
 
 
@@ -100,23 +100,6 @@ def draw(
     return np.stack(columns, axis=1)  # 4
 
 
-def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
-    """The client configuration that one row of `draw` stands for."""
-    config: dict[str, Number] = {}
-    for factor, index in zip(pool, drawn, strict=True):
-        config.update(factor[index])
-    return config
-
-
-def worst_error(signal: str, num_classes: int) -> float:
-    """The largest F that counts, so that one client can't move theta for long: a larger F counts as this one.
-
-    For a classification it is 1 for the error, and twice the loss of guessing for the loss. num_classes is 0 for a
-    regression: error and loss are unbounded, and 1 for a model that guesses the mean. There it is 2.
-    """
-    return {"error": 1.0, "loss": 2 * math.log(num_classes)}[signal] if num_classes else 2.0
-
-
 def update(
     state: FedExState,
     drawn: Int[np.ndarray, "client factor"],
@@ -157,12 +140,6 @@ def update(
     return FedExState(tuple(log_theta), gradient_norm, past_error, past_weight, rounds)
 
 
-def entropy(thetas: tuple[Float[np.ndarray, "_"], ...]) -> float:
-    """The entropy of the product of independent distributions, in nats."""
-    positive = [theta[theta > 0] for theta in thetas]
-    return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))
-
-
 def best(state: FedExState) -> tuple[int, ...]:
     """The index of the most probable element of each factor; the lowest of equals."""
     return tuple(int(z.argmax()) for z in state.log_theta)
@@ -184,12 +161,6 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> FedExState:
     log_theta = np.split(arrays["log_theta"], np.cumsum(arrays["factor_sizes"])[:-1])
     past_error, past_weight = arrays["past"].tolist()
     return FedExState(tuple(log_theta), arrays["gradient_norm"], past_error, past_weight, int(arrays["rounds"][0]))
-
-
-def bounded(error: Float[np.ndarray, " client"], worst: float) -> Float[np.ndarray, " client"]:
-    """The errors, with `worst` for every error that is not finite or is above it."""
-    error = np.asarray(error, np.float64)
-    return np.minimum(np.where(np.isfinite(error), error, worst), worst)
 
 
 def _baseline(

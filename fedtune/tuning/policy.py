@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Real
 
+from fedtune.tuning.space import Config, Number
 from fedtune.tuning.trial import Pool
 
 Drawn = Int[np.ndarray, "client factor"]  # for each client the index of its element in each factor of the pool
@@ -36,7 +37,7 @@ class Policy(Protocol):
         """Whether `update` also needs the feedback metric from before local training."""
 
     def draw(self, draws: np.random.Generator, cohort_size: int) -> Drawn:
-        """The elements of the pool that each client of a cohort trains with; `fedex.expand` makes a configuration."""
+        """The elements of the pool that each client of a cohort trains with; `expand` makes a configuration."""
 
     def update(self, drawn: Drawn, error: Errors, num_validation: Counts, error_before: Errors | None = None) -> None:
         """Learns from a round; called once after every round, also if no client answered.
@@ -56,6 +57,20 @@ class Policy(Protocol):
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Continues from the state that `to_arrays` gave, bit for bit."""
+
+
+def expand(pool: Pool, drawn: Int[np.ndarray, " factor"]) -> Config:
+    """The client configuration that one row of a policy's `draw` stands for."""
+    config: dict[str, Number] = {}
+    for factor, index in zip(pool, drawn, strict=True):
+        config.update(factor[index])
+    return config
+
+
+def entropy(thetas: Thetas) -> float:
+    """The entropy of the product of independent distributions, in nats."""
+    positive = [theta[theta > 0] for theta in thetas]
+    return max(0.0, -sum(float(theta @ np.log(theta)) for theta in positive))
 
 
 def with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

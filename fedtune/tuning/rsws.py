@@ -10,8 +10,8 @@ local training that starts from the shared weights.
 
 Departure: this needs no extra evaluation. A configuration's error is the mean over the last quarter of the rounds,
 weighted by validation examples. In these rounds the shared weights were close to the present weights. A trial's
-score is a mean over the same rounds. An error that is not finite counts as 1. A configuration without an error in
-these rounds ranks last. The lower number wins a tie.
+score is a mean over the same rounds. An error counts within [0, 1], and one that is not finite counts as 1. A
+configuration without an error in these rounds ranks last. The lower number wins a tie.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from fedtune.tuning.fedex import bounded
+from fedtune.tuning.feedback import bounded
 from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
 from fedtune.tuning.trial import TAIL, Pool
 
