@@ -6,7 +6,7 @@ import pytest
 
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning import fedex
-from fedtune.tuning.fedex import BASELINES, STEP_SIZES, FedExSettings, FedExState
+from fedtune.tuning.fedex import BASELINES, LARGEST_STEP_SIZE, STEP_SIZES, FedExSettings, FedExState
 from fedtune.tuning.feedback import worst_error
 from fedtune.tuning.policy import entropy
 
@@ -137,12 +137,20 @@ def test_the_rounds_own_mean_as_the_baseline_is_biased():
 # One step by hand.
 
 
+@pytest.mark.parametrize("base_step_size", [None, 0.3])
 @pytest.mark.parametrize("step_size", MOVING)
-def test_two_rounds_by_hand(step_size):
-    settings = FedExSettings(step_size=step_size, baseline="none")
-    eta0 = math.sqrt(2 * math.log(2))
+def test_two_rounds_by_hand(step_size, base_step_size):
+    settings = FedExSettings(step_size=step_size, base_step_size=base_step_size, baseline="none")
+    default = math.sqrt(2 * math.log(2))
+    eta0 = base_step_size or default
     g1 = np.array([0.25 * 0.2 / 0.5, 0.75 * 0.6 / 0.5])  # = (0.1, 0.9)
-    eta1 = {"aggressive": eta0 / 0.9, "adaptive": eta0 / 0.9, "auto": eta0, "constant": eta0}[step_size]
+    eta1 = {
+        "aggressive": eta0 / 0.9,
+        "adaptive": eta0 / 0.9,
+        "auto": eta0,
+        "constant": eta0,
+        "scale": eta0 * default,
+    }[step_size]
     theta1 = 0.5 * np.exp(-eta1 * g1)
     theta1 /= theta1.sum()
     state = fedex.init(make_pool(2))
@@ -155,6 +163,7 @@ def test_two_rounds_by_hand(step_size):
         "adaptive": eta0 / math.sqrt(0.9**2 + g2**2),
         "auto": eta0 / math.sqrt(2),
         "constant": eta0,
+        "scale": eta0 * default,
     }[step_size]
     theta2 = theta1 * np.exp(-eta2 * np.array([g2, 0.0]))
     theta2 /= theta2.sum()
@@ -173,6 +182,104 @@ def test_the_previous_baseline_by_hand():
     assert last.past_error == pytest.approx(0.6, rel=1e-14)
     mean = run(FedExSettings(discount=1.0), errors, np.zeros((3, 2, 1), np.int64), num_validation)
     assert mean.past_error == pytest.approx((0.2 + 0.5 + 0.6) / 3, rel=1e-14)
+
+
+def test_each_factor_has_its_own_default_step_size():
+    """Or one given to all of them, unless the schedule is `scale`."""
+    drawn, num_validation, error = np.array([[0, 0]]), np.array([1]), np.array([0.5])
+
+    def steps(**options):
+        settings = FedExSettings(baseline="none", **options)
+        (two, five) = fedex.update(fedex.init(make_pool(2, 5)), drawn, error, num_validation, settings, 1.0).log_theta
+        return [two[1] - two[0], five[1] - five[0]]  # the gradients are 0.5 * 2 and 0.5 * 5 in one coordinate
+
+    default = [math.sqrt(2 * math.log(2)), math.sqrt(2 * math.log(5))]
+    assert steps(step_size="aggressive") == pytest.approx(default)
+    assert steps(step_size="aggressive", base_step_size=0.2) == pytest.approx([0.2, 0.2])
+    assert steps(step_size="constant", base_step_size=0.2) == pytest.approx([0.2, 0.2 * 2.5])
+    scaled = [0.2 * default[0], 0.2 * default[1] * 2.5]
+    assert steps(step_size="scale", base_step_size=0.2) == pytest.approx(scaled)
+
+
+# Stopping.
+
+
+class AuthorsFedEx:
+    """The step and the draws of the authors' FedEx, as their text and code describe them, with a baseline of 0."""
+
+    def __init__(self, sizes, eta0, cutoff):
+        self.z, self.eta0, self.cutoff, self.stopped = [np.full(k, -np.log(k)) for k in sizes], eta0, cutoff, False
+
+    def draws(self):
+        """The probabilities with which a client draws: theta, or the most probable element after the stop."""
+        theta = [np.exp(z) for z in self.z]
+        return [np.eye(len(t))[t.argmax()] for t in theta] if self.stopped else theta
+
+    def step(self, drawn, error, share):
+        if self.stopped:
+            return
+        for i, z in enumerate(self.z):
+            theta, gradient = np.exp(z), np.zeros(len(z))
+            for k, arm in enumerate(drawn[:, i]):
+                gradient[arm] += share[k] * error[k] / theta[arm]
+            z -= self.eta0 * gradient
+            z -= np.log(np.exp(z).sum())
+        joint = np.multiply.outer(*(np.exp(z) for z in self.z)).ravel()
+        self.stopped = -(joint @ np.log(joint)) < self.cutoff
+
+
+@pytest.mark.parametrize("cutoff", [0.0, 0.3, 1.0, 1.7, 5.0])
+def test_it_stops_where_the_authors_stop(cutoff):
+    """At 1.7, near the ln 6 of a uniform theta, and at 5 it stops after the first round, and not before it."""
+    settings = FedExSettings(step_size="constant", base_step_size=0.2, baseline="none", entropy_cutoff=cutoff)
+    state, authors = fedex.init(make_pool(3, 2)), AuthorsFedEx((3, 2), 0.2, cutoff)
+    assert not fedex.stopped(state, settings)
+    num_validation, stops = np.array([1, 4, 2]), []
+    for t in range(60):
+        drawn = fedex.draw(state, settings, np.random.default_rng(t), 3)
+        error = np.where(drawn.sum(axis=1) == 0, 0.2, 0.9)
+        for ours, theirs in zip(fedex.probabilities(state, settings), authors.draws(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+        state = fedex.update(state, drawn, error, num_validation, settings, 1.0)
+        authors.step(drawn, error, num_validation / num_validation.sum())
+        stops.append(fedex.stopped(state, settings))
+        assert stops[-1] == authors.stopped
+    assert stops[-1] == (cutoff > 0)
+    assert stops[0] == (cutoff > math.log(6))
+
+
+def test_after_the_stop_every_client_draws_the_best_and_nothing_moves():
+    settings = FedExSettings(entropy_cutoff=0.6, min_probability=0.05)
+    state = state_at([0.1, 0.85, 0.05], rounds=1, past_error=0.4, past_weight=1.0)
+    assert entropy((0.85 * np.array([0.1, 0.85, 0.05]) + 0.05,)) > 0.6
+    assert not fedex.stopped(state, settings)  # the floor is within the entropy
+    settings = FedExSettings(entropy_cutoff=0.8, min_probability=0.05)
+    assert fedex.stopped(state, settings)
+    assert fedex.probabilities(state, settings)[0].tolist() == [0.0, 1.0, 0.0]
+    drawn = fedex.draw(state, settings, np.random.default_rng(0), 1000)
+    assert set(drawn[:, 0]) == {1}
+    again = fedex.update(state, drawn[:2], np.array([0.9, 0.1]), np.array([1, 1]), settings, 1.0)
+    assert again is state
+    assert fedex.best(state) == (1,)
+
+
+def test_a_stop_outlives_a_checkpoint(tmp_path):
+    settings = FedExSettings(step_size="constant", base_step_size=3.0, entropy_cutoff=1.2)
+    errors, drawn, num_validation, _ = some_rounds(settings, sizes=(3, 2), num_rounds=80)
+    straight = run(settings, errors, drawn, num_validation, sizes=(3, 2))
+    assert fedex.stopped(straight, settings)
+    assert 1 < straight.rounds < 80
+    for half in (straight.rounds - 1, straight.rounds, straight.rounds + 1):
+        np.savez(
+            tmp_path / "state.npz", **fedex.to_arrays(run(settings, errors[:half], drawn, num_validation, sizes=(3, 2)))
+        )
+        with np.load(tmp_path / "state.npz") as arrays:
+            resumed = fedex.from_arrays(dict(arrays))
+        for t in range(half, 80):
+            resumed = fedex.update(resumed, drawn[t], errors[t], num_validation, settings, 1.0)
+        for kept, meant in zip(fedex.to_arrays(resumed).values(), fedex.to_arrays(straight).values(), strict=True):
+            assert np.array_equal(kept, meant)
+        assert fedex.stopped(resumed, settings)
 
 
 # What theta must not depend on.
@@ -198,8 +305,8 @@ def test_aggressive_and_adaptive_do_not_see_the_scale_of_errors(step_size, basel
     np.testing.assert_allclose(scaled.log_theta[0], plain.log_theta[0], rtol=1e-9)
 
 
-@pytest.mark.parametrize("step_size", ["auto", "constant"])
-def test_auto_and_constant_see_the_scale_of_errors(step_size):
+@pytest.mark.parametrize("step_size", ["auto", "constant", "scale"])
+def test_auto_and_constant_and_scale_see_the_scale_of_errors(step_size):
     errors, drawn, num_validation, _ = some_rounds()
     settings = FedExSettings(step_size=step_size)
     plain = run(settings, errors[:1], drawn, num_validation).log_theta[0]
@@ -240,17 +347,19 @@ def test_off_leaves_theta_alone():
 
 
 @pytest.mark.parametrize(
-    ("step_size", "baseline", "min_probability", "num_rounds"),
+    ("step_size", "baseline", "min_probability", "num_rounds", "base_step_size"),
     [
-        ("adaptive", "previous", 0.0, 10_000),
-        ("constant", "none", 0.0, 10_000),
-        ("aggressive", "leave_one_out", 0.0, 2000),
-        ("auto", "client", 0.01, 2000),
+        ("adaptive", "previous", 0.0, 10_000, None),
+        ("constant", "none", 0.0, 10_000, None),
+        ("aggressive", "leave_one_out", 0.0, 2000, None),
+        ("auto", "client", 0.01, 2000, None),
+        ("scale", "previous", 0.0, 2000, LARGEST_STEP_SIZE),
+        ("scale", "client", 0.01, 2000, 1e-300),
     ],
 )
-def test_theta_stays_a_distribution(step_size, baseline, min_probability, num_rounds):
+def test_theta_stays_a_distribution(step_size, baseline, min_probability, num_rounds, base_step_size):
     rng = np.random.default_rng(0)
-    settings = FedExSettings(step_size=step_size, baseline=baseline, min_probability=min_probability)
+    settings = FedExSettings(step_size, base_step_size, baseline, min_probability=min_probability)
     state = fedex.init(make_pool(4, 2))
     values = np.array([0.0, 1e-30, 1e6, np.nan, np.inf, -1e308])
     num_validation = np.array([1, 1000, 3])
@@ -465,7 +574,11 @@ def test_a_checkpoint_keeps_every_bit(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("step_size", "fast", "unknown step_size 'fast'; known: adaptive, aggressive, auto, constant, off"),
+        ("step_size", "fast", "unknown step_size 'fast'; known: adaptive, aggressive, auto, constant, off, scale"),
+        ("base_step_size", 0.0, "base_step_size must be a finite number > 0 and <= 1000000.0, got 0.0"),
+        ("base_step_size", 1e7, "base_step_size must be a finite number > 0 and <= 1000000.0, got 10000000.0"),
+        ("entropy_cutoff", -0.1, "entropy_cutoff must be a finite number >= 0, got -0.1"),
+        ("entropy_cutoff", math.nan, "entropy_cutoff must be a finite number >= 0, got nan"),
         ("baseline", "mean", "unknown baseline 'mean'; known: client, leave_one_out, none, previous"),
         ("signal", "accuracy", "unknown signal 'accuracy'; known: error, loss"),
         ("form", "tree", "unknown form 'tree'; known: flat, product"),

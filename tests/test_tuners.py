@@ -210,6 +210,22 @@ def test_options_reach_the_tuner_and_fedex():
     assert make("random", num_configs=3).num_configs == 3
 
 
+@pytest.mark.parametrize("name", [name for name in TUNERS if name.endswith("fedex")])
+def test_the_step_sizes_and_the_cutoff_reach_every_fedex(name):
+    """The entropy of any theta is below a cut-off of 100: after one update the best configuration is drawn alone."""
+    single = {"num_configs": 1} if name == "elimination+fedex" else {}  # one: elimination is over
+    policy = make_policy(name, step_size="scale", base_step_size=0.25, entropy_cutoff=100, pool_size=2, **single)
+    num_validation = np.array([1, 1])
+    policy.update(np.array([[0], [1]]), np.array([0.5, 0.25]), num_validation)
+    assert policy.probabilities()[0].tolist() == [0.0, 1.0]
+    policy = make_policy(name, step_size="scale", base_step_size=0.25, pool_size=2, **single)
+    policy.update(np.array([[0], [1]]), np.array([0.5, 0.25]), num_validation)
+    (theta,) = policy.probabilities()
+    gradient = [0.5 * (0.5 - 0.25) / 0.5, 0.5 * (0.25 - 0.5) / 0.5]  # leave one out
+    step = 0.25 * np.sqrt(2 * np.log(2))
+    assert np.log(theta[1] / theta[0]) == pytest.approx(step * (gradient[0] - gradient[1]))
+
+
 @pytest.mark.parametrize("name", ["shah", "fedex+asha", "manual+fedex", ""])
 def test_an_unknown_tuner_lists_the_known_ones(name):
     with pytest.raises(UnknownNameError, match=f"known: {re.escape(', '.join(sorted(TUNERS)))}$"):
@@ -227,7 +243,12 @@ def test_an_unknown_tuner_lists_the_known_ones(name):
             9,
             "unknown option of tuner asha 'pool_size'; known: early_stopping_rate, infinite_horizon",
         ),
-        ("asha+fedex", "eta", 3, "unknown option of tuner asha+fedex 'eta'; known: baseline, discount, early_stopping"),
+        (
+            "asha+fedex",
+            "eta",
+            3,
+            "unknown option of tuner asha+fedex 'eta'; known: base_step_size, baseline, discount, ",
+        ),
         ("asha", "reduction_factor", 3.0, "reduction_factor must be a whole number, got 3.0"),
         ("asha", "reduction_factor", 1, "reduction_factor must be a whole number >= 2, got 1"),
         ("random", "num_configs", "many", "num_configs must be a whole number, got 'many'"),
@@ -247,6 +268,8 @@ def test_an_unknown_tuner_lists_the_known_ones(name):
         ("elimination", "pool_size", 9, "unknown option of tuner elimination 'pool_size'; known: num_configs, rounds"),
         ("pbt", "population_size", 4, "population_size must be a whole number >= 5, got 4"),
         ("asha+fedex", "step_size", 0.1, "unknown step_size '0.1'; known: adaptive"),
+        ("sha+fedex", "base_step_size", -1, "base_step_size must be a finite number > 0 and <= 1000000.0, got -1"),
+        ("fedex", "entropy_cutoff", "low", "entropy_cutoff must be a finite number, got 'low'"),
         ("asha+fedex", "perturbation", 2, "perturbation must be a finite number >= 0 and <= 1, got 2"),
     ],
 )

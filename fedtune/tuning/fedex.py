@@ -15,10 +15,12 @@ distributions, one for each factor of the pool; a flat pool has one factor. The 
 the weights) and line 8 (federated averaging) are in `fedtune.server.strategy`, line 5 is the client's local training.
 
 Filled in, since the text leaves it open:
-- The step size eta_t is sqrt(2 ln k) / d. The step size `aggressive` has d = ||g||, `adaptive` has d = sqrt(sum of
-  ||g||^2 so far), `auto` has d = sqrt(t), and `constant` has d = 1. The norm is the largest absolute coordinate. Every
-  factor of the pool has its own number of elements k and its own norm. `off` leaves theta unchanged: the control that
-  every comparison needs.
+- The step size eta_t is eta_0 / d. eta_0 is base_step_size, by default sqrt(2 ln k). The step size `aggressive` has
+  d = ||g||, `adaptive` has d = sqrt(sum of ||g||^2 so far), `auto` has d = sqrt(t), `constant` has d = 1, and `scale`
+  has d = 1 / sqrt(2 ln k). The norm is the largest absolute coordinate. Every factor of the pool has its own number of
+  elements k and its own norm. `off` leaves theta unchanged: the control that every comparison needs.
+- entropy_cutoff, from the authors' code: if theta's entropy is below it after an update, theta is never updated again,
+  and every client draws its most probable element from then on.
 - The baseline lambda must not depend on what this client drew in this round, otherwise the gradient is biased.
   `previous` is the mean of past rounds, weighted by discount ** age. `leave_one_out` is the mean of the cohort's other
   clients. `client` is the client's own error before local training.
@@ -35,13 +37,14 @@ from jaxtyping import Float, Int, Real
 
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.tuning.feedback import SIGNALS, bounded, worst_error
-from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas
+from fedtune.tuning.policy import Counts, Drawn, Errors, Thetas, entropy
 from fedtune.tuning.space import checked_number
 from fedtune.tuning.trial import Pool
 
-STEP_SIZES = ("aggressive", "adaptive", "auto", "constant", "off")
+STEP_SIZES = ("aggressive", "adaptive", "auto", "constant", "scale", "off")
 BASELINES = ("previous", "leave_one_out", "client", "none")
 FORMS = ("flat", "product")
+LARGEST_STEP_SIZE = 1e6  # of base_step_size: so no step overflows
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class FedExSettings:
     """What a user can set: how theta moves, and its pool (in a product, `pool_size` is the size of each factor)."""
 
     step_size: str = "adaptive"
+    base_step_size: float | None = None  # eta_0; None means sqrt(2 ln k) for each factor of k elements
     baseline: str = "previous"
     discount: float = 0.9
     signal: str = "error"
     min_probability: float = 0.0
+    entropy_cutoff: float = 0.0  # in nats; at 0 theta is always updated
     pool_size: int = 9
     perturbation: float = 0.1
     form: str = "flat"
@@ -61,10 +66,13 @@ class FedExSettings:
         for name, known in {"step_size": STEP_SIZES, "baseline": BASELINES, "signal": SIGNALS, "form": FORMS}.items():
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), known)
+        if self.base_step_size is not None:
+            checked_number("base_step_size", self.base_step_size, low=0, low_open=True, high=LARGEST_STEP_SIZE)
         checked_number("discount", self.discount, low=0, high=1)
         checked_number("pool_size", self.pool_size, low=1, integer=True)
         checked_number("perturbation", self.perturbation, low=0, high=1)
         checked_number("min_probability", self.min_probability, low=0, high=1 / self.pool_size)
+        checked_number("entropy_cutoff", self.entropy_cutoff, low=0)
 
 
 class FedExState(NamedTuple):
@@ -83,10 +91,21 @@ def init(pool: Pool) -> FedExState:
     return FedExState(log_theta, np.zeros(len(pool)), past_error=0.0, past_weight=0.0, rounds=0)
 
 
-def probabilities(state: FedExState, settings: FedExSettings) -> tuple[Float[np.ndarray, "_"], ...]:
-    """The distributions that clients draw from: theta, with min_probability mixed in."""
-    floor = settings.min_probability
-    return tuple((1 - len(z) * floor) * np.exp(z) + floor for z in state.log_theta)
+def probabilities(state: FedExState, settings: FedExSettings) -> Thetas:
+    """The distributions that clients draw from: theta, with min_probability mixed in.
+
+    Once theta is no longer updated, the best element of each factor has probability 1.
+    """
+    if stopped(state, settings):
+        return tuple(
+            (np.arange(len(z)) == index).astype(float) for z, index in zip(state.log_theta, best(state), strict=True)
+        )
+    return _with_floor(state, settings)
+
+
+def stopped(state: FedExState, settings: FedExSettings) -> bool:
+    """Whether theta is no longer updated, since its entropy was below the cut-off after an update."""
+    return state.rounds > 0 and entropy(_with_floor(state, settings)) < settings.entropy_cutoff
 
 
 def draw(
@@ -115,7 +134,7 @@ def update(
     local training, is needed for the baseline `client`.
     """
     answered = num_validation > 0
-    if not answered.any() or settings.step_size == "off":
+    if not answered.any() or settings.step_size == "off" or stopped(state, settings):
         return state
     drawn, error, num_validation = drawn[answered], bounded(error[answered], worst), num_validation[answered]
     if error_before is not None:
@@ -130,9 +149,17 @@ def update(
         gradient = np.bincount(arm, share * advantage / theta[arm], minlength=len(z))  # 6
         norm = np.abs(gradient).max()
         gradient_norm[i] = np.hypot(state.gradient_norm[i], norm)  # squares could overflow or vanish
-        divisor = {"aggressive": norm, "adaptive": gradient_norm[i], "auto": math.sqrt(rounds), "constant": 1.0}
+        default = math.sqrt(2 * math.log(len(z)))
+        eta_0 = default if settings.base_step_size is None else settings.base_step_size
+        divisor = {
+            "aggressive": norm,
+            "adaptive": gradient_norm[i],
+            "auto": math.sqrt(rounds),
+            "constant": 1.0,
+            "scale": 1 / default if default else math.inf,
+        }
         # The gradient is divided first, since 1 / divisor could overflow. If the divisor is 0, the gradient is 0 too.
-        step = math.sqrt(2 * math.log(len(z))) * (gradient / (divisor[settings.step_size] or 1.0))
+        step = eta_0 * (gradient / (divisor[settings.step_size] or 1.0))
         z = z - step  # 9
         log_theta.append(z - np.logaddexp.reduce(z))  # 10
     past_weight = settings.discount * state.past_weight + 1
@@ -161,6 +188,12 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> FedExState:
     log_theta = np.split(arrays["log_theta"], np.cumsum(arrays["factor_sizes"])[:-1])
     past_error, past_weight = arrays["past"].tolist()
     return FedExState(tuple(log_theta), arrays["gradient_norm"], past_error, past_weight, int(arrays["rounds"][0]))
+
+
+def _with_floor(state: FedExState, settings: FedExSettings) -> Thetas:
+    """Theta, with min_probability mixed in."""
+    floor = settings.min_probability
+    return tuple((1 - len(z) * floor) * np.exp(z) + floor for z in state.log_theta)
 
 
 def _baseline(
@@ -221,7 +254,7 @@ class FedExPolicy:
             self.state = update(self.state, drawn, error, num_validation, self.settings, self._worst, error_before)
 
     def probabilities(self) -> Thetas:
-        """Theta, with min_probability mixed in."""
+        """The distributions that clients draw from: see `probabilities`."""
         return probabilities(self.state, self.settings)
 
     def best(self) -> tuple[int, ...]:

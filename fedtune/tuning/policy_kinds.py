@@ -99,7 +99,10 @@ def _elimination_then_fedex(max_rounds: int, **options: Any) -> PolicySettings:
 
 
 ONE_CONFIGURATION = PolicyKind(_one_configuration)
-FEDEX = PolicyKind(_fedex, {option.name: type(option.default) for option in fields(FedExSettings)})
+FEDEX = PolicyKind(
+    _fedex,
+    {option.name: type(option.default) for option in fields(FedExSettings)} | {"base_step_size": float},
+)
 UNIFORM = PolicyKind(
     partial(_fedex, step_size="off"),
     {name: FEDEX.options[name] for name in ("pool_size", "perturbation", "form")},
