@@ -46,6 +46,24 @@ def test_a_population_by_hand():
     ]  # fmt: skip
 
 
+def test_a_trial_is_given_up_when_a_copy_takes_its_place():
+    """For any errors: those that are neither trained on nor copied later, each once."""
+    tuner, rng, jobs = make(max_rounds=30), random.Random(0), []
+    for _ in range(300):
+        jobs.append(tuner.ask())
+        tuner.tell(jobs[-1], rng.random())
+    seen, given_up = set(), set()
+    for job in jobs:
+        copied = {job.trial.parent} - {None} if job.trial.number not in seen else set()
+        assert len(job.given_up) == len(copied)
+        assert not {job.trial.number, *copied, *job.given_up} & given_up
+        given_up |= set(job.given_up)
+        seen.add(job.trial.number)
+    ended = {job.trial.number for job in jobs if job.rounds == 30}
+    in_training = {job.trial.number for job in jobs[-5:]}
+    assert seen == given_up | ended | in_training
+
+
 def test_the_copy_has_the_explored_values_of_its_parent():
     tuner = make()
     for job in [tuner.ask() for _ in range(5)]:
@@ -163,10 +181,12 @@ def test_a_member_that_diverged_copies_the_best_or_is_given_up():
     tuner = make()
     jobs = [tuner.ask() for _ in range(5)]
     tuner.tell(jobs[0], math.nan)
-    assert tuner.ask() == Job(draw(5), 0, 1)  # 0 is given up, for there was nobody to copy
+    assert tuner.ask() == Job(draw(5), 0, 1, given_up=(0,))  # there was nobody to copy
     tuner.tell(jobs[1], 0.3)
     tuner.tell(jobs[2], math.inf)
-    assert [tuner.ask().trial.parent for _ in range(2)] == [None, 1]
+    asked = [tuner.ask() for _ in range(2)]
+    assert [job.trial.parent for job in asked] == [None, 1]
+    assert [job.given_up for job in asked] == [(), (2,)]
 
 
 def test_nobody_trains_longer_than_max_rounds():

@@ -50,7 +50,7 @@ class TrainedJobs:
         self._journal = journal
         self._store = store
         self._say = say
-        self._trained: set[int] = set()  # completely trained trials whose checkpoint is kept
+        self._ended: set[int] = set()  # trials that will not be trained on, and whose checkpoints are still there
         self._running: dict[JobAttempt, Generator[Ticket, None, None]] = {}
         self._tickets: dict[JobAttempt, Ticket] = {}  # the ticket that each running job waits for
 
@@ -71,10 +71,12 @@ class TrainedJobs:
         )
 
     def start(self, attempt: JobAttempt) -> None:
-        """Trains the job as far as it can go without waiting."""
+        """Trains the job as far as it can go without waiting. Then the trials that the tuner gave up are removed."""
         if not attempt.failed:
             self._running[attempt] = self._train(attempt)
             self._train_on(attempt)
+        self._ended |= set(attempt.job.given_up)
+        self._remove_ended()
 
     def ready(self, attempt: JobAttempt) -> bool:
         """Whether the job is trained. Every federation whose ticket is finished is trained on first."""
@@ -93,10 +95,8 @@ class TrainedJobs:
         """Removes the checkpoints of trials that are completely trained, except the incumbent's checkpoint."""
         self._store.report(job.trial.number, job.rounds)
         if self._tuner.ends_at_max_rounds and job.rounds == self._settings.max_rounds:
-            self._trained.add(job.trial.number)
-            for trial in self._trained - {best.trial}:
-                self._store.remove(trial)
-            self._trained &= {best.trial}
+            self._ended.add(job.trial.number)
+        self._remove_ended()
 
     def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
         """Enters the evaluation of the trial after local training into the ledger. See `Jobs.personalise`."""
@@ -108,6 +108,13 @@ class TrainedJobs:
         federation = yield from self._waiting(self._federation(trial, best.rounds, order=0.0))
         self._store.keep_only(best.trial)
         return Chosen(federation.best_config(), federation.theta(), federation.pool())
+
+    def _remove_ended(self) -> None:
+        """Removes the checkpoints of trials that will not be trained on, except the incumbent's checkpoint."""
+        incumbent = set() if self._ledger.best is None else {self._ledger.best.trial}
+        for trial in self._ended - incumbent:
+            self._store.remove(trial)
+        self._ended &= incumbent
 
     def _train_on(self, attempt: JobAttempt) -> None:
         """Trains the job on until it waits for another ticket, or to its end."""

@@ -1,9 +1,9 @@
 """Keeps a study's trials on disk: records of rounds in the journal, the state of federations in checkpoints.
 
 A trial's files are `trial-<number>-round-<round>.safetensors`. The store keeps a trial's latest checkpoint. It also
-keeps the checkpoint at the end of the trial's last reported job, if that checkpoint is older. Finished trials keep no
-checkpoint, except the best trial. So a live trial takes the disk space of two checkpoints at most, whatever the number
-of rounds.
+keeps the checkpoint at the end of the trial's last reported job, if that checkpoint is older. Finished trials, and
+trials that the tuner gave up, keep no checkpoint, except the best trial. So a live trial takes the disk space of two
+checkpoints at most, whatever the number of rounds.
 """
 
 from collections.abc import Mapping
@@ -71,8 +71,8 @@ class TrialStore:
             checkpoint.save(self._path(trial, server_round), arrays)
 
     def remove(self, trial: int) -> None:
-        """Removes the checkpoints of a trial that will not be trained on."""
-        for server_round in (self.latest(trial), self._reported.get(trial, 0)):
+        """Removes the checkpoints of a trial that will not be trained on; then the store needs none of them."""
+        for server_round in (self._latest.pop(trial, 0), self._reported.pop(trial, 0)):
             self._path(trial, server_round).unlink(missing_ok=True)
 
     def keep_only(self, trial: int) -> None:

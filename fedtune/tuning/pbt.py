@@ -133,6 +133,7 @@ class PBT:
         self._num_populations = 0
         self._open: list[tuple[int, Population]] = []  # a heap: populations in which a member may be able to train
         self._running: dict[int, tuple[int, Population, Member]] = {}  # by the number of the trial
+        self._given_up: list[int] = []  # trials that lost their place in a population since the last job
 
     def ask(self) -> Job:
         """The next interval of a member, in the oldest population in which one may train, or in a new population."""
@@ -149,7 +150,8 @@ class PBT:
             if trial is not None:
                 self._running[trial.number] = number, population, member
                 rounds = min(member.rounds + self.interval, self.max_rounds)
-                return Job(trial, member.rounds // self.interval, rounds)
+                given_up, self._given_up = tuple(self._given_up), []
+                return Job(trial, member.rounds // self.interval, rounds, given_up)
 
     def tell(self, job: Job, error: float) -> None:
         """Enter a member's error."""
@@ -175,8 +177,10 @@ class PBT:
             assert donor.trial is not None
             number = next(self._numbers)
             copy = replace(self._explore(donor.trial, number), number=number, parent=donor.trial.number)
+            self._given_up.append(member.trial.number)
             population.copy(member, donor, copy)
         elif member.diverged:
+            self._given_up.append(member.trial.number)
             population.forget(member)
             return None
         return member.trial

@@ -49,11 +49,16 @@ Compose = Callable[[int, Config, Config], Trial]
 
 @dataclass(frozen=True)
 class Job:
-    """An order to train a trial until it has had `rounds` rounds in all; `rung` is its level in the tuner."""
+    """An order to train a trial until it has had `rounds` rounds in all; `rung` is its level in the tuner.
+
+    `given_up` are the numbers of the trials that the tuner has given up since its last job. They are never trained on,
+    and no later trial inherits their state.
+    """
 
     trial: Trial
     rung: int
     rounds: int
+    given_up: tuple[int, ...] = ()
 
 
 @runtime_checkable
