@@ -1,5 +1,6 @@
 """A trial so far: its rounds, their virtual times, and the scores that were reported to the tuner."""
 
+import math
 from dataclasses import dataclass, field
 
 from fedtune.errors import InputError
@@ -18,6 +19,7 @@ class TrialHistory:
 
     trial: Trial
     start: int = 0  # the round at which it took over its parent's state
+    parent: "TrialHistory | None" = None  # whose evaluations up to `start` count as evaluations of this trial
     records: list[RoundRecord] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
@@ -28,7 +30,10 @@ class TrialHistory:
         return max(self.scores, default=self.start)
 
     def tail(self, error: str, up_to: int | None = None) -> float:
-        """The tail mean of a field of the evaluations up to the round `up_to`; None means up to the last round."""
+        """The tail mean of a field of the evaluations up to the round `up_to`; None means up to the last round.
+
+        A copy of a trial is judged over as many rounds as every other trial: its parent's rounds belong to its tail.
+        """
         evaluations = self._evaluations(up_to)
         return tail_mean(list(evaluations), [getattr(evaluation, error) for evaluation in evaluations.values()])
 
@@ -38,8 +43,18 @@ class TrialHistory:
         return evaluations[-1].test_error if evaluations else float("nan")
 
     def _evaluations(self, up_to: int | None) -> dict[int, Evaluation]:
-        rounds = [record for record in self.records if up_to is None or record.round <= up_to]
-        return {record.round: record.evaluation for record in rounds if record.evaluation is not None}
+        """By round, ascending; up to `start` the evaluations of the parent, and of the parent's parents before it."""
+        evaluations: dict[int, Evaluation] = {}
+        history: TrialHistory | None = self
+        limit = math.inf if up_to is None else up_to
+        while history is not None:
+            evaluations |= {
+                record.round: record.evaluation
+                for record in history.records
+                if record.evaluation is not None and record.round <= limit
+            }
+            history, limit = history.parent, min(limit, history.start)
+        return dict(sorted(evaluations.items()))
 
 
 class PastRounds:

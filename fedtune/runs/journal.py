@@ -21,7 +21,9 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.runs.journal_lines import LINES, NOTES, Order
 from fedtune.settings import input_error
 
-FORMAT = 3  # of the lines; a study of another format can't be resumed
+FORMAT = 4  # of the lines that are written
+# The formats that can be read and resumed. In format 3 the score of a copy leaves out its parent's rounds.
+FORMATS = (3, 4)
 
 
 class JournalEnds(Exception):
@@ -39,6 +41,7 @@ class Journal:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        self.format = FORMAT  # of the study: of its first line, if it has begun
         self._checksum = 0
         self._order = Order()
         self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not taken again yet
@@ -59,7 +62,7 @@ class Journal:
                     f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited, or "
                     "the executor now batches clients and did not before, or the other way round"
                 )
-        self.decide("study", format=FORMAT, tuner=tuner, seed=seed, settings=settings)
+        self.decide("study", format=self.format, tuner=tuner, seed=seed, settings=settings)
 
     def decide(self, event: str, **fields: Any) -> None:
         """Writes a decision. If the journal holds one here already, raises InputError unless the two are the same."""
@@ -81,6 +84,11 @@ class Journal:
     def notes(self, event: str) -> list[dict[str, Any]]:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
+
+    @property
+    def scores_copies_by_parents(self) -> bool:
+        """Whether the score of a copy of a trial includes its parent's rounds, as it does since format 4."""
+        return self.format >= 4
 
     def coming(self) -> tuple[int, dict[str, Any]]:
         """(line number, decision) of the next past decision. Raises JournalEnds if there is none."""
@@ -147,11 +155,13 @@ class Journal:
         except ValueError as error:
             raise self._damaged(number, f"it is not JSON: {error}") from None
         event = line.get("event")
-        if event == "study" and line.get("format") != FORMAT:
-            raise InputError(
-                f"{self.path}, line {number}, must have format {FORMAT}, got {line.get('format')}: "
-                "another version of fedtune wrote it"
-            )
+        if event == "study":
+            if line.get("format") not in FORMATS:
+                raise InputError(
+                    f"{self.path}, line {number}, must have format {' or '.join(map(str, FORMATS))}, "
+                    f"got {line.get('format')}: another version of fedtune wrote it"
+                )
+            self.format = line["format"]
         if event not in list(LINES):
             raise self._damaged(number, str(UnknownNameError("event", str(event), LINES)))
         try:

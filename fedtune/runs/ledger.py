@@ -2,7 +2,7 @@
 
 A study that is trained and a study that is rebuilt from its journal keep the same ledger, so each rule is here once:
 - A job is charged to the budget when it is first attempted, and never again.
-- A copy of a trial starts at the last round of its parent that was reported.
+- A copy of a trial starts at the last round of its parent that was reported. Its scores include its parent's rounds.
 - An extension raises the budget and the number of configurations.
 """
 
@@ -23,9 +23,13 @@ class AttemptsFailed(InputError):
 
 
 class Ledger:
-    """The events of a study so far. `personalised` holds the evaluations after local training that were made."""
+    """The events of a study so far. `personalised` holds the evaluations after local training that were made.
 
-    def __init__(self, settings: Settings) -> None:
+    Without `scores_copies_by_parents`, the score of a copy leaves out its parent's rounds. That was the rule of older
+    journals.
+    """
+
+    def __init__(self, settings: Settings, *, scores_copies_by_parents: bool = True) -> None:
         self.trials: dict[int, TrialHistory] = {}
         self.personalised: dict[Reading, Evaluation] = {}
         self.best: Score | None = None  # of the incumbent; None before the first score
@@ -34,6 +38,7 @@ class Ledger:
         self.failed_attempts = 0
         self.wasted_rounds = 0  # that failed attempts had done
         self._settings = settings
+        self._scores_copies_by_parents = scores_copies_by_parents
         self._total_rounds = settings.total_rounds
         self._spent = 0  # rounds of all jobs that were attempted
 
@@ -92,5 +97,7 @@ class Ledger:
         }
 
     def _new_history(self, trial: Trial) -> TrialHistory:
-        start = 0 if trial.parent is None else self.trials[trial.parent].reported_rounds
-        return TrialHistory(trial, start)
+        if trial.parent is None:
+            return TrialHistory(trial)
+        parent = self.trials[trial.parent]
+        return TrialHistory(trial, parent.reported_rounds, parent if self._scores_copies_by_parents else None)
