@@ -17,10 +17,11 @@ rounds, counted from the trial's start.
 Filled in: the k of top_k is rounded down, NaN and inf rank last, and the lower trial number wins a tie. `num_configs`
 limits how many configurations are drawn (section 3.5.1). It must be at least eta^(s_max - s). Promotions continue after
 the last draw.
-Departures: R / r must be a power of eta, so that the top rung is R itself. The default eta is 3 where section 3.5.1 sets
-4, since the default R of 81 rounds is a power of 3; `async_hyperband` has 4. A trial whose error is not finite is never
-promoted, even if it is among the candidates because too few other trials did better. With `infinite_horizon` the rungs
-have no top (section 3.3.4): line 13 starts at the highest rung that exists, and max_rounds only places the first rungs.
+Departures: R / r must be a power of eta, so that the top rung is R itself. The default eta is 3 and not the 4 of
+section 3.5.1, since the default R of 81 rounds is a power of 3; `async_hyperband` has 4. A trial whose error is not
+finite is never promoted, even if it is among the candidates because too few other trials did better. With
+`infinite_horizon` the rungs have no top (section 3.3.4): line 13 starts at the highest rung that exists, and max_rounds
+only places the first rungs.
 """
 
 from fedtune.errors import InputError
