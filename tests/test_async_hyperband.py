@@ -118,6 +118,14 @@ def test_promotions_of_any_bracket_go_before_new_configurations():
     assert tuner.ask().rung == 0
 
 
+def test_promotions_of_the_first_bracket_go_first():
+    tuner = AsyncHyperband(draw, 9, reduction_factor=3)
+    jobs = [tuner.ask() for _ in range(14)]
+    for job in (*jobs[9:12], *jobs[:3]):  # a trial of each bracket can be promoted
+        tuner.tell(job, 0.5)
+    assert [tuner.ask() for _ in range(2)] == [Job(draw(0), 1, 3), Job(draw(9), 1, 9)]
+
+
 def test_more_configurations_are_shared_out_as_if_they_had_been_allowed_from_the_start():
     """R = 9 and eta = 3 share n in the ratio of 9 / 3 and 3 / 2; the first is filled up before the second."""
     tuner = AsyncHyperband(draw, 9, 17, reduction_factor=3)

@@ -108,6 +108,16 @@ def test_a_perturbed_value_is_inside_and_near(domain, seed, value, fraction):
     assert moved <= reach(domain, fraction) + 1e-9
 
 
+@pytest.mark.parametrize("domain", [Uniform(-2.0, 0.5), LogUniform(1e-4, 1.0)])
+def test_a_real_number_moves_as_far_as_it_may_and_no_distance_is_likelier(domain):
+    """False alarm below 2 exp(-2 * 4000 * 0.05^2) = 4e-9 (Dvoretzky, Kiefer and Wolfowitz, with Massart's constant)."""
+    rng = np.random.default_rng(0)
+    centre = domain.from_unit(0.5)  # so far from both ends that nothing is clipped
+    moves = [scale(domain, domain.perturb(centre, rng, 0.2)) - scale(domain, centre) for _ in range(4000)]
+    quantiles = np.sort(moves) / (2 * reach(domain, 0.2)) + 0.5
+    assert np.abs(quantiles - np.linspace(0, 1, 4000)).max() < 0.05
+
+
 @given(domains, seeds)
 def test_a_fraction_of_zero_changes_no_bit(domain, seed):
     rng = np.random.default_rng(seed)

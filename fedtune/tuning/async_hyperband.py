@@ -7,10 +7,10 @@ The user gives n, the number of configurations, and R, the rounds of one; the re
     n is shared in inverse proportion to it: 12/17, 15/68 and 5/68, each rounded down; the first bracket also gets
     the remainder
 
-The brackets are filled one after another. Promotions, in any bracket, come before new trials, so that workers idle only
-at the end of the last bracket. Without n the tuner loops through the brackets without end (section 3.3.2). Each pass
-draws as many configurations into each bracket as Hyperband would. A bracket keeps its rungs from pass to pass, which
-makes its later promotions better (section 3.5.4).
+The brackets are filled one after another. Promotions, in any bracket, come before new trials, so that workers idle
+only at the end of the last bracket. The promotions of the first bracket come first. Without n the tuner loops through
+the brackets without end (section 3.3.2). Each pass draws as many configurations into each bracket as Hyperband would.
+A bracket keeps its rungs from pass to pass, which makes its later promotions better (section 3.5.4).
 
 Modes: `standard` runs the more aggressive half of the brackets, rounded up. `aggressive` runs only the first bracket.
 `conservative` runs all brackets, and the last one is random search. The text does not say which brackets `aggressive`
