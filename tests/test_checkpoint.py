@@ -1,3 +1,5 @@
+import resource
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -39,10 +41,15 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_os_error(tmp_path):
-    """As on a full disk; the command line shows it as one line."""
-    (tmp_path / "trial-0.safetensors.tmp").mkdir()  # in the way of the temporary file
-    with pytest.raises(OSError, match=r"^.*trial-0.safetensors cannot be written: [^\n]+$"):
-        checkpoint.save(tmp_path / "trial-0.safetensors", {"round": np.array(1)})
+    """No file may grow beyond ten bytes, as if there the disk were full; the command line shows it as one line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"^.*trial-0.safetensors cannot be written: [^\n]+$"):
+            checkpoint.save(tmp_path / "trial-0.safetensors", {"round": np.array(1)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", [8, 40, -1])

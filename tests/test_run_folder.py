@@ -1,6 +1,5 @@
 """A run folder that another process uses, or whose disk is full, or whose files were lost."""
 
-import errno
 import multiprocessing
 import os
 import resource
@@ -13,7 +12,7 @@ import pytest
 
 import fedtune
 from fedtune.errors import InputError
-from fedtune.runs.run_folder import locked, replacing
+from fedtune.runs.run_folder import locked
 
 SETTINGS = {
     **{"tuners": ["random"], "max_rounds": 3, "total_rounds": 9, "executor": "serial", "cohort_size": 1},
@@ -66,24 +65,6 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(in_use):
     fedtune.resume(folder, executor="serial")
     results = [name for name in before if name.suffix in (".csv", ".parquet") and name.stem != "timings"]
     assert {name: name.read_bytes() for name in results} == {name: before[name] for name in results}
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results.csv"
-    path.write_text("old")
-
-    def fill_the_disk():
-        with replacing(path) as new:
-            new.write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(OSError, match=rf"^{path} cannot be written: No space left on device$"):
-        fill_the_disk()
-    assert everything(tmp_path) == {path: b"old"}
-    with replacing(path) as new:
-        new.write_text("new")
-        assert path.read_text() == "old"
-    assert everything(tmp_path) == {path: b"new"}
 
 
 @pytest.mark.parametrize("limit", [600, 3000, 6000])

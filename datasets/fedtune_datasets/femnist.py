@@ -13,7 +13,6 @@ used by `fedtune train FOLDER`.
 """
 
 import json
-import tempfile
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from jaxtyping import Int64, Integer, UInt8
 from fedtune import rng
 from fedtune.data import FederatedDataset, Problem, cache_folder, read_leaf
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.files import new_folder
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml").read_text())
@@ -50,12 +50,8 @@ def prepare() -> Path:
     folder = cache_folder("femnist") / "hub"
     if not folder.is_dir():
         images = _ask_hub()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
-            complete = Path(scratch) / "hub"
-            complete.mkdir()
+        with new_folder(folder) as complete:
             _save(images, complete)
-            complete.rename(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedtune.errors import InputError
-from fedtune.runs.run_folder import replacing
+from fedtune.files import replacing
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -15,12 +15,15 @@ from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
+from fedtune.files import make_folder, remove_unfinished
 from fedtune.hyperparameters import Hyperparameters, initial_weights, study_tuner
 from fedtune.runs.environment import check_versions
 from fedtune.runs.history import past_personalised
 from fedtune.runs.journal import Journal
+from fedtune.runs.journal_lines import pool_as_json
 from fedtune.runs.ledger import Ledger
-from fedtune.runs.results import StudyResult, pool_as_json, round_rows, trial_rows, write_frames
+from fedtune.runs.result_files import write_frames
+from fedtune.runs.results import StudyResult, round_rows, trial_rows
 from fedtune.runs.run_folder import locked
 from fedtune.runs.study import Study
 from fedtune.runs.trained_jobs import Chosen, TrainedJobs
@@ -63,6 +66,7 @@ class Comparison:
         A run that was stopped is resumed.
         """
         with locked(folder):
+            remove_unfinished(folder)
             check_versions(folder, listener)
             self._run(folder, listener)
 
@@ -133,7 +137,7 @@ class Comparison:
 
         tuner = self.tuners[name]
         study_folder = folder / f"{name}-seed{seed}"
-        study_folder.mkdir(exist_ok=True)
+        make_folder(study_folder, exist_ok=True)
         with contextlib.closing(Journal(study_folder / "journal.jsonl")) as journal:
             ledger = Ledger(self.settings, scores_copies_by_parents=journal.scores_copies_by_parents)
             ledger.personalised = past_personalised(journal)

@@ -6,10 +6,11 @@ Thesis, section 3.5.4: a bracket that is finished can be asked for more configur
 from pathlib import Path
 
 from fedtune.errors import InputError
+from fedtune.files import replacing, sync
 from fedtune.hyperparameters import resolve_hyperparameters, tuner_settings
 from fedtune.runs.replay import Replay
-from fedtune.runs.results import FILES
-from fedtune.runs.run_folder import locked, replacing, settings_path
+from fedtune.runs.result_files import FILES
+from fedtune.runs.run_folder import locked, settings_path
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
 
 
@@ -30,6 +31,7 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
             longer_path.write_text(write_settings(longer))
             for name in reversed(FILES):  # results.csv first: without it the run counts as unfinished
                 (folder / name).unlink(missing_ok=True)
+            sync(folder)  # after a power cut the longer run must not seem to be finished
 
 
 def _extended(settings: Settings, num_configs: int | None, total_rounds: int | None) -> Settings:

@@ -1,4 +1,4 @@
-"""The lines that a journal may hold: the fields of each line, and the order of the lines."""
+"""The lines that a journal may hold: the fields of each line, the form of a configuration, the order of the lines."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from fedtune.simulation.records import KEY_TYPES, Evaluation
+from fedtune.tuning.trial import Pool, Trial
 
 _Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -69,6 +70,16 @@ LINES = {  # by event
     ),
 }
 NOTES = ("round", "lost", "checkpoint", "personalised")  # what was computed; all other lines are decisions
+
+
+def trial_as_json(trial: Trial) -> dict[str, Any]:
+    """The trial's configurations as the journal holds them."""
+    return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
+
+
+def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
+    """The configurations of each factor as the journal holds them."""
+    return [[dict(config) for config in factor] for factor in pool]
 
 
 @dataclass

@@ -1,20 +1,15 @@
-"""The rows of a finished study in rounds.parquet, trials.parquet and results.csv, and the writing of these files."""
+"""The rows of a finished study in rounds.parquet, trials.parquet and results.csv."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from fedtune.runs.history import Reading, TrialHistory
-from fedtune.runs.run_folder import replacing
-from fedtune.simulation.records import RECORD_COLUMNS, Evaluation, record_as_row, totals
-from fedtune.tuning.trial import Pool, Score, Trial, rank_key
-
-FILES = ("rounds.parquet", "trials.parquet", "timings.csv", "results.csv")  # in the order of writing
+from fedtune.runs.journal_lines import trial_as_json
+from fedtune.simulation.records import Evaluation, record_as_row, totals
+from fedtune.tuning.trial import Score, rank_key
 
 
 @dataclass(frozen=True)
@@ -122,38 +117,3 @@ def runner_up(trials: Mapping[int, TrialHistory], best: Score) -> dict[str, Any]
     standard_errors = [trials[number].tail("validation_error_se", rounds) for number in (best.trial, second)]
     lead = trials[second].scores[rounds] - best.error
     return {"runner_up": second, "lead": lead, "lead_se": math.hypot(*standard_errors)}
-
-
-def trial_as_json(trial: Trial) -> dict[str, Any]:
-    """The trial's configurations as the journal holds them."""
-    return {"server": dict(trial.server), "pool": pool_as_json(trial.pool)}
-
-
-def pool_as_json(pool: Pool) -> list[list[dict[str, Any]]]:
-    """The configurations of each factor as the journal holds them."""
-    return [[dict(config) for config in factor] for factor in pool]
-
-
-def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[str, Any]]) -> None:
-    """Writes FILES. Only timings.csv holds real times; the other files are the same each time a run is repeated."""
-    with replacing(folder / "rounds.parquet") as path:
-        pd.DataFrame([row for result in results for row in result.rounds])[ROUND_COLUMNS].to_parquet(path)
-    with replacing(folder / "trials.parquet") as path:
-        pd.DataFrame([row for result in results for row in result.trials]).to_parquet(path)
-    with replacing(folder / "timings.csv") as path:
-        pd.DataFrame(timings).to_csv(path, index=False)
-    with replacing(folder / "results.csv") as path:
-        pd.DataFrame([result.result for result in results]).to_csv(path, index=False)
-
-
-ROUND_COLUMNS = [
-    "tuner",
-    "seed",
-    "trial",
-    "round",
-    "virtual_time",
-    "spent",
-    "incumbent",
-    "score",
-    *RECORD_COLUMNS,
-]

@@ -1,4 +1,4 @@
-"""Makes a run folder, locks it for one process, and replaces its files as a whole: no file is ever half written."""
+"""Makes a run folder, and locks it for one process."""
 
 import contextlib
 import fcntl
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import InputError
+from fedtune.files import make_folder, replacing
 from fedtune.runs.environment import environment
 from fedtune.settings import Settings, write_settings
 
@@ -38,23 +39,6 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; the file there then replaces `path`, which is never half written.
-
-    Raises OSError, which names `path`, if the file can't be written, as on a full disk.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # after a failure: a file that was replaced is no longer there
-            temporary.unlink(missing_ok=True)
-
-
 def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
     """Makes a run folder with its settings and environment. With `force` an older run there is deleted first.
 
@@ -68,7 +52,7 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
         with locked(folder):
             shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True)
+        make_folder(folder)
     except OSError as error:
         raise InputError(f"--out must be a folder that can be made, got {folder}: {error.strerror}") from None
     with replacing(folder / "environment.json") as path:

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedtune.runs.history import TrialHistory
 from fedtune.runs.journal import Journal
+from fedtune.runs.journal_lines import trial_as_json
 from fedtune.runs.ledger import AttemptsFailed, Ledger
-from fedtune.runs.results import trial_as_json
 from fedtune.settings import ExtensionSettings, Settings, digest
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.tuning.trial import Job, Score, Trial, Tuner

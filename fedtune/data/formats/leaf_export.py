@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +12,7 @@ from fedtune.data.formats.text import decode_rows
 from fedtune.data.parts import PARTS
 from fedtune.data.problems import first_of, repeated_ids
 from fedtune.errors import InputError
+from fedtune.files import new_folder
 
 
 def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file: int = 100) -> None:
@@ -29,13 +28,7 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
         raise InputError(f"{folder} must be a new folder, but it exists")
     if repeated := repeated_ids(dataset.client_ids):
         raise InputError(first_of(repeated))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"{folder} must be a folder that can be made: {error}") from None
-    try:
-        complete = scratch / folder.name
+    with new_folder(folder) as complete:
         for number, part in enumerate(PARTS):
             (complete / part).mkdir(parents=True)
             clients = [client for client, size in enumerate(dataset.sizes()[:, number].tolist()) if size]
@@ -44,9 +37,6 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
                 with file.open("w", encoding="ascii") as stream:
                     _write_file(stream, dataset, part, clients[first : first + users_per_file])
         (complete / EXTRA).write_text(json.dumps(_extra(dataset)), encoding="ascii")
-        complete.rename(folder)
-    finally:
-        shutil.rmtree(scratch)
 
 
 def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: Sequence[int]) -> None:
