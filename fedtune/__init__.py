@@ -157,12 +157,14 @@ def resume(
     *,
     workers: int | None = None,
     executor: str | None = None,
+    repair: bool = False,
     listener: Listener = lambda event: None,
     optuna: str | None = None,
 ) -> "Run":
     """The run in a folder, resumed and brought to its end: bit for bit as if it had not been stopped.
 
-    `workers` and `executor` override the settings of the run; the other keywords are as in `compare`:
+    `workers` and `executor` override the settings of the run. `repair` cuts journals that a power cut damaged at their
+    last good line; a warning says what was cut. The other keywords are as in `compare`:
 
         fedtune.resume("runs/compared")
     """
@@ -171,6 +173,11 @@ def resume(
     folder = Path(folder)
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
     settings = resolve_settings(settings_path(folder), where)
+    if repair:
+        from fedtune.runs.repair import repair_run
+
+        for cut in repair_run(folder, settings):
+            listener({"event": "warning", "message": cut})
     _start_workers_early(settings)
     from fedtune.runs.prepare import prepare
 

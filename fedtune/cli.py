@@ -121,7 +121,14 @@ def compare(
 
 @app.command(cls=Command)
 @with_options
-def resume(run: Path, *, options: ResumeOptions) -> None:
+def resume(
+    run: Path,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Cut a journal that a power cut damaged at its last good line.")
+    ] = False,
+    *,
+    options: ResumeOptions,
+) -> None:
     """Resume a run that was stopped; the results are the same as if it had never been interrupted.
 
     Example:
@@ -130,7 +137,7 @@ def resume(run: Path, *, options: ResumeOptions) -> None:
     import fedtune
 
     with _progress(run) as progress:
-        finished = fedtune.resume(run, listener=progress, **asdict(options))
+        finished = fedtune.resume(run, repair=repair, listener=progress, **asdict(options))
     _show(finished)
 
 

@@ -1,11 +1,12 @@
 import json
 import math
+import os
 import zlib
 
 import pytest
 
 from fedtune.errors import InputError
-from fedtune.runs.journal import FORMAT, Journal, JournalEnds
+from fedtune.runs.journal import FORMAT, DamagedJournalError, Journal, JournalEnds
 from fedtune.simulation.records import KEY_TYPES, Evaluation
 
 
@@ -105,6 +106,35 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_torn(path):
         journal.note("checkpoint", trial=2, round=3)
         journal.close()
         assert path.read_bytes() == data
+
+
+def test_a_damaged_journal_says_how_to_repair_it_and_up_to_where_it_is_good(tmp_path):
+    path = tmp_path / "run" / "asha-seed0" / "journal.jsonl"
+    path.parent.mkdir(parents=True)
+    write(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], bytes(50), b"\n", *lines[4:]]))
+    with pytest.raises(DamagedJournalError) as caught:
+        Journal(path)
+    assert (caught.value.line_number, caught.value.good_bytes) == (4, sum(map(len, lines[:3])))
+    assert str(caught.value).startswith(f"{path}, line 4, is damaged or was edited: its checksum does not fit; ")
+    assert str(caught.value).endswith(f": fedtune resume {tmp_path / 'run'} --repair")
+
+
+def test_decisions_after_which_checkpoints_are_removed_are_on_the_disk_and_others_need_not_be(path, monkeypatch):
+    synced = []
+    journal = Journal(path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(path.read_text().count("\n")))
+    journal.decide(**ask(0))
+    journal.note("checkpoint", trial=0, round=3)
+    assert synced == []
+    journal.decide("tell", trial=0, rung=0, rounds=3, time=1.0, score=0.5)
+    assert synced == [3]
+    journal.decide("end", incumbent=0, time=1.0)
+    assert synced == [3, 4]
+    journal.sync()
+    assert synced == [3, 4, 4]
+    journal.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,21 @@ from killed_runs import Killed, kill_at_round
 
 import fedtune
 from fedtune.errors import InputError
+from fedtune.runs.journal import Journal
+from fedtune.runs.trial_store import TrialStore
+from fedtune.simulation.records import Evaluation, RoundRecord
 from fedtune.tuning.fedex import FedExPolicy
 
 NAMES = ("manual", "asha", "fedex", "asha+fedex")
 SETTINGS = {"max_rounds": 9, "total_rounds": 36, "seeds": 1, "tuners": list(NAMES)}
 COMMAND = ["compare", "digits", "--tuners", ",".join(NAMES), "--max-rounds", "9", "--total-rounds", "36"]
 NUM_KILLS = 20
+
+
+@pytest.fixture(autouse=True)
+def a_checkpoint_after_every_evaluation(monkeypatch):
+    """So that these small runs are stopped between checkpoints of all kinds, as large runs are."""
+    monkeypatch.setattr("fedtune.runs.trial_store.SECONDS_BETWEEN", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +201,73 @@ def test_a_finished_runs_checkpoints_come_again(kept, tmp_path, damage):
     assert contents(fedtune.resume(folder, executor="serial").folder) == contents(kept)
 
 
-def test_a_checkpoint_that_a_crash_left_behind_goes_at_the_end(kept, tmp_path):
-    """As if the process had died between a checkpoint's line in the journal and the removal of the one before."""
+def test_checkpoints_that_a_crash_left_behind_go_when_the_study_is_opened_again(tmp_path, monkeypatch):
+    """The process died between a checkpoint's line in the journal and the removal of the one before, or before it."""
+    evaluation = Evaluation(0.5, 1.0, 0.5, 1.0, 0.1)
+    record = RoundRecord(1, *[1] * 10, error=0.5, loss=1.0, entropy=math.nan, evaluation=evaluation)
+    ask = {"rung": 0, "attempt": 0, "started": 0.0, "finishes": 1.0, "dropped": False, "server": {}, "pool": [[{}]]}
+    path, folder = tmp_path / "journal.jsonl", tmp_path / "checkpoints"
+    journal = Journal(path)
+    store = TrialStore(journal, folder)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda path, **keywords: None)
+        journal.decide("ask", trial=3, rounds=2, **ask)
+        for number in (1, 2):
+            store.write(3, replace(record, round=number), {"round": np.array(number)})
+        journal.decide("tell", trial=3, rung=0, rounds=2, time=1.0, score=0.5)
+        journal.decide("ask", trial=3, rounds=5, **ask | {"rung": 1})
+        for number in (3, 4, 5):
+            store.write(3, replace(record, round=number), {"round": np.array(number)})
+    whole = [f"trial-3-round-{number}.safetensors" for number in range(1, 6)]
+    for name in ("trial-3-round-6.safetensors", "trial-3-round-5.safetensors.01ef.unfinished", "notes.txt"):
+        (folder / name).write_bytes(b"left behind")
+    assert {*whole} < {path.name for path in folder.iterdir()}
+    journal.close()
+    journal = Journal(path)
+    TrialStore(journal, folder)
+    journal.close()
+    # What stays is the state that was reported, the latest one, and a file that is not ours.
+    assert {path.name for path in folder.iterdir()} == {whole[1], whole[4], "notes.txt"}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, [1, 2, 3, 4, 5]), (1e9, [1, 5])])
+def test_within_a_job_checkpoints_have_a_time_between_them(tmp_path, monkeypatch, seconds, rounds):
+    """The state at the end of the job is always kept."""
+    monkeypatch.setattr("fedtune.runs.trial_store.SECONDS_BETWEEN", seconds)
+    settings = {"cohort_size": 1, "model": {"name": "logistic"}, "evaluation": {"every": 1, "clients": 3}}
+    folder = fedtune.train("digits", rounds=5, executor="serial", out=tmp_path / "run", **settings).folder
+    lines = map(json.loads, (folder / "manual-seed0" / "journal.jsonl").read_text().splitlines())
+    assert [line["round"] for line in lines if line["event"] == "checkpoint"] == rounds
+
+
+def test_results_that_a_crash_left_half_written_go_at_the_start(kept, tmp_path):
     folder = shutil.copytree(kept, tmp_path / "copy")
-    for path in list(folder.glob("*/checkpoints/*")):
-        shutil.copy(path, path.with_name(re.sub(r"round-\d+", "round-1", path.name)))
+    (folder / "results.csv.0123456789abcdef.unfinished").write_text("half")
+    fedtune.resume(folder, executor="serial")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in kept.iterdir())
+
+
+def delete(path):
+    path.unlink()
+
+
+def put_another_there(path):
+    path.with_name("saved").write_bytes(path.read_bytes())
+    path.with_name("saved").replace(path)
+
+
+@pytest.mark.parametrize("touch", [delete, put_another_there])
+def test_a_journal_that_is_deleted_or_replaced_during_a_run_stops_it_and_nothing_else_is_lost(kept, tmp_path, touch):
+    folder, heard = tmp_path / "run", itertools.count(1)
+
+    def interfere(event):
+        if event["event"] == "round" and next(heard) == 40:
+            touch(folder / "pbt-seed0" / "journal.jsonl")
+
+    with pytest.raises(InputError, match=r"^\S+pbt-seed0/journal.jsonl must stay as it is while the run goes on, got"):
+        fedtune.compare("digits", executor="serial", out=folder, listener=interfere, **LOST)
+    assert (folder / "pbt-seed0" / "journal.jsonl").exists() == (touch is put_another_there)
+    assert (folder / "settings.toml").read_bytes() == (kept / "settings.toml").read_bytes()
     assert contents(fedtune.resume(folder, executor="serial").folder) == contents(kept)
 
 

@@ -1,6 +1,8 @@
 """The journal of a study: every ask, round, checkpoint and tell, one JSON object a line.
 
-A decision is written before the study acts on it. Rounds and checkpoints are written as they are computed.
+A decision is written before the study acts on it. Rounds and checkpoints are written as they are computed. A line
+outlives the process as soon as it is written. It outlives a power cut once it is on the disk: `sync` brings it there,
+and so does each decision after which checkpoints are removed (SYNCED).
 
 A study that is resumed runs the same event loop from the start. Each decision that it takes again is compared with the
 journal, and the rounds that were computed before are read from the journal. So the study continues at the point at
@@ -8,7 +10,6 @@ which it stopped, and ends with the same numbers as a study that was never stopp
 """
 
 import json
-import os
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -18,20 +19,34 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.runs.appended_file import AppendedFile
 from fedtune.runs.journal_lines import LINES, NOTES, Order
 from fedtune.settings import input_error
 
 FORMAT = 4  # of the lines that are written
 # The formats that can be read and resumed. In format 3 the score of a copy leaves out its parent's rounds.
 FORMATS = (3, 4)
+SYNCED = ("tell", "end")  # the decisions after which checkpoints are removed
 
 
 class JournalEnds(Exception):
     """A journal that is only read holds no further decision."""
 
 
+class DamagedJournalError(InputError):
+    """A line of a journal is damaged. The lines before it are good; they take `good_bytes` bytes."""
+
+    def __init__(self, path: Path, line_number: int, good_bytes: int, why: str) -> None:
+        super().__init__(
+            f"{path}, line {line_number}, is damaged or was edited: {why}; to go on from the line before it: "
+            f"fedtune resume {path.parent.parent} --repair"
+        )
+        self.line_number = line_number
+        self.good_bytes = good_bytes
+
+
 class Journal:
-    """The journal at `path`, with the lines that it holds already. Raises InputError if it is damaged or was edited.
+    """The journal at `path`, with the lines that it holds already. Raises DamagedJournalError if it was damaged.
 
     Each line carries a checksum of itself and all lines before it. A torn last line, as a killed process leaves it, is
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
@@ -43,14 +58,13 @@ class Journal:
         self.path = path
         self.format = FORMAT  # of the study: of its first line, if it has begun
         self._checksum = 0
+        self._good_bytes = 0  # that all lines so far take
         self._order = Order()
         self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not taken again yet
         self._notes: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by event
         if path.exists():
-            torn_at = self._read()
-            if torn_at is not None and not read_only:
-                os.truncate(path, torn_at)
-        self._file = None if read_only else path.open("ab", buffering=0)
+            self._read()
+        self._file = None if read_only else AppendedFile(path, self._good_bytes)
 
     def begin(self, tuner: str, seed: int, settings: str) -> None:
         """Writes the first decision: the tuner and the seed of the study, and the digest of its settings."""
@@ -71,6 +85,8 @@ class Journal:
             if self._file is None:
                 raise JournalEnds
             self._write(line)
+            if event in SYNCED:
+                self._file.sync()
             return
         number, found = self._decisions[0]
         if not same(line, found):
@@ -80,6 +96,15 @@ class Journal:
     def note(self, event: str, **fields: Any) -> None:
         """Writes what was computed."""
         self._write({"event": event, **fields})
+
+    def sync(self) -> None:
+        """Brings all lines to the disk."""
+        assert self._file is not None
+        self._file.sync()
+
+    def decisions(self, event: str) -> list[dict[str, Any]]:
+        """The past decisions of this event that were not taken again yet, in their order."""
+        return [line for _, line in self._decisions if line["event"] == event]
 
     def notes(self, event: str) -> list[dict[str, Any]]:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
@@ -123,25 +148,18 @@ class Journal:
         assert self._file is not None
         text = json.dumps(line)
         self._checksum = zlib.crc32(text.encode(), self._checksum)
-        unwritten = f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n'.encode()
-        try:
-            while unwritten:
-                unwritten = unwritten[self._file.write(unwritten) :]
-        except OSError as error:
-            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
+        self._file.append(f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n'.encode())
 
-    def _read(self) -> int | None:
-        """Takes in all whole lines. Returns the place in the file at which a torn last line begins, or None."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, text in enumerate(data[:whole].decode(errors="replace").split("\n")[:-1], start=1):
-            line = self._parse(text, number)
+    def _read(self) -> None:
+        """Takes in all whole lines."""
+        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            line = self._parse(text.decode(errors="replace"), number)
             event = line["event"]
             if event in NOTES:
                 self._notes[event].append(line)
             else:
                 self._decisions.append((number, line))
-        return whole if whole < len(data) else None
+            self._good_bytes += len(text) + 1
 
     def _parse(self, text: str, number: int) -> dict[str, Any]:
         """The line, after every check that needs no tuner."""
@@ -172,8 +190,8 @@ class Journal:
             raise self._damaged(number, misplaced)
         return line
 
-    def _damaged(self, number: int, why: str) -> InputError:
-        return InputError(f"{self.path}, line {number}, is damaged or was edited: {why}")
+    def _damaged(self, number: int, why: str) -> DamagedJournalError:
+        return DamagedJournalError(self.path, number, self._good_bytes, why)
 
 
 def same(one: object, other: object) -> bool:

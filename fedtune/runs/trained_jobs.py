@@ -136,7 +136,7 @@ class TrainedJobs:
             self._say("round", trial=trial.number, **record_as_row(record))
 
         def on_round(federation: Federation, record: RoundRecord) -> None:
-            self._write(federation, record)
+            self._write(federation, record, ends_job=record.round == job.rounds)
             enter(record)
 
         # A copy of a trial starts with the state that its parent had.
@@ -154,8 +154,8 @@ class TrainedJobs:
         if not self._tuner.kind.searches and both_readings and job.rounds == self._settings.max_rounds:
             yield from self._personalise("at_max_rounds", trial, job.rounds)
 
-    def _write(self, federation: Federation, record: RoundRecord) -> None:
-        """Writes a new round down, with the federation's state if the round was evaluated.
+    def _write(self, federation: Federation, record: RoundRecord, *, ends_job: bool) -> None:
+        """Writes a new round down, with the federation's state if the round was evaluated and a checkpoint is due.
 
         Raises InputError if every client failed in the first round of trial 0: then the client program is at fault.
         """
@@ -164,7 +164,8 @@ class TrainedJobs:
         reasons = outcome.failures if outcome is not None else []
         if (trial, record.round) == (0, 1) and 0 < record.cohort == record.failed:
             raise InputError(f"every client failed in the first round, the first with: {reasons[0]}")
-        self._store.write(trial, record, None if record.evaluation is None else federation.arrays())
+        saved = record.evaluation is not None and (ends_job or self._store.due(trial))
+        self._store.write(trial, record, federation.arrays() if saved else None)
         if reasons:
             self._journal.note("lost", trial=trial, round=record.round, reasons=reasons)
             self._say("lost", reasons=reasons)

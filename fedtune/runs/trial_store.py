@@ -1,37 +1,59 @@
 """Keeps a study's trials on disk: records of rounds in the journal, the state of federations in checkpoints.
 
-A trial's files are `trial-<number>-round-<round>.safetensors`. The store keeps a trial's latest checkpoint. It also
-keeps the checkpoint at the end of the trial's last reported job, if that checkpoint is older. Finished trials, and
-trials that the tuner gave up, keep no checkpoint, except the best trial. So a live trial takes the disk space of two
-checkpoints at most, whatever the number of rounds.
+A trial's files are `trial-<number>-round-<round>.safetensors`. A checkpoint is written at the end of a job. Within a
+job it is written after an evaluation, but at most once in SECONDS_BETWEEN seconds: to bring it to the disk can take
+longer than a round of a small model.
+
+The store keeps a trial's latest checkpoint. It also keeps the checkpoint at the end of the trial's last reported job,
+if that checkpoint is older. Finished trials, and trials that the tuner gave up, keep no checkpoint, except the best
+trial. So a live trial takes the disk space of two checkpoints at most, whatever the number of rounds.
+
+A checkpoint is on the disk before its line is in the journal, and that line is on the disk before the checkpoint before
+it is removed. So after a power cut the latest checkpoint that the journal names is there.
 """
 
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from fedtune.errors import InputError
+from fedtune.files import make_folder
 from fedtune.runs import checkpoint
 from fedtune.runs.history import PastRounds
 from fedtune.runs.journal import Journal
 from fedtune.simulation.records import RoundRecord, record_as_json
 
+SECONDS_BETWEEN = 1.0  # between two checkpoints of a trial within a job
+
 
 class TrialStore:
-    """Writes rounds and checkpoints as they come, and reads what a study wrote before it was stopped."""
+    """Writes rounds and checkpoints as they come, and reads what a study wrote before it was stopped.
+
+    Files that a killed process left behind are removed: checkpoints that a later one has replaced, checkpoints that are
+    not in the journal, and files that are half written.
+    """
 
     def __init__(self, journal: Journal, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder, exist_ok=True)
         self._journal = journal
         self._folder = folder
         self.past_rounds = PastRounds(journal)
         self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
+        self._saved_at: dict[int, float] = {}  # the real time of each trial's latest checkpoint
         self._reported: dict[int, int] = {}  # the round at the end of each trial's last reported job
+        reported = {line["trial"]: int(line["rounds"]) for line in journal.decisions("tell")}
+        self._keep({*self._latest.items(), *reported.items()})
 
     def latest(self, trial: int) -> int:
         """The round of the trial's latest checkpoint; 0 if it has none."""
         return self._latest.get(trial, 0)
+
+    def due(self, trial: int) -> bool:
+        """Whether the trial's latest checkpoint is so old that another one is worth its time."""
+        return time.monotonic() >= self._saved_at.get(trial, -math.inf) + SECONDS_BETWEEN
 
     def write(self, trial: int, record: RoundRecord, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Notes a round; with the arrays of the federation's state, writes a checkpoint of that round."""
@@ -39,7 +61,8 @@ class TrialStore:
         if arrays is not None:
             previous = self.latest(trial)
             self._save(trial, record.round, arrays)
-            if previous != self._reported.get(trial):
+            if previous not in (0, self._reported.get(trial)):
+                self._journal.sync()
                 self._path(trial, previous).unlink(missing_ok=True)
 
     def inherit(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -76,10 +99,13 @@ class TrialStore:
             self._path(trial, server_round).unlink(missing_ok=True)
 
     def keep_only(self, trial: int) -> None:
-        """Removes all other trials' checkpoints, and files that a killed process left half written."""
-        rounds = (self.latest(trial), self._reported.get(trial, 0))
-        kept = {self._path(trial, server_round) for server_round in rounds}
-        for path in self._folder.iterdir():
+        """Removes all other trials' checkpoints."""
+        self._keep({(trial, self.latest(trial)), (trial, self._reported.get(trial, 0))})
+
+    def _keep(self, states: set[tuple[int, int]]) -> None:
+        """Removes all files of checkpoints, whole or not, except the checkpoints of these trials and rounds."""
+        kept = {self._path(trial, server_round) for trial, server_round in states}
+        for path in self._folder.glob("trial-*-round-*.safetensors*"):
             if path not in kept:
                 path.unlink()
 
@@ -87,6 +113,7 @@ class TrialStore:
         checkpoint.save(self._path(trial, server_round), arrays)
         self._journal.note("checkpoint", trial=trial, round=server_round)
         self._latest[trial] = server_round
+        self._saved_at[trial] = time.monotonic()
 
     def _path(self, trial: int, server_round: int) -> Path:
         return self._folder / f"trial-{trial}-round-{server_round}.safetensors"

@@ -1,0 +1,35 @@
+"""The repair of journals that a power cut damaged: what follows the last good line is cut off.
+
+What was cut is computed again when the run is resumed, with the same results.
+"""
+
+import os
+from pathlib import Path
+
+from fedtune.files import sync
+from fedtune.runs.journal import DamagedJournalError, Journal
+from fedtune.runs.run_folder import locked
+from fedtune.settings import Settings
+
+
+def repair_run(folder: Path, settings: Settings) -> list[str]:
+    """What was cut: a line of text for each journal of the run that was damaged."""
+    with locked(folder):
+        journals = [folder / f"{tuner}-seed{seed}" / "journal.jsonl" for tuner, seed in settings.studies]
+        return [cut for cut in map(_cut, journals) if cut is not None]
+
+
+def _cut(path: Path) -> str | None:
+    """Cuts a journal behind its last good line. Returns what was cut, in words; None if the journal is not damaged."""
+    try:
+        Journal(path, read_only=True)
+    except DamagedJournalError as damage:
+        bad = path.read_bytes()[damage.good_bytes :]
+        os.truncate(path, damage.good_bytes)
+        sync(path)
+        last = damage.line_number + bad.removesuffix(b"\n").count(b"\n")
+        return (
+            f"{path} was damaged: lines {damage.line_number} to {last}, {len(bad):,} bytes, are cut off, and study "
+            f"{path.parent.name} computes again what they held"
+        )
+    return None
