@@ -1,5 +1,6 @@
 """A run folder that another process uses, or whose disk is full, or whose files were lost."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -89,8 +90,9 @@ def test_a_run_on_a_full_disk_is_one_line_and_goes_on_later(finished, tmp_path, 
 
 
 @pytest.mark.parametrize("tuner", ["random", "asha", "hyperband", "pbt", "fedex"])
-def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, tuner):
+def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, monkeypatch, tuner):
     """At every moment; of the trials that had all their rounds, the best one's alone is kept."""
+    monkeypatch.setattr("fedtune.runs.trial_store.SECONDS_BETWEEN", 0.0)
     folder, ended, live, most = tmp_path / "run", set(), set(), 0
 
     def look(event):
@@ -117,7 +119,6 @@ def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, tuner):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "FileNotFoundError: "),
         ("{", "JSONDecodeError: "),
         ("[]", "TypeError: "),
         ("{}", "KeyError: 'versions'"),
@@ -127,13 +128,45 @@ def test_disk_use_is_two_checkpoints_a_trial_that_may_go_on(tmp_path, tuner):
 def test_an_environment_that_was_damaged_is_one_line(finished, tmp_path, text, said):
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "environment.json"
-    path.unlink() if text is None else path.write_text(text)
+    path.write_text(text)
     before = everything(folder)
     with pytest.raises(InputError) as caught:
         fedtune.resume(folder, executor="serial")
     assert str(caught.value).startswith(f"{path} must say which versions the run was begun with, got {said}")
+    assert str(caught.value).endswith("; if it can't be restored, remove it")
     assert "\n" not in str(caught.value)
     assert everything(folder) == before
+
+
+def test_an_environment_that_was_lost_is_a_warning(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path, heard = folder / "environment.json", []
+    written = path.read_text()
+    path.unlink()
+    fedtune.resume(folder, executor="serial", listener=heard.append)
+    (warning,) = (event["message"] for event in heard if event["event"] == "warning")
+    assert warning == (
+        f"{path} was lost, with the versions that the run was begun with: it holds the present ones from now on"
+    )
+    assert path.read_text() == written
+    fedtune.resume(folder, executor="serial", listener=heard.append)
+    assert sum(event["event"] == "warning" for event in heard) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(finished, tmp_path, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(InputError) as caught:
+        fedtune.resume(finished, executor="serial")
+    assert str(caught.value) == (
+        f"run folder {finished} must be on a file system that can lock a folder (flock), got {os.strerror(number)}"
+    )
+    with pytest.raises(InputError, match=r"must be on a file system that can lock a folder"):
+        fedtune.compare("digits", out=tmp_path / "run", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_another_torch_is_gone_on_with_and_says_so(finished, tmp_path):

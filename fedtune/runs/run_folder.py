@@ -1,8 +1,8 @@
 """Makes a run folder, and locks it for one process."""
 
 import contextlib
+import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.files import make_folder, replacing
-from fedtune.runs.environment import environment
+from fedtune.runs.environment import write_environment
 from fedtune.settings import Settings, write_settings
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # how a file system says that it has none
 
 
 def settings_path(folder: Path) -> Path:
@@ -34,6 +36,12 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is using run folder {folder}") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            raise InputError(
+                f"run folder {folder} must be on a file system that can lock a folder (flock), got {error.strerror}"
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -55,7 +63,11 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
         make_folder(folder)
     except OSError as error:
         raise InputError(f"--out must be a folder that can be made, got {folder}: {error.strerror}") from None
-    with replacing(folder / "environment.json") as path:
-        path.write_text(json.dumps(environment(), indent=2) + "\n")
-    with replacing(folder / "settings.toml") as path:
-        path.write_text(write_settings(settings))
+    try:
+        with locked(folder):
+            write_environment(folder)
+            with replacing(folder / "settings.toml") as path:
+                path.write_text(write_settings(settings))
+    except InputError:  # there are no locks here
+        folder.rmdir()
+        raise
