@@ -347,3 +347,18 @@ def test_all_trials_of_a_seed_are_scored_on_the_same_clients(tmp_path, monkeypat
         assert run.results["trials"].sum() > 2
         assert len(seen) == seed + 1
     assert {len(clients) for clients in seen} == {4}
+SEARCHES = ["random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb"]
+
+
+def test_every_search_spends_its_whole_budget(tmp_path):
+    """47 rounds are no sum of whole jobs for most of them: the last job of a search is shortened to what is left."""
+    small = {"model": {"name": "logistic"}, "cohort_size": 1, "evaluation": {"clients": 2}, "executor": "serial"}
+    options = {"async_hyperband": {"reduction_factor": 3}}
+    budget = {"max_rounds": 9, "total_rounds": 47}
+    found = fedtune.compare("digits", out=tmp_path / "run", tuners=SEARCHES, tuner=options, **budget, **small)
+    assert found.results["rounds"].tolist() == [47] * len(SEARCHES)
+    assert found.results["charged_rounds"].tolist() == found.results["total_rounds"].tolist() == [47] * len(SEARCHES)
+    assert (found.trials["rounds"] <= 9).all()
+    assert all(study.finished for study in fedtune.replay(found.folder))
+
+

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -7,7 +8,7 @@ from fedtune.simulation.event_loop import Attempt, EventLoop
 from fedtune.tuning.asha import ASHA
 from fedtune.tuning.random_search import RandomSearch
 from fedtune.tuning.successive_halving import successive_halving
-from fedtune.tuning.trial import Trial
+from fedtune.tuning.trial import Job, Trial
 
 
 def draw(number):
@@ -92,6 +93,79 @@ def test_a_bracket_does_not_wait_for_a_job_that_is_gone(on_drop):
 def test_nothing_is_asked_for_once_the_budget_is_out():
     workload = run(RandomSearch(draw, 5), Synthetic(until=12), 2)
     assert [time for time, _ in workload.done] == [5, 5, 10, 10, 15, 15]
+
+
+class Limited(Synthetic):
+    """As long as rounds are left; a job that needs more is shortened to them."""
+
+    def __init__(self, left, **options):
+        super().__init__(**options)
+        self.left = left
+
+    def start(self, job, number, now):
+        if number == 0:
+            before = self.trained.get(job.trial.number, 0)
+            if self.left == 0:
+                return None
+            if job.rounds - before > self.left:
+                job = replace(job, rounds=before + self.left, shortened=True)
+            self.left -= job.rounds - before
+        return super().start(job, number, now)
+
+
+class Told(RandomSearch):
+    """Random search that keeps what it is told."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.told = []
+
+    def tell(self, job, error):
+        self.told.append((job.trial.number, job.rounds))
+
+
+def test_a_shortened_job_is_trained_and_not_told_and_is_the_last():
+    tuner = Told(draw, 5)
+    workload = run(tuner, Limited(17), 2)
+    assert [(time, job.trial.number, job.rounds) for time, job in workload.done] == [
+        *((5, 0, 5), (5, 1, 5)),
+        *((7, 3, 2), (10, 2, 5)),
+    ]
+    assert tuner.told == [(0, 5), (1, 5), (2, 5)]
+
+
+def test_a_shortened_job_is_asked_for_in_full_when_the_budget_grows():
+    tuner = Told(draw, 5)
+    workload = Limited(7)
+    loop = EventLoop(tuner, workload, 1)
+    for more, told in ((0, [0]), (2, [0]), (3, [0, 1])):
+        workload.left += more
+        assert list(loop.run()) == []
+        assert [number for number, _ in tuner.told] == told
+    assert [job for _, job in workload.done] == [
+        Job(draw(0), 0, 5),
+        Job(draw(1), 0, 2, shortened=True),
+        Job(draw(1), 0, 4, shortened=True),
+        Job(draw(1), 0, 5),
+        Job(draw(2), 0, 2, shortened=True),
+    ]
+    assert loop.time == 12
+
+
+@pytest.mark.parametrize("on_drop", ["retry", "lose", "worst"])
+def test_an_attempt_at_a_shortened_job_that_fails(on_drop):
+    """It is retried as it is, or not at all; after an extension the job is asked for in full, whatever happened."""
+    tuner = Told(draw, 5)
+    workload = Limited(7, drops=[(1, 0)])
+    loop = EventLoop(tuner, workload, 1, on_drop, forgets_jobs=True)
+    assert list(loop.run()) == []
+    assert ("dropped", 1, on_drop) in workload.log
+    assert [job.rounds for _, job in workload.done] == ([5, 2] if on_drop == "retry" else [5])
+    assert tuner.told == [(0, 5)]
+    workload.drops.clear()
+    workload.left += 5
+    assert list(loop.run()) == []
+    assert tuner.told == [(0, 5), (1, 5)]
 
 
 def test_tells_first_asks_after_all_that_ends_at_once():

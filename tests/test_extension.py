@@ -73,6 +73,23 @@ def test_an_extension_that_is_killed_goes_on(finished, extended, tmp_path, execu
     }
 
 
+def test_a_shortened_job_continues_from_its_rounds(tmp_path):
+    """Trial 1 gets two rounds of the first budget, and one of the second: no round is trained or paid for twice."""
+    small = {"model": {"name": "logistic"}, "cohort_size": 2, "evaluation": {"clients": 2}, "executor": "serial"}
+    budget = {"max_rounds": 3, "total_rounds": 5}
+    first = fedtune.compare("digits", out=tmp_path / "run", tuners=["random"], **budget, **small)
+    assert first.trials["rounds"].tolist() == [3, 2]
+    assert first.results["rounds_of_trial"].tolist() == [3]
+    longer = fedtune.extend(first.folder, total_rounds=10, executor="serial")
+    assert longer.trials["rounds"].tolist() == [3, 3, 3, 1]
+    rounds = longer.rounds.groupby("trial")["round"].agg(list)
+    assert rounds.tolist() == [[1, 2, 3], [1, 2, 3], [1, 2, 3], [1]]
+    same = longer.rounds.iloc[:5].drop(columns="incumbent")
+    pd.testing.assert_frame_equal(same, first.rounds.drop(columns="incumbent"))
+    again = fedtune.compare(longer.folder / "settings.toml", out=tmp_path / "again", executor="serial")
+    assert contents(again.folder) == contents(longer.folder)
+
+
 def test_extended_twice_and_replayed(extended, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(extended.folder, folder)

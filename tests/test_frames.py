@@ -55,7 +55,8 @@ def results_of(errors: dict[str, list[float]], max_rounds: int = 9, **counts: li
         for tuner, values in errors.items()
         for seed, error in enumerate(values)
     ]
-    zeros = {name: [0] * len(rows) for name in ("rounds", "client_updates", "dropped_jobs", *FAULTS)}
+    counted = ("rounds", "total_rounds", "charged_rounds", "client_updates", "dropped_jobs", *FAULTS)
+    zeros = {name: [0] * len(rows) for name in counted}
     zeros |= {name: [NAN] * len(rows) for name in ("lead", "lead_se")}
     zeros["rounds_of_trial"] = [max_rounds] * len(rows)
     return pd.DataFrame(rows).assign(**(zeros | counts))
@@ -279,7 +280,8 @@ def test_entropy_is_that_of_the_final_incumbent() -> None:
 def without_columns(run: Path, folder: Path, later: dict[str, dict[str, Any]]) -> Path:
     """A copy of a run, as a version of fedtune would have written it that did not have those columns."""
     shutil.copytree(run, folder)
-    results = pd.read_csv(folder / "results.csv").drop(columns=list(later["results"]))
+    results = pd.read_csv(folder / "results.csv")
+    results = results.drop(columns=[name for name in later["results"] if name in results])  # some came even later
     results.to_csv(folder / "results.csv", index=False)
     for name in ("rounds", "trials"):
         frame = pd.read_parquet(folder / f"{name}.parquet").drop(columns=list(later[name]))
@@ -340,6 +342,30 @@ def test_summary_counts_the_seeds_whose_best_two_trials_are_close() -> None:
         lead_se=[0.02, 0.02, 0.02, NAN, NAN, NAN],
     )
     assert summary(results, timings_of(results, [1.0] * 6))["close"].tolist() == [2, 0]
+
+
+def test_the_table_says_who_did_not_spend_the_budget_and_why(tmp_path: Path) -> None:
+    spending = {
+        "manual": (100, 100),
+        "sha": (99, 100),  # within 1 %
+        "asha": (92, 92),  # it had no more jobs
+        "random": (81, 100),  # one job failed and was not tried again
+        "bohb": (60, 90),
+    }
+    results = results_of(
+        {tuner: [0.1] for tuner in spending},
+        rounds=[trained for trained, _ in spending.values()],
+        charged_rounds=[charged for _, charged in spending.values()],
+        total_rounds=[100] * len(spending),
+    )
+    write_run(tmp_path, list(spending), 1, [(tuner, 0) for tuner in spending])
+    results.to_csv(tmp_path / "results.csv", index=False)
+    said = (
+        "Not all tuners spent the whole budget: asha spent 92 % (it had no more jobs); random spent 81 % (its failed "
+        "jobs were charged); bohb spent 60 % (it had no more jobs and its failed jobs were charged)."
+    )
+    assert said in shown(read_run(tmp_path))
+    assert "whole budget" not in shown(read_run(OLD_RUN))  # it did not record it
 
 
 def test_summary_counts_the_seeds_whose_best_trial_had_too_few_rounds() -> None:

@@ -166,6 +166,18 @@ def test_bytes_that_are_no_text_are_damage(path):
         Journal(path)
 
 
+@pytest.mark.parametrize("earlier", [3, FORMAT])
+def test_a_study_that_has_begun_keeps_its_format(path, earlier):
+    journal = Journal(path)
+    journal.decide("study", format=earlier, tuner="asha", seed=0, settings="")
+    journal.close()
+    again = Journal(path)
+    assert again.format == earlier
+    again.begin("asha", 0, "")
+    again.close()
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_a_journal_of_another_format_is_refused(path):
     journal = Journal(path)
     journal.decide("study", format=FORMAT + 1)

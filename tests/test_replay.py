@@ -357,6 +357,24 @@ def test_settings_that_were_edited(copy):
     )
 
 
+def test_a_run_of_format_3_is_resumed_and_replayed_by_its_rule(tmp_path):
+    """Its first job that no longer fits is refused; a run of format 4 shortens it to the two rounds that are left."""
+    run = finished(tmp_path / "run", **SMALL, tuners=["random"], max_rounds=3, total_rounds=8, parallel_trials=1)
+    assert run.trials["rounds"].tolist() == [3, 3, 2]
+    path = journal(run.folder, "random")
+    lines = lines_of(path)
+    lines[0]["format"] = 3
+    seal(path, lines[: numbered(lines, "ask", trial=2)[0]])
+    (run.folder / "results.csv").unlink()
+    old = fedtune.resume(run.folder, executor="serial")
+    assert old.trials["rounds"].tolist() == [3, 3]
+    (replayed,) = fedtune.replay(run.folder)
+    assert (replayed.finished, replayed.rounds) == (True, 6)
+    assert [line for line in lines_of(path) if line["event"] == "ask"] == [
+        lines[index] for trial in (0, 1) for index in numbered(lines, "ask", trial=trial)
+    ]
+
+
 def test_a_larger_budget_than_the_run_had(copy):
     """The budget is not in the digest: the tuner then asks for a job more than it did."""
     path = copy / "settings.toml"

@@ -22,7 +22,7 @@ COLUMNS = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 def row(tuner: str, error: float = 0.1, standard_error: float = 0.01, **other: float) -> dict[str, object]:
     errors = dict.fromkeys(ERRORS, error) | {f"{name}_se": standard_error for name in ERRORS}
     counts = {"rounds": 405.0, "client_updates": 4050.0, "wall_seconds": 75.0, **dict.fromkeys(FAULTS, 0)}
-    counts |= {"dropped_jobs": 0, "close": 0, "short": 0}
+    counts |= {"total_rounds": 405.0, "charged_rounds": 405.0, "dropped_jobs": 0, "close": 0, "short": 0}
     return {"tuner": tuner, "seeds": 3, "max_rounds": 81, **errors, **counts, **other}
 
 

@@ -30,6 +30,8 @@ READINGS = {
 # Columns that older versions of fedtune did not write, and the value that says so.
 LATER_COLUMNS = {
     "results": {
+        "total_rounds": math.nan,
+        "charged_rounds": math.nan,
         "dropped_jobs": math.nan,
         "wasted_rounds": math.nan,
         "late": math.nan,
@@ -109,7 +111,7 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
     - `seeds`, `max_rounds`;
     - each of ERRORS, as the mean over seeds, and `<name>_se`, its standard error (NaN with one seed). If an error is
       NaN for one seed, the mean is NaN, because leaving that seed out would flatter the tuner;
-    - `rounds`, `client_updates`, `wall_seconds`, as means over seeds;
+    - `rounds`, `total_rounds`, `charged_rounds`, `client_updates`, `wall_seconds`, as means over seeds;
     - each of FAULTS and `dropped_jobs`, as the sum over seeds; NaN if the run did not record them;
     - `close`: in how many seeds the best trial leads the second-best trial by no more than noise;
     - `short`: in how many seeds the best trial had fewer than `max_rounds` rounds.
@@ -127,7 +129,7 @@ def summary(results: pd.DataFrame, timings: pd.DataFrame) -> pd.DataFrame:
             studies.size().rename("seeds"),
             studies["max_rounds"].first(),
             pd.concat([means, standard_errors], axis=1)[paired],
-            studies[["rounds", "client_updates", "wall_seconds"]].mean(),
+            studies[["rounds", "total_rounds", "charged_rounds", "client_updates", "wall_seconds"]].mean(),
             studies[[*FAULTS, "dropped_jobs", "close", "short"]].sum(min_count=1),
         ],
         axis=1,

@@ -144,7 +144,7 @@ class LiveProgress:
     def _study_end(self, event: Mapping[str, Any]) -> None:
         study = self._study(event)
         self._ended += 1
-        # A study stops when its next job no longer fits its budget. The rounds that are left will never be run.
+        # A study stops when its tuner has no more jobs. The rounds that are left will never be run.
         self._total_rounds -= study.total_rounds - study.rounds
         if self._live is None:
             took = f"{study.rounds:,} rounds in {duration(time.monotonic() - study.started)}"

@@ -22,6 +22,7 @@ from fedtune.simulation.records import FAULTS
 MISSING = "–"
 MIN_WIDTH = 80  # characters, of the summary: in less room its columns would be cut
 COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
+SPENT = 0.99  # of the budget: a tuner that spent less is named
 
 
 def summary_table(summary: pd.DataFrame) -> Table:
@@ -135,6 +136,8 @@ def describe_counts(counts: Mapping[Any, Any], names: Iterable[str]) -> str:
     """The named counts that are above zero, for example `3 dropped, 1 clipped`; a count that is NaN is left out."""
     return ", ".join(f"{counts[name]:,.0f} {name}" for name in names if counts[name] > 0)
 
+    if unspent := [says for row in rows if (says := _unspent(row))]:
+        notes.append(f"Not all tuners spent the whole budget: {'; '.join(unspent)}.")
 
 def _in_how_many_seeds(rows: Sequence[Mapping[Any, Any]], name: str) -> str:
     """The tuners whose count of that name is not zero, for example `asha in 2 of 3`."""
@@ -157,6 +160,19 @@ def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[st
         if limit is None or shown[problem.kind] <= limit:
             yield f"{problem.severity}: {problem.message}"
     for kind, count in shown.items():
+def _unspent(row: Mapping[Any, Any]) -> str | None:
+    """How much of its budget a tuner spent, and why not all of it; None if it spent nearly all, or if it is unknown.
+
+    Of the budget `total_rounds`, `charged_rounds` were given to jobs, and `rounds` were trained.
+    """
+    total, charged, trained = row["total_rounds"], row["charged_rounds"], row["rounds"]
+    if not trained < SPENT * total:  # NaN in a run of an older version
+        return None
+    reasons = ["it had no more jobs"] if charged < total else []
+    reasons += ["its failed jobs were charged"] if trained < charged else []
+    return f"{row['tuner']} spent {100 * trained / total:.0f} % ({' and '.join(reasons)})"
+
+
         if limit is not None and count > limit:
             yield f"and {count - limit:,} more: {kind}"
 

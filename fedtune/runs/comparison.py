@@ -139,7 +139,7 @@ class Comparison:
         study_folder = folder / f"{name}-seed{seed}"
         make_folder(study_folder, exist_ok=True)
         with contextlib.closing(Journal(study_folder / "journal.jsonl")) as journal:
-            ledger = Ledger(self.settings, scores_copies_by_parents=journal.scores_copies_by_parents)
+            ledger = Ledger(self.settings, format_3=journal.format == 3)
             ledger.personalised = past_personalised(journal)
             store = TrialStore(journal, study_folder / "checkpoints")
             jobs = TrainedJobs(tuner, self._setup(tuner, seed, executor), ledger, journal, store, say)

@@ -24,7 +24,7 @@ from fedtune.runs.journal_lines import LINES, NOTES, Order
 from fedtune.settings import input_error
 
 FORMAT = 4  # of the lines that are written
-# The formats that can be read and resumed. In format 3 the score of a copy leaves out its parent's rounds.
+# The formats that can be read and resumed. A study of format 3 has the same lines and other rules: see Ledger.
 FORMATS = (3, 4)
 SYNCED = ("tell", "end")  # the decisions after which checkpoints are removed
 
@@ -105,15 +105,9 @@ class Journal:
     def decisions(self, event: str) -> list[dict[str, Any]]:
         """The past decisions of this event that were not taken again yet, in their order."""
         return [line for _, line in self._decisions if line["event"] == event]
-
     def notes(self, event: str) -> list[dict[str, Any]]:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
-
-    @property
-    def scores_copies_by_parents(self) -> bool:
-        """Whether the score of a copy of a trial includes its parent's rounds, as it does since format 4."""
-        return self.format >= 4
 
     def coming(self) -> tuple[int, dict[str, Any]]:
         """(line number, decision) of the next past decision. Raises JournalEnds if there is none."""

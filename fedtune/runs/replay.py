@@ -129,7 +129,7 @@ class Replay:
         self.name = tuner.name
         self.seed = seed
         self.journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
-        self.ledger = Ledger(settings, scores_copies_by_parents=self.journal.scores_copies_by_parents)
+        self.ledger = Ledger(settings, format_3=self.journal.format == 3)
         self.ledger.personalised = past_personalised(self.journal)
         self.tuner = study_tuner(tuner, seed, hyperparameters)
         self._study = Study(

@@ -1,7 +1,7 @@
 """A study: one tuner with one seed, from its first ask until no further job can be started.
 
-No further job can be started if the next one no longer fits into the budget, or if the tuner has no more jobs. A study
-may be extended after that.
+No further job can be started if the budget is spent, or if the tuner has no more jobs. The last job may be shortened to
+what is left of the budget (`fedtune.runs.ledger`). A study may be extended after that.
 
 A study is the workload of the event loop (`fedtune.simulation.event_loop`). It writes each decision into the journal
 before it acts on it, and keeps a ledger. It does not carry out the jobs itself: `fedtune.runs.trained_jobs` trains
@@ -50,7 +50,7 @@ class Jobs(Protocol):
         """Adds all rounds of the job to the trial's history, unless they are there, so that the job can be scored."""
 
     def reported(self, job: Job, best: Score) -> None:
-        """Called when the job's score is in the journal; `best` is the score of the incumbent now."""
+        """Called when the score of a whole job is in the journal; `best` is the score of the incumbent now."""
 
     def personalise(self, reading: str, trial: Trial, rounds: int) -> Generator[None, None, None]:
         """Enters the evaluation of the trial after local training into the ledger, unless the ledger has it.
@@ -103,10 +103,11 @@ class Study:
         self._journal.check_that_it_ends_here()
 
     def start(self, job: Job, number: int, now: float) -> JobAttempt | None:
-        """The attempt, which is in the journal; None if the budget has too few rounds left for the job."""
-        history = self._ledger.charge(job, number)
-        if history is None:
+        """The attempt, which is in the journal; its job may be shortened. None if the budget has no rounds left."""
+        charged = self._ledger.charge(job, number)
+        if charged is None:
             return None
+        job, history = charged
         attempt = self._jobs.attempt(job, number, history, now)
         self._journal.decide(
             "ask",
@@ -137,7 +138,8 @@ class Study:
             "tell", trial=job.trial.number, rung=job.rung, rounds=job.rounds, time=self.time, score=score
         )
         best = self._best()
-        self._jobs.reported(job, best)
+        if not job.shortened:  # the incumbent may be the same trial before its shortened job: both states are kept
+            self._jobs.reported(job, best)
         self._announce("tell", job, score=score)
         test_error = self._ledger.trials[best.trial].tail("test_error", best.rounds)
         self._say("incumbent", trial=best.trial, validation_error=best.error, test_error=test_error)

@@ -106,7 +106,7 @@ class TrainedJobs:
         """The incumbent's configuration, theta and pool. Its checkpoint is the only one that is kept."""
         trial = self._ledger.trials[best.trial].trial
         federation = yield from self._waiting(self._federation(trial, best.rounds, order=0.0))
-        self._store.keep_only(best.trial)
+        self._store.keep_only(best.trial, best.rounds)
         return Chosen(federation.best_config(), federation.theta(), federation.pool())
 
     def _remove_ended(self) -> None:

@@ -98,9 +98,9 @@ class TrialStore:
         for server_round in (self._latest.pop(trial, 0), self._reported.pop(trial, 0)):
             self._path(trial, server_round).unlink(missing_ok=True)
 
-    def keep_only(self, trial: int) -> None:
-        """Removes all other trials' checkpoints."""
-        self._keep({(trial, self.latest(trial)), (trial, self._reported.get(trial, 0))})
+    def keep_only(self, trial: int, server_round: int) -> None:
+        """Removes all checkpoints but the trial's checkpoints of that round and of its latest round."""
+        self._keep({(trial, self.latest(trial)), (trial, server_round)})
 
     def _keep(self, states: set[tuple[int, int]]) -> None:
         """Removes all files of checkpoints, whole or not, except the checkpoints of these trials and rounds."""

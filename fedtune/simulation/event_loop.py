@@ -34,7 +34,10 @@ class Workload(Protocol[Running]):
     """Runs the jobs of a study."""
 
     def start(self, job: Job, number: int, now: float) -> Running | None:
-        """The running attempt. None if the job does not fit into the budget: then no more jobs are asked for."""
+        """The running attempt, whose job may be shortened to what is left of the budget; None if nothing is left.
+
+        In both cases no more jobs are asked for.
+        """
 
     def ready(self, attempt: Running) -> bool:
         """Whether everything of the attempt is computed. If not, the loop yields and asks again."""
@@ -51,7 +54,8 @@ class EventLoop(Generic[Running]):
 
     `on_drop` says what happens to a job when an attempt at it fails. `retry`: it is attempted again, before a new job
     is asked for. `lose`: the job is forgotten, and nothing is reported. `worst`: the error NaN is reported. `lose`
-    is the same as `worst` unless the tuner `forgets_jobs`: another tuner would wait for the job for ever.
+    is the same as `worst` unless the tuner `forgets_jobs`: another tuner would wait for the job for ever. Nothing is
+    reported for a shortened job.
 
     With `tells_first`, all jobs that finish at one moment are reported before new jobs are asked for. Without it, new
     jobs are asked for after each report.
@@ -74,7 +78,7 @@ class EventLoop(Generic[Running]):
         self._tells_first = tells_first
         self._clock: Clock[Running] = Clock()
         self._retries: deque[tuple[Job, int]] = deque()
-        self._refused: Job | None = None  # the job that no longer fitted into the budget
+        self._unpaid: Job | None = None  # the job that the budget could not pay for, or only in part
 
     @property
     def time(self) -> float:
@@ -84,11 +88,11 @@ class EventLoop(Generic[Running]):
     def run(self) -> Iterator[None]:
         """Runs until no job is running and none can be started; yields whenever it waits for a job to be computed.
 
-        It can be run again after an extension. Then the first job is the one that did not fit into the budget before.
+        It can be run again after an extension. Then the first job is the one that the budget could not pay for before.
         """
-        if self._refused:
-            self._retries.append((self._refused, 0))
-            self._refused = None
+        if self._unpaid:
+            self._retries.append((self._unpaid, 0))
+            self._unpaid = None
         self._start_jobs()
         while self._clock:
             while not self._workload.ready(self._clock.peek()):
@@ -101,22 +105,23 @@ class EventLoop(Generic[Running]):
         while len(self._clock) < self._parallel_jobs:
             if self._retries:
                 job, number = self._retries.popleft()
-            elif self._refused or (asked := self._tuner.ask()) is None:
+            elif self._unpaid or (asked := self._tuner.ask()) is None:
                 return
             else:
                 job, number = asked, 0
             attempt = self._workload.start(job, number, self._clock.time)
-            if attempt is None:
-                self._refused = job
-            else:
+            if attempt is None or attempt.job != job:
+                self._unpaid = job
+            if attempt is not None:
                 self._clock.schedule(attempt.finish_time, attempt)
 
     def _end(self, attempt: Running) -> None:
+        error = float("nan")
         if not attempt.failed:
-            self._tuner.tell(attempt.job, self._workload.deliver(attempt))
-            return
-        self._workload.fail(attempt, self._on_drop)
-        if self._on_drop == "retry":
-            self._retries.append((attempt.job, attempt.number + 1))
-        elif self._on_drop == "worst":
-            self._tuner.tell(attempt.job, float("nan"))
+            error = self._workload.deliver(attempt)
+        else:
+            self._workload.fail(attempt, self._on_drop)
+            if self._on_drop == "retry":
+                self._retries.append((attempt.job, attempt.number + 1))
+        if not attempt.job.shortened and (not attempt.failed or self._on_drop == "worst"):
+            self._tuner.tell(attempt.job, error)

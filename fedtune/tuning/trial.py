@@ -53,12 +53,15 @@ class Job:
 
     `given_up` are the numbers of the trials that the tuner has given up since its last job. They are never trained on,
     and no later trial inherits their state.
+    A job is `shortened` if the budget had too few rounds left for it: then it ends before its rung does, and the tuner
+    that asked for it gets no report.
     """
 
     trial: Trial
     rung: int
     rounds: int
     given_up: tuple[int, ...] = ()
+    shortened: bool = False
 
 
 @runtime_checkable
@@ -69,7 +72,7 @@ class Tuner(Protocol):
         """The next job. None means: ask again after the next `tell`; if no job is running, the tuner is done."""
 
     def tell(self, job: Job, error: float) -> None:
-        """Report a job's validation error; each job that was asked for is reported once."""
+        """Report a job's validation error; each job that is trained to its end is reported once."""
 
 
 @runtime_checkable
@@ -115,3 +118,16 @@ def incumbent(scores: Iterable[Score]) -> Score | None:
         return diverged, -score.rounds, error, number
 
     return min(scores, key=key, default=None)
+
+
+def longer_incumbent(best: Score, shortened: Score) -> Score:
+    """The incumbent, given the incumbent of all whole jobs and the score of a shortened job.
+
+    The shortened job's trial may have more rounds than any other trial, by as little as one. Rounds alone would then
+    make it the incumbent, whatever its error. So it must also have no higher error: the shortened job can only lower
+    the incumbent's error. With fewer rounds than the incumbent it is not compared.
+    """
+    picked = incumbent([best, shortened])
+    assert picked is not None
+    no_worse = rank_key(shortened.error, 0) <= rank_key(best.error, 0)
+    return picked if no_worse else best
