@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import InputError
 from fedtune.events import Listener
-from fedtune.layers import resolve_settings, tune_settings
+from fedtune.layers import compare_settings, resolve_settings, tune_settings
 
 if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
@@ -31,6 +31,7 @@ __all__ = [
     "Settings",
     "__version__",
     "compare",
+    "compare_settings",
     "extend",
     "load",
     "new_folder",
@@ -79,7 +80,16 @@ def load(name: str, **options: Any) -> "FederatedDataset":
     return load_dataset({"name": name, **options})
 
 
-def train(what: str | Path, rounds: int | None = None, **keywords: Any) -> "Run":
+def train(
+    what: str | Path,
+    rounds: int | None = None,
+    *,
+    out: str | Path | None = None,
+    force: bool = False,
+    listener: Listener = lambda event: None,
+    optuna: str | None = None,
+    **settings: Any,
+) -> "Run":
     """The run of one federation under the fixed `[client]` and `[server]` values, for `rounds` rounds.
 
     The other keywords are as in `compare`:
@@ -87,7 +97,8 @@ def train(what: str | Path, rounds: int | None = None, **keywords: Any) -> "Run"
         fedtune.train("digits", rounds=5, client={"learning_rate": 0.1}, out="runs/first")
     """
     budget = {} if rounds is None else {"max_rounds": rounds, "total_rounds": rounds}
-    return compare(what, **{**budget, **keywords, "tuners": ["manual"]})
+    resolved = resolve_settings(what, {**budget, **settings, "tuners": ["manual"]})
+    return run(resolved, out=out, force=force, listener=listener, optuna=optuna)
 
 
 def tune(
@@ -124,11 +135,13 @@ def compare(
 
     `what` names a data set or a settings file, whose settings `settings` override. `out` is the run folder; None makes
     a new one under runs/. `force` overwrites an older run in `out`. `listener` is called with every event. `optuna` is
-    the URL of an Optuna storage that also shows the trials:
+    the URL of an Optuna storage that also shows the trials. Every search tries the fixed values too
+    (`compare_settings`):
 
         fedtune.compare("digits", tuners=["manual", "asha"], max_rounds=9, total_rounds=27, out="runs/compared")
     """
-    return run(resolve_settings(what, settings), out=out, force=force, listener=listener, optuna=optuna)
+    resolved = compare_settings(what, settings)
+    return run(resolved, out=out, force=force, listener=listener, optuna=optuna)
 
 
 def run(

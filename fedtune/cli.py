@@ -116,7 +116,7 @@ def compare(
     layers = options.layers(
         tuners=names, max_rounds=max_rounds, total_rounds=total_rounds, parallel_studies=parallel_studies
     )
-    _run(fedtune.resolve_settings(what, *layers), options)
+    _run(fedtune.compare_settings(what, *layers), options)
 
 
 @app.command(cls=Command)
@@ -260,12 +260,14 @@ def _show(run: "Run") -> None:
     from rich.console import Console
 
     from fedtune.report.frames import failed_studies, summary
-    from fedtune.report.tables import MIN_WIDTH, chosen_lines, summary_table
+    from fedtune.report.tables import MIN_WIDTH, chosen_lines, fixed_first_line, summary_table
 
     # A narrower table would hide columns. In a narrow terminal its lines wrap.
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
     console.print(summary_table(summary(run.results, run.timings)))
+    if run.settings.get("fixed_first") and (line := fixed_first_line(run.results)):
+        typer.echo(line)
     for line in chosen_lines(run.results, run.settings["space"]):
         typer.echo(line)
     for figure in sorted((run.folder / "figures").glob("*.png")):

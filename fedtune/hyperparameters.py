@@ -20,11 +20,15 @@ from fedtune.tuning.tuners import tuner_kind
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The hyperparameters in the settings: a fixed value for each, and the search space."""
+    """The hyperparameters in the settings: a fixed value for each, and the search space.
+
+    With `fixed_first`, trial 0 of a search has the fixed values, also if they lie outside the search space.
+    """
 
     client: Config  # from `[client]`, completed by the client program's defaults; `train` and `manual` use it
     server: Config
     space: SearchSpace
+    fixed_first: bool = False
 
 
 def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
@@ -45,7 +49,7 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     )
     check_space(space.client, known, "client hyperparameter")
     check_space(space.server, optimizers.HYPERPARAMETERS, "server hyperparameter")
-    return Hyperparameters(client, server, space)
+    return Hyperparameters(client, server, space, settings.fixed_first)
 
 
 def make_compose(tuner: TunerSettings, seed: int, hyperparameters: Hyperparameters) -> Compose:
@@ -63,14 +67,14 @@ def make_compose(tuner: TunerSettings, seed: int, hyperparameters: Hyperparamete
 def make_draw(tuner: TunerSettings, seed: int, hyperparameters: Hyperparameters) -> Draw:
     """Makes the trials of a tuner, each from random streams of its own.
 
-    A tuner within one federation starts from the fixed values. A search draws values, and trial n has the same centre
-    under every search.
+    A tuner within one federation starts from the fixed values, and so does trial 0 of a search if it is `fixed_first`.
+    All other trials of a search have drawn values. Trial n has the same centre under every search.
     """
     compose = make_compose(tuner, seed, hyperparameters)
     space = hyperparameters.space
 
     def draw(number: int) -> Trial:
-        if not tuner.kind.searches:
+        if not tuner.kind.searches or (number == 0 and hyperparameters.fixed_first):
             return compose(number, {}, {})
         server = sample(space.server, rng.stream(seed, "server config", number))
         return compose(number, server, sample(space.client, rng.stream(seed, "client config", number)))

@@ -24,6 +24,20 @@ def resolve_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings"
     return resolve([*shipped, *given])
 
 
+def compare_settings(what: str | Path, *layers: Mapping[str, Any]) -> "Settings":
+    """The settings of a comparison; `what` and `layers` are as in `resolve_settings`.
+
+    Unless the user sets `fixed_first`, it is true: every search then also tries the fixed values, from which `fedex`
+    starts. In the settings.toml of an older run it stays false, so that this file still describes the same run.
+    """
+    from fedtune.settings import resolve
+
+    shipped, given = _shipped_and_given(what, layers)
+    # A run's settings.toml names every setting that there was; nobody sets `extensions` by hand.
+    of_a_run = any("extensions" in table for table in given)
+    return resolve([{"fixed_first": not of_a_run}, *shipped, *given])
+
+
 def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers: Mapping[str, Any]) -> "Settings":
     """The settings of a search with one tuner; `what` and `layers` are as in `resolve_settings`.
 

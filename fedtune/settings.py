@@ -29,6 +29,9 @@ NOT_IN_DIGEST = {
     "extensions",
 }
 
+# Settings that older runs lack. With these values they are not in the digest, so that older runs can be resumed.
+LATER: dict[str, Any] = {"fixed_first": False}
+
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -115,6 +118,9 @@ class ExtensionSettings(Table):
 class Settings(Table):
     """Everything that decides a run. `workers`, `executor` and `device` say where it is computed.
 
+    With `fixed_first`, trial 0 of every search has the fixed values of `[client]` and `[server]`. The tuners within one
+    federation, such as `fedex`, always start from these values. `compare` sets it (`fedtune.layers`).
+
     So many studies as `parallel_studies` says are computed at once; that changes no number. A study gets workers in
     proportion to its tuner's number in `shares` (1 if the tuner has none), but no more than it can use. With
     `precision` bf16, clients train with torch's autocast to bfloat16, which changes the numbers. Weights, means of
@@ -128,6 +134,7 @@ class Settings(Table):
     total_rounds: Count = 405
     cohort_size: Count = 10
     parallel_trials: Count = 4
+    fixed_first: bool = Field(False, strict=True)
     parallel_studies: Count = 1
     shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     workers: int = Field(0, ge=0, le=1024, strict=True)
@@ -290,6 +297,7 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
 def digest(settings: Settings) -> str:
     """A fingerprint of the settings that decide a study's numbers; its budget does not count."""
     fields = settings.model_dump(mode="json", exclude=NOT_IN_DIGEST)
+    fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
     if settings.batches_clients:
         fields["batched"] = True
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

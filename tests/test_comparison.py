@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 import fedtune
-from fedtune import rng
+from fedtune import cli, rng
 from fedtune.client.examples import StoredExamples
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.runs import comparison
@@ -89,11 +90,15 @@ def test_errors_are_tail_means_of_the_recorded_evaluations(run):
 
 
 def test_tuners_are_paired(run):
-    """Trial n has the same centre under random and ASHA, and every tuner starts from the same weights and cohorts."""
-    trials = run.trials[run.trials["trial"] == 0].set_index(["tuner", "seed"])["config"].map(json.loads)
-    centre = {tuner: trials[tuner, 0]["pool"][0][0] for tuner in TUNERS}
-    assert centre["random"] == centre["asha"] == centre["asha+fedex"]
-    assert centre["manual"] == centre["fedex"] != centre["random"]
+    """Trial 0 has the fixed values under every tuner, and trial n the same centre under random and ASHA."""
+    trials = run.trials.set_index(["tuner", "seed", "trial"])["config"].map(json.loads)
+    centre = {key: trial["pool"][0][0] for key, trial in trials.items()}
+    for seed in (0, 1):
+        assert all(centre[tuner, seed, 0] == centre["manual", seed, 0] for tuner in TUNERS)
+        for number in (1, 2):
+            same = centre["random", seed, number]
+            assert centre["asha", seed, number] == centre["asha+fedex", seed, number] == same
+            assert same != centre["manual", seed, 0]
 
 
 def test_journals_tell_the_same_story_as_the_frames(run):
@@ -285,6 +290,33 @@ def test_a_run_says_where_its_clients_train(tmp_path, settings, line):
     assert [event["message"] for event in said if event["event"] == "executor"] == [line]
 
 
+def test_only_a_comparison_begins_every_search_with_the_fixed_values(tmp_path, monkeypatch):
+    """Unless the user says otherwise; the settings of an older run, which lack the key, mean what they meant."""
+    assert fedtune.compare_settings("digits").fixed_first
+    assert not fedtune.compare_settings("digits", {"fixed_first": False}).fixed_first
+    assert not fedtune.resolve_settings("digits").fixed_first
+    assert not fedtune.tune_settings("digits", "asha", 9).fixed_first
+    assert fedtune.tune_settings("digits", "asha", 9, {"fixed_first": True}).fixed_first
+    own = tmp_path / "own.toml"
+    for line, on in (("", True), ("fixed_first = false\n", False)):
+        own.write_text(f'{line}data.name = "digits"\n')
+        assert fedtune.compare_settings(own).fixed_first is on
+    old = Path(__file__).parent / "run_of_format_3" / "settings.toml"
+    assert not fedtune.compare_settings(old).fixed_first
+    assert fedtune.compare_settings(old, {"fixed_first": True}).fixed_first
+    # Python's functions and the commands agree.
+    seen = []
+    monkeypatch.setattr(fedtune, "run", lambda settings, **options: seen.append(settings))
+    monkeypatch.setattr(cli, "_show", lambda run: None)
+    for function in (fedtune.compare, fedtune.train, fedtune.tune):
+        function("digits")
+        monkeypatch.setattr("sys.argv", ["fedtune", function.__name__, "digits"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert seen[-1] == seen[-2]
+    assert [settings.fixed_first for settings in seen] == [True, True, False, False, False, False]
+
+
 def test_a_search_needs_no_more_than_n_and_r():
     """Section 3.5.1: the budget is what n configurations can use at R rounds each, unless one is set."""
     asked = {"max_rounds": 1024}  # more than all rounds that the data set's own settings allow
@@ -317,6 +349,21 @@ def test_a_search_ends_when_its_configurations_are_drawn_and_promoted(tmp_path):
     assert found.results["rounds_of_trial"].item() == 4
 
 
+SEARCHES = ["random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb"]
+
+
+def test_every_search_spends_its_whole_budget(tmp_path):
+    """47 rounds are no sum of whole jobs for most of them: the last job of a search is shortened to what is left."""
+    small = {"model": {"name": "logistic"}, "cohort_size": 1, "evaluation": {"clients": 2}, "executor": "serial"}
+    options = {"async_hyperband": {"reduction_factor": 3}}
+    budget = {"max_rounds": 9, "total_rounds": 47}
+    found = fedtune.compare("digits", out=tmp_path / "run", tuners=SEARCHES, tuner=options, **budget, **small)
+    assert found.results["rounds"].tolist() == [47] * len(SEARCHES)
+    assert found.results["charged_rounds"].tolist() == found.results["total_rounds"].tolist() == [47] * len(SEARCHES)
+    assert (found.trials["rounds"] <= 9).all()
+    assert all(study.finished for study in fedtune.replay(found.folder))
+
+
 def test_an_infinite_horizon_trains_beyond_max_rounds(tmp_path):
     """The rungs go on at 3 times the rounds each, as long as the budget lasts, and a replay agrees."""
     options = {"asha": {"infinite_horizon": True}}
@@ -347,18 +394,3 @@ def test_all_trials_of_a_seed_are_scored_on_the_same_clients(tmp_path, monkeypat
         assert run.results["trials"].sum() > 2
         assert len(seen) == seed + 1
     assert {len(clients) for clients in seen} == {4}
-SEARCHES = ["random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb"]
-
-
-def test_every_search_spends_its_whole_budget(tmp_path):
-    """47 rounds are no sum of whole jobs for most of them: the last job of a search is shortened to what is left."""
-    small = {"model": {"name": "logistic"}, "cohort_size": 1, "evaluation": {"clients": 2}, "executor": "serial"}
-    options = {"async_hyperband": {"reduction_factor": 3}}
-    budget = {"max_rounds": 9, "total_rounds": 47}
-    found = fedtune.compare("digits", out=tmp_path / "run", tuners=SEARCHES, tuner=options, **budget, **small)
-    assert found.results["rounds"].tolist() == [47] * len(SEARCHES)
-    assert found.results["charged_rounds"].tolist() == found.results["total_rounds"].tolist() == [47] * len(SEARCHES)
-    assert (found.trials["rounds"] <= 9).all()
-    assert all(study.finished for study in fedtune.replay(found.folder))
-
-

@@ -4,11 +4,12 @@ import torch
 from fedtune import plugins, rng
 from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
+from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, study_tuner, tuner_settings
 from fedtune.settings import client_program_name, resolve
 from fedtune.tuning.config_pool import make_pool
 from fedtune.tuning.domains import LogUniform, PowerOfTwo
 from fedtune.tuning.fedex import FedExSettings
+from fedtune.tuning.tuners import TUNERS
 from fedtune_clients.local_sgd import HYPERPARAMETERS
 
 TABLE = {
@@ -28,9 +29,9 @@ def hyperparameters(**change):
     return resolve_hyperparameters(resolve([TABLE, change]))
 
 
-def draw_of(tuner, seed=4, **options):
+def draw_of(tuner, seed=4, *, fixed_first=False, **options):
     settings = resolve([TABLE, {"tuners": [tuner], "tuner": {tuner: options}}])
-    return make_draw(tuner_settings(tuner, settings), seed, hyperparameters())
+    return make_draw(tuner_settings(tuner, settings), seed, hyperparameters(fixed_first=fixed_first))
 
 
 def test_fixed_values_are_completed_by_the_defaults():
@@ -122,6 +123,40 @@ def test_trial_n_has_the_same_centre_under_every_search(number):
     assert len({(tuple(trial.server.items()), tuple(trial.pool[0][0].items())) for trial in trials}) == 1
     assert [trial.num_configs for trial in trials] == [1, 1, 9, 9]
     assert trials[2] == trials[3]
+
+
+@pytest.mark.parametrize("tuner", [name for name, kind in TUNERS.items() if kind.searches])
+def test_trial_0_has_the_fixed_values_and_no_other_trial_changes(tuner):
+    """The fixed batch size, 10, is no power of two and so outside its domain; the server's momentum is a default."""
+    first, drawn = draw_of(tuner, fixed_first=True), draw_of(tuner)
+    assert first(0).server == FIXED_SERVER
+    assert first(0).centre == FIXED_CLIENT != drawn(0).centre
+    if tuner.endswith("+fedex"):
+        assert first(0) == draw_of("fedex")(0)
+    for number in (1, 2, 7):
+        assert first(number) == drawn(number)
+
+
+@pytest.mark.parametrize(("tuner", "options"), [("bohb", {}), ("pbt", {"interval": 1}), ("pbt+fedex", {"interval": 1})])
+def test_fixed_values_outside_their_domains_are_brought_inside_where_a_search_goes_on_from_them(tuner, options):
+    """Trial 0 is the best at every rung. BOHB's model learns from it, and members of PBT copy it."""
+    outside = {"learning_rate": 5.0, "batch_size": 10, "momentum": 0.3}
+    table = {"client": {"learning_rate": 5.0, "batch_size": 10}, "server": {"momentum": 0.3}, "fixed_first": True}
+    settings = resolve([TABLE, table, {"tuners": [tuner], "tuner": {tuner: options}, "total_rounds": 810}])
+    found = resolve_hyperparameters(settings)
+    made = study_tuner(tuner_settings(tuner, settings), 4, found)
+    trials = {}
+    for _ in range(400):
+        job = made.ask()
+        trials[job.trial.number] = job.trial
+        made.tell(job, 0.1 if job.trial.number == 0 else 0.5 + 0.001 * job.trial.number)
+    first = {**trials[0].centre, "momentum": trials[0].server["momentum"]}
+    assert first | outside == first
+    assert tuner == "bohb" or any(trial.parent == 0 for trial in trials.values())
+    for trial in [trials[number] for number in sorted(trials)[1:]]:
+        for config in trial.pool[0]:
+            assert all(domain.contains(config[name]) for name, domain in found.space.client.items())
+        assert all(domain.contains(trial.server[name]) for name, domain in found.space.server.items())
 
 
 def test_a_trial_depends_on_seed_and_number_only():

@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.report.frames import ERRORS
-from fedtune.report.tables import chosen_lines, duration, percent, size_histogram, stats_table, summary_table
+from fedtune.report.tables import (
+    chosen_lines,
+    duration,
+    fixed_first_line,
+    percent,
+    size_histogram,
+    stats_table,
+    summary_table,
+)
 from fedtune.simulation.records import FAULTS
 
 NAN = math.nan
@@ -171,3 +179,11 @@ def test_what_each_search_chose_is_a_line():
 def test_how_sure_theta_is_of_the_choice_is_said(theta: list[list[float]], end: str) -> None:
     studies = [{"tuner": name, "seed": 0, "config": "{}", "theta": json.dumps(theta)} for name in ("uniform", "fedex")]
     assert list(chosen_lines(pd.DataFrame(studies), {})) == [f"fedex, seed 0, chose {end}"]
+
+
+def test_it_is_said_that_every_search_tried_the_fixed_values() -> None:
+    results = pd.DataFrame({"tuner": ["fedex", "asha", "asha", "random+fedex"], "trial": [0, 0, 3, 1]})
+    said = "Trial 0 of every search has the fixed [client] and [server] values; it was chosen in "
+    assert fixed_first_line(results) == f"{said}1 of 3 studies"
+    assert fixed_first_line(results[1:2]) == f"{said}1 of 1 study"
+    assert fixed_first_line(results[:1]) is None

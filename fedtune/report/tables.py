@@ -18,11 +18,12 @@ from rich.text import Text
 from fedtune.data.problems import Problem
 from fedtune.report.frames import READINGS, lead_line
 from fedtune.simulation.records import FAULTS
+from fedtune.tuning.tuners import tuner_kind
 
 MISSING = "–"
 MIN_WIDTH = 80  # characters, of the summary: in less room its columns would be cut
-COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 SPENT = 0.99  # of the budget: a tuner that spent less is named
+COMPARED = ("test_error", "test_error_personalised", "test_error_at_max_rounds")
 
 
 def summary_table(summary: pd.DataFrame) -> Table:
@@ -93,6 +94,21 @@ def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]
         yield f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}{sure}"
 
 
+def fixed_first_line(results: pd.DataFrame) -> str | None:
+    """A sentence: every search tried the fixed values, and how often it chose them. None without a search.
+
+    It is for runs with the setting `fixed_first`.
+    """
+    searches = results[[tuner_kind(tuner).searches for tuner in results["tuner"]]]
+    if searches.empty:
+        return None
+    chosen, num_studies = int((searches["trial"] == 0).sum()), len(searches)
+    return (
+        f"Trial 0 of every search has the fixed [client] and [server] values; it was chosen in {chosen} of "
+        f"{num_studies} {'studies' if num_studies > 1 else 'study'}"
+    )
+
+
 def _marked(cell: str, best: bool) -> Text:
     """The cell with a star, or with a space in the star's place, so that the digits stay aligned."""
     return Text(f"{cell}*", style="bold") if best else Text(f"{cell} ")
@@ -120,6 +136,8 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
             "Failed attempts at jobs; if a job is not retried, its rounds are charged but not spent: "
             f"{', '.join(jobs)}.",
         )
+    if unspent := [says for row in rows if (says := _unspent(row))]:
+        notes.append(f"Not all tuners spent the whole budget: {'; '.join(unspent)}.")
     if short := _in_how_many_seeds(rows, "short"):
         notes.append(f"Seeds whose chosen federation had fewer than {max_rounds} rounds: {short}.")
     if close := _in_how_many_seeds(rows, "close"):
@@ -136,12 +154,23 @@ def describe_counts(counts: Mapping[Any, Any], names: Iterable[str]) -> str:
     """The named counts that are above zero, for example `3 dropped, 1 clipped`; a count that is NaN is left out."""
     return ", ".join(f"{counts[name]:,.0f} {name}" for name in names if counts[name] > 0)
 
-    if unspent := [says for row in rows if (says := _unspent(row))]:
-        notes.append(f"Not all tuners spent the whole budget: {'; '.join(unspent)}.")
 
 def _in_how_many_seeds(rows: Sequence[Mapping[Any, Any]], name: str) -> str:
     """The tuners whose count of that name is not zero, for example `asha in 2 of 3`."""
     return ", ".join(f"{row['tuner']} in {row[name]} of {row['seeds']}" for row in rows if row[name])
+
+
+def _unspent(row: Mapping[Any, Any]) -> str | None:
+    """How much of its budget a tuner spent, and why not all of it; None if it spent nearly all, or if it is unknown.
+
+    Of the budget `total_rounds`, `charged_rounds` were given to jobs, and `rounds` were trained.
+    """
+    total, charged, trained = row["total_rounds"], row["charged_rounds"], row["rounds"]
+    if not trained < SPENT * total:  # NaN in a run of an older version
+        return None
+    reasons = ["it had no more jobs"] if charged < total else []
+    reasons += ["its failed jobs were charged"] if trained < charged else []
+    return f"{row['tuner']} spent {100 * trained / total:.0f} % ({' and '.join(reasons)})"
 
 
 def duration(seconds: float) -> str:
@@ -160,19 +189,6 @@ def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[st
         if limit is None or shown[problem.kind] <= limit:
             yield f"{problem.severity}: {problem.message}"
     for kind, count in shown.items():
-def _unspent(row: Mapping[Any, Any]) -> str | None:
-    """How much of its budget a tuner spent, and why not all of it; None if it spent nearly all, or if it is unknown.
-
-    Of the budget `total_rounds`, `charged_rounds` were given to jobs, and `rounds` were trained.
-    """
-    total, charged, trained = row["total_rounds"], row["charged_rounds"], row["rounds"]
-    if not trained < SPENT * total:  # NaN in a run of an older version
-        return None
-    reasons = ["it had no more jobs"] if charged < total else []
-    reasons += ["its failed jobs were charged"] if trained < charged else []
-    return f"{row['tuner']} spent {100 * trained / total:.0f} % ({' and '.join(reasons)})"
-
-
         if limit is not None and count > limit:
             yield f"and {count - limit:,} more: {kind}"
 

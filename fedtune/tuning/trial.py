@@ -53,6 +53,7 @@ class Job:
 
     `given_up` are the numbers of the trials that the tuner has given up since its last job. They are never trained on,
     and no later trial inherits their state.
+
     A job is `shortened` if the budget had too few rounds left for it: then it ends before its rung does, and the tuner
     that asked for it gets no report.
     """
