@@ -105,6 +105,7 @@ class Journal:
     def decisions(self, event: str) -> list[dict[str, Any]]:
         """The past decisions of this event that were not taken again yet, in their order."""
         return [line for _, line in self._decisions if line["event"] == event]
+
     def notes(self, event: str) -> list[dict[str, Any]]:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
