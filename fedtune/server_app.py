@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 from fedtune import plugins
 from fedtune.client.flat_model import FlatModel
 from fedtune.errors import InputError
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
+from fedtune.hyperparameters import resolve_hyperparameters
+from fedtune.initial_weights import initial_weights
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import DevicesSettings
+from fedtune.study_tuners import make_draw, tuner_settings
 
 app = ServerApp()
 

@@ -11,7 +11,7 @@ from fedtune import plugins
 from fedtune.client.tasks import EvaluateTask, TrainTask, Update
 from fedtune.executors.machine import MachineSettings
 from fedtune.executors.serial import SerialExecutor
-from fedtune.hyperparameters import initial_weights
+from fedtune.initial_weights import initial_weights
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.messages import CLIENT_ERROR

@@ -11,12 +11,14 @@ from fedtune import plugins
 from fedtune.errors import InputError
 from fedtune.executors.machine import MachineSettings
 from fedtune.executors.serial import SerialExecutor
-from fedtune.hyperparameters import initial_weights, make_draw, resolve_hyperparameters, tuner_settings
+from fedtune.hyperparameters import resolve_hyperparameters
+from fedtune.initial_weights import initial_weights
 from fedtune.server.flower_compat import pack
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server_app import app, nodes_in_client_order
 from fedtune.settings import resolve
 from fedtune.simulation.grid import ExecutorGrid
+from fedtune.study_tuners import make_draw, tuner_settings
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune_clients.app import app as client_app
 

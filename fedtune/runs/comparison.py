@@ -16,7 +16,8 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
 from fedtune.files import make_folder, remove_unfinished
-from fedtune.hyperparameters import Hyperparameters, initial_weights, study_tuner
+from fedtune.hyperparameters import Hyperparameters
+from fedtune.initial_weights import initial_weights
 from fedtune.runs.environment import check_versions
 from fedtune.runs.history import past_personalised
 from fedtune.runs.journal import Journal
@@ -32,6 +33,7 @@ from fedtune.runs.trial_store import TrialStore
 from fedtune.settings import Settings
 from fedtune.simulation.devices import Devices
 from fedtune.simulation.evaluation import evaluation_clients
+from fedtune.study_tuners import study_tuner
 from fedtune.tuning.policy import Policy
 from fedtune.tuning.trial import Trial
 from fedtune.tuning.tuner_kind import TunerSettings

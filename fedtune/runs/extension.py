@@ -7,11 +7,12 @@ from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.files import replacing, sync
-from fedtune.hyperparameters import resolve_hyperparameters, tuner_settings
+from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.runs.replay import Replay
 from fedtune.runs.result_files import FILES
 from fedtune.runs.run_folder import locked, settings_path
 from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
+from fedtune.study_tuners import tuner_settings
 
 
 def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) -> None:

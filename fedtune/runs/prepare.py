@@ -10,11 +10,13 @@ from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
 from fedtune.errors import InputError
-from fedtune.hyperparameters import Hyperparameters, initial_weights, resolve_hyperparameters, resolve_tuners
+from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
+from fedtune.initial_weights import initial_weights
 from fedtune.runs.comparison import Comparison
 from fedtune.settings import Settings
 from fedtune.simulation.device_distributions import distributions
 from fedtune.simulation.devices import Devices, check_jobs_can_end
+from fedtune.study_tuners import resolve_tuners
 from fedtune.tuning.domains import Choice
 from fedtune.tuning.space import Number
 from fedtune.tuning.tuners import tuner_kind

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from fedtune.errors import InputError
-from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters, resolve_tuners, study_tuner
+from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
 from fedtune.runs.history import PastRounds, TrialHistory, past_personalised
 from fedtune.runs.journal import Journal, JournalEnds, same
 from fedtune.runs.ledger import AttemptsFailed, Ledger
@@ -23,6 +23,7 @@ from fedtune.runs.run_folder import settings_path
 from fedtune.runs.study import JobAttempt, Study
 from fedtune.settings import Settings, read_settings, resolve
 from fedtune.simulation.records import record_as_row
+from fedtune.study_tuners import resolve_tuners, study_tuner
 from fedtune.tuning.trial import Job, Score, Trial
 from fedtune.tuning.tuner_kind import TunerSettings
 
