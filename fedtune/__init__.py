@@ -181,16 +181,20 @@ def resume(
 
         fedtune.resume("runs/compared")
     """
+    from fedtune.runs.recorded import check_begun_with
     from fedtune.runs.run_folder import settings_path
+    from fedtune.settings import read_settings, resolve
 
     folder = Path(folder)
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
-    settings = resolve_settings(settings_path(folder), where)
+    # The run folder's settings are complete. Nothing that they name is imported before the journals confirm them.
+    settings = resolve([read_settings(settings_path(folder)), where])
     if repair:
         from fedtune.runs.repair import repair_run
 
         for cut in repair_run(folder, settings):
             listener({"event": "warning", "message": cut})
+    check_begun_with(settings, folder)
     _start_workers_early(settings)
     from fedtune.runs.prepare import prepare
 
@@ -223,7 +227,8 @@ def extend(
 def replay(folder: str | Path) -> "list[ReplayedStudy]":
     """The studies of a run folder, rebuilt from their journals and checked; nothing is trained or written.
 
-    Raises InputError if a journal does not agree with its tuner or with the files of results:
+    No code that the settings name is imported. Raises InputError if a journal does not agree with its tuner or with the
+    files of results:
 
         [study.incumbent for study in fedtune.replay("runs/compared")]
     """

@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli_options import Assignments, Command, assigned
+from fedtune.errors import InputError
 
 if TYPE_CHECKING:
     from fedtune.data.federated_dataset import FederatedDataset
+
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the code that the settings of a run folder name as their data set.")
+]
 
 app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 
@@ -33,6 +38,7 @@ def stats(
     figure: Annotated[
         Path | None, typer.Option(help="Draw clients x labels and client sizes to this PNG file.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Show how many clients and examples a data set has, and how skewed they are.
 
@@ -47,7 +53,7 @@ def stats(
 
     if figure:
         check_path(figure)
-    dataset = _load(what, assignments)
+    dataset = _load(what, assignments, trust)
     Console().print(stats_table(statistics(dataset)))
     Console().print(size_histogram(dataset.sizes().sum(1)))
     if figure:
@@ -60,6 +66,7 @@ def check(
     what: str,
     assignments: Assignments = None,
     every: Annotated[bool, typer.Option("--all", help="Print every problem, not the first 20 of a kind.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Report every problem of a data set. The exit code is 0 for none, 1 if there are only warnings, 2 for errors.
 
@@ -71,7 +78,7 @@ def check(
     from fedtune.report.tables import problem_lines
 
     try:
-        problems = find_problems(_load(what, assignments))
+        problems = find_problems(_load(what, assignments, trust))
     except BadDataError as error:
         problems = error.problems
     for line in problem_lines(problems, None if every else 20):
@@ -88,6 +95,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="The form of the files: leaf.")] = "leaf",
     users_per_file: Annotated[int, typer.Option(help="How many clients share a file.")] = 100,
     assignments: Assignments = None,
+    trust: Trust = False,
 ) -> None:
     """Write a data set as LEAF's JSON files.
 
@@ -99,12 +107,23 @@ def export(
 
     if form != "leaf":
         raise UnknownNameError("format", form, ["leaf"])
-    export_leaf(_load(what, assignments), out, users_per_file=users_per_file)
+    export_leaf(_load(what, assignments, trust), out, users_per_file=users_per_file)
     typer.echo(f"folder: {out}")
 
 
-def _load(what: str, assignments: list[str] | None) -> "FederatedDataset":
-    from fedtune.layers import resolve_settings
-    from fedtune.plugins import load_dataset
+def _load(what: str, assignments: list[str] | None, trust: bool) -> "FederatedDataset":
+    """The data set. That of a run folder, or of its settings.toml, may come from a stranger: its code needs trust."""
+    from fedtune.layers import data_table, resolve_settings
+    from fedtune.plugins import load_dataset, name_kind
 
-    return load_dataset(resolve_settings(what, *assigned(assignments)).data)
+    layers = assigned(assignments)
+    file = Path(what) if Path(what).name == "settings.toml" else Path(what, "settings.toml")
+    if not file.is_file():
+        return load_dataset(resolve_settings(what, *layers).data)
+    data = data_table(file, *layers)
+    if name_kind(data["name"]) == "file" and not trust:
+        path = data["name"].rpartition(":")[0] or data["name"]
+        raise InputError(
+            f"{file} names {data['name']} as its data set, whose code would run: read {path}, then add --trust"
+        )
+    return load_dataset(data)

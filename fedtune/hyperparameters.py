@@ -1,6 +1,7 @@
 """The hyperparameters of a run: which value each one is fixed at, and which ones are searched."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedtune import plugins
 from fedtune.errors import UnknownNameError
@@ -26,11 +27,24 @@ class Hyperparameters:
 def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     """The hyperparameters, checked against those that the client program and the server use. Raises InputError."""
     known = plugins.load_client_program(client_program_name(settings)).HYPERPARAMETERS
-    fixed = {name: value for name, value in settings.client.items() if name != "name"}
+    fixed = fixed_client_values(settings)
     for name in fixed:
         if name not in known:
             raise UnknownNameError("client hyperparameter", f"client.{name}", [f"client.{other}" for other in known])
     client = {name: known[name].check(f"client.{name}", fixed.get(name, known[name].default)) for name in known}
+    hyperparameters = with_client_values(settings, client)
+    check_space(hyperparameters.space.client, known, "client hyperparameter")
+    check_space(hyperparameters.space.server, optimizers.HYPERPARAMETERS, "server hyperparameter")
+    return hyperparameters
+
+
+def fixed_client_values(settings: Settings) -> dict[str, Any]:
+    """The values in `[client]`, as the settings have them."""
+    return {name: value for name, value in settings.client.items() if name != "name"}
+
+
+def with_client_values(settings: Settings, client: Config) -> Hyperparameters:
+    """The hyperparameters in the settings, with these values of the client's. The search space is not checked."""
     server = {
         name: hyperparameter.check(f"server.{name}", getattr(settings.server, name))
         for name, hyperparameter in optimizers.HYPERPARAMETERS.items()
@@ -39,6 +53,4 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
         {name: parse_domain(f"space.client.{name}", domain) for name, domain in settings.space.client.items()},
         {name: parse_domain(f"space.server.{name}", domain) for name, domain in settings.space.server.items()},
     )
-    check_space(space.client, known, "client hyperparameter")
-    check_space(space.server, optimizers.HYPERPARAMETERS, "server hyperparameter")
     return Hyperparameters(client, server, space, settings.fixed_first)

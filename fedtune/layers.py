@@ -58,6 +58,23 @@ def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers
     return resolve(tables)
 
 
+def data_table(file: Path, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The table `[data]` of the run that a TOML file describes, as in `resolve_settings`, with only its name checked.
+
+    An installed data set is imported for what it ships; no code in a file is, and no model and client program.
+    """
+    from fedtune import plugins
+    from fedtune.errors import InputError
+    from fedtune.settings import merge, read_settings
+
+    given = [read_settings(file), *layers]
+    name = _name_in(merge(given), "data")
+    if not isinstance(name, str):
+        raise InputError(f"{file} must have the name of a data set in [data], got {name!r}")
+    table: dict[str, Any] = merge([plugins.dataset_settings(name), *given])["data"]
+    return table
+
+
 def _shipped_and_given(what: str | Path, layers: Tables) -> tuple[Tables, Tables]:
     """What the data set and the client program bring, and what the user gives: a file, further layers."""
     from fedtune import plugins, settings

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.files import replacing, sync
-from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.runs.replay import Replay
 from fedtune.runs.result_files import FILES
 from fedtune.runs.run_folder import locked, settings_path
@@ -58,7 +57,7 @@ def _check(name: str, seed: int, settings: Settings, extension: ExtensionSetting
     tuner = tuner_settings(name, settings)
     if not tuner.kind.extendable:
         raise InputError(f"only random, asha and async_hyperband, with or without +fedex, can be extended, got {name}")
-    study = Replay(tuner, seed, settings, resolve_hyperparameters(settings), folder)
+    study = Replay(tuner, seed, settings, folder)
     if not study.run().finished:
         raise InputError(f"run must be finished (`fedtune resume {folder}`), got the unfinished study {study}")
     study.ledger.extend(study.tuner, extension)

@@ -51,10 +51,11 @@ class Journal:
     Each line carries a checksum of itself and all lines before it. A torn last line, as a killed process leaves it, is
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
     come as they are computed, by several federations at once. With `read_only` nothing is written: decisions are
-    compared with the past, and JournalEnds is raised after its last one.
+    compared with the past, and JournalEnds is raised after its last one. `num_lines` is how many lines are read; None
+    means all.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, num_lines: int | None = None) -> None:
         self.path = path
         self.format = FORMAT  # of the study: of its first line, if it has begun
         self._checksum = 0
@@ -63,7 +64,7 @@ class Journal:
         self._decisions: deque[tuple[int, dict[str, Any]]] = deque()  # line number and line: not taken again yet
         self._notes: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by event
         if path.exists():
-            self._read()
+            self._read(num_lines)
         self._file = None if read_only else AppendedFile(path, self._good_bytes)
 
     def begin(self, tuner: str, seed: int, settings: str) -> None:
@@ -110,6 +111,10 @@ class Journal:
         """The lines of this event that the journal held when it was opened, in the order of writing."""
         return self._notes[event]
 
+    def first(self, event: str) -> tuple[int, dict[str, Any]] | None:
+        """(line number, decision) of the next past decision of this event; None if there is none."""
+        return next((decision for decision in self._decisions if decision[1]["event"] == event), None)
+
     def coming(self) -> tuple[int, dict[str, Any]]:
         """(line number, decision) of the next past decision. Raises JournalEnds if there is none."""
         if not self._decisions:
@@ -145,9 +150,9 @@ class Journal:
         self._checksum = zlib.crc32(text.encode(), self._checksum)
         self._file.append(f'{text[:-1]}, "check": "{self._checksum:08x}"}}\n'.encode())
 
-    def _read(self) -> None:
-        """Takes in all whole lines."""
-        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+    def _read(self, num_lines: int | None) -> None:
+        """Takes in the whole lines."""
+        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1][:num_lines], start=1):
             line = self._parse(text.decode(errors="replace"), number)
             event = line["event"]
             if event in NOTES:

@@ -1,5 +1,7 @@
 """Studies rebuilt from their journals alone (thesis, section 3.5.4): nothing is trained, and nothing is written.
 
+No code that the settings name is imported, so the run folder of a stranger can be replayed.
+
 The same study runs again, but its jobs are read from the journal (`JournalledJobs`). Each decision of its tuner must be
 the next decision in the journal. Finish times come from the journal's asks; scores are computed again from its rounds.
 The rebuilt rows must equal the rows of results.csv, rounds.parquet and trials.parquet, if these files exist. If
@@ -14,10 +16,11 @@ from typing import Any
 import pandas as pd
 
 from fedtune.errors import InputError
-from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
+from fedtune.hyperparameters import with_client_values
 from fedtune.runs.history import PastRounds, TrialHistory, past_personalised
 from fedtune.runs.journal import Journal, JournalEnds, same
 from fedtune.runs.ledger import AttemptsFailed, Ledger
+from fedtune.runs.recorded import recorded_hyperparameters
 from fedtune.runs.results import trial_rows
 from fedtune.runs.run_folder import settings_path
 from fedtune.runs.study import JobAttempt, Study
@@ -54,8 +57,7 @@ class ReplayedStudy:
 def replay(folder: Path) -> Iterator[ReplayedStudy]:
     """Each study of a run folder, once it is rebuilt. Raises InputError, one line, at the first difference."""
     settings = resolve([read_settings(settings_path(folder))])
-    hyperparameters = resolve_hyperparameters(settings)
-    tuners = resolve_tuners(settings, hyperparameters.space)
+    tuners = resolve_tuners(settings, with_client_values(settings, {}).space)
     results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
     if results is not None:  # it is written last, when all studies have ended
         for name in ("rounds.parquet", "trials.parquet"):
@@ -65,7 +67,7 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     by_round = ["trial", "round"]
     rounds = _rows(folder / "rounds.parquet", lambda path: pd.read_parquet(path).sort_values(by_round))
     for name, seed in settings.studies:
-        study = Replay(tuners[name], seed, settings, hyperparameters, folder)
+        study = Replay(tuners[name], seed, settings, folder)
         replayed = study.run()
         if results is not None and not replayed.finished:
             raise InputError(
@@ -124,15 +126,13 @@ class JournalledJobs:
 class Replay:
     """One study of a run folder, rebuilt."""
 
-    def __init__(
-        self, tuner: TunerSettings, seed: int, settings: Settings, hyperparameters: Hyperparameters, run: Path
-    ) -> None:
+    def __init__(self, tuner: TunerSettings, seed: int, settings: Settings, run: Path) -> None:
         self.name = tuner.name
         self.seed = seed
         self.journal = Journal(run / str(self) / "journal.jsonl", read_only=True)
         self.ledger = Ledger(settings, format_3=self.journal.format == 3)
         self.ledger.personalised = past_personalised(self.journal)
-        self.tuner = study_tuner(tuner, seed, hyperparameters)
+        self.tuner = study_tuner(tuner, seed, recorded_hyperparameters(settings, self.journal))
         self._study = Study(
             tuner,
             seed,

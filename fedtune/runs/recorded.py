@@ -1,0 +1,57 @@
+"""What a run folder itself says about its run: no code that the settings name is needed, so none is imported."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedtune.hyperparameters import Hyperparameters, fixed_client_values, with_client_values
+from fedtune.runs.journal import Journal, JournalEnds
+from fedtune.settings import Settings, digest
+from fedtune.tuning.space import Config, Number, checked_number
+
+
+def check_begun_with(settings: Settings, folder: Path) -> None:
+    """Raises InputError unless every journal in the run folder was begun with these settings.
+
+    It reads the first line of each journal only.
+    """
+    for name, seed in settings.studies:
+        journal = Journal(folder / f"{name}-seed{seed}" / "journal.jsonl", read_only=True, num_lines=1)
+        with contextlib.suppress(JournalEnds):  # the study was not begun
+            journal.begin(name, seed, digest(settings))
+
+
+def recorded_hyperparameters(settings: Settings, journal: Journal) -> Hyperparameters:
+    """The hyperparameters of a study, without the client program that declares them. Call it before the first decision.
+
+    The program's defaults are in the journal: the first trial has a value of every hyperparameter, and only the values
+    that are searched differ between trials. A value in the settings goes before the journal's.
+    """
+    recorded = _first_centre(journal)
+    fixed = {
+        name: _number(f"client.{name}", value, like=recorded.get(name, value))
+        for name, value in fixed_client_values(settings).items()
+    }
+    client = {**recorded, **fixed}
+    hyperparameters = with_client_values(settings, client)
+    # If the journal lacks a value that is searched, any value does: the comparison with the journal finds it.
+    searched = hyperparameters.space.client
+    missing = {name: domain.from_unit(0.5) for name, domain in searched.items() if name not in client}
+    return replace(hyperparameters, client=client | missing)
+
+
+def _first_centre(journal: Journal) -> Config:
+    """The centre of the first trial's pool, in the journal's order; empty if no trial was asked for."""
+    first = journal.first("ask")
+    if first is None:
+        return {}
+    number, line = first
+    centre = {name: value for factor in line["pool"] for name, value in (factor[0] if factor else {}).items()}
+    where = f"{journal.path}, line {number}"
+    return {name: _number(f"{where}: {name}", value, like=value) for name, value in centre.items()}
+
+
+def _number(name: str, value: Any, like: Any) -> Number:
+    """The value as an int if both values are ints, else as a float. Raises InputError if it is no number."""
+    return checked_number(name, value, integer=isinstance(value, int) and isinstance(like, int))
