@@ -21,6 +21,7 @@ from fedtune.cli_options import (
     with_options,
 )
 from fedtune.errors import InputError
+from fedtune.printable import printable
 
 if TYPE_CHECKING:
     from fedtune.report.frames import Run
@@ -201,10 +202,10 @@ def main() -> None:
     try:
         app(args=_current_spelling(sys.argv[1:]))
     except InputError as error:
-        typer.echo(f"fedtune: {error}", err=True)
+        typer.echo(f"fedtune: {printable(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        typer.echo(f"fedtune: {error}", err=True)
+        typer.echo(f"fedtune: {printable(str(error))}", err=True)
         sys.exit(1)
 
 

@@ -187,3 +187,11 @@ def test_it_is_said_that_every_search_tried_the_fixed_values() -> None:
     assert fixed_first_line(results) == f"{said}1 of 3 studies"
     assert fixed_first_line(results[1:2]) == f"{said}1 of 1 study"
     assert fixed_first_line(results[:1]) is None
+
+
+def test_the_name_of_a_tuner_steers_neither_the_terminal_nor_the_table() -> None:
+    name = "\x1b[2J[red]a[/nothing]"
+    text = rendered(summary_table(pd.DataFrame([row(name, 0.1, dropped_jobs=2), row("asha", 0.9)])), 120)
+    assert line_of(text, r"\x1b[2J[red]a[/nothing]")
+    assert text.count(r"\x1b[2J[red]a[/nothing]") > 1  # in the lines below the table too
+    assert "\x1b" not in text

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedtune.errors import UnknownNameError
 from fedtune.events import EVENTS
+from fedtune.printable import printable
 from fedtune.report.tables import describe_counts, duration, percent
 from fedtune.simulation.records import FAULTS
 
@@ -139,7 +140,7 @@ class LiveProgress:
             self._print(f"a client failed: {event['reasons'][0]}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def _study_end(self, event: Mapping[str, Any]) -> None:
         study = self._study(event)
@@ -161,7 +162,7 @@ class LiveProgress:
         speed = self._bar.tasks[0].finished_speed or self._bar.tasks[0].speed
         self._bar.update(self._task, rate=_rate(speed) if speed else "")
         lines = [self._current.describe() if self._current else "", describe_faults(self._faults)]
-        return Group(self._bar, *(Text(line) for line in lines if line))
+        return Group(self._bar, *(Text(printable(line)) for line in lines if line))
 
 
 def _rate(speed: float) -> str:

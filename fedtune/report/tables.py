@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int64
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from fedtune.data.problems import Problem
+from fedtune.printable import printable
 from fedtune.report.frames import READINGS, lead_line
 from fedtune.simulation.records import FAULTS
 from fedtune.tuning.tuners import tuner_kind
@@ -31,6 +33,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
     The lowest error of each test column is bold and has a star. Lines below the table say what was not as planned.
     """
+    summary = summary.assign(tuner=[escape(printable(str(tuner))) for tuner in summary["tuner"]])
     seeds, max_rounds = int(summary["seeds"].max()), int(summary["max_rounds"].iloc[0])
     over = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(
@@ -91,7 +94,7 @@ def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]
         values = [
             f"{side}.{name}={config[side][name]:.4g}" for side in ("client", "server") for name in space.get(side, {})
         ]
-        yield f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}{sure}"
+        yield printable(f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}{sure}")
 
 
 def fixed_first_line(results: pd.DataFrame) -> str | None:
@@ -187,7 +190,7 @@ def problem_lines(problems: Sequence[Problem], limit: int | None) -> Iterator[st
     for problem in problems:
         shown[problem.kind] += 1
         if limit is None or shown[problem.kind] <= limit:
-            yield f"{problem.severity}: {problem.message}"
+            yield printable(f"{problem.severity}: {problem.message}")
     for kind, count in shown.items():
         if limit is not None and count > limit:
             yield f"and {count - limit:,} more: {kind}"
