@@ -17,6 +17,11 @@ def test_the_mean_is_weighted_by_training_examples():
     assert not result.clipped.any()
 
 
+def test_counts_whose_sum_is_too_large_for_a_whole_number_are_halves():
+    result = average(W, updates([1.0, 0.0], [0.0, 4.0]), np.array([9 * 10**18, 9 * 10**18]), clip_factor=0.0)
+    torch.testing.assert_close(result.weights, W + torch.tensor([1.0 / 2, 4.0 / 2]))
+
+
 def test_a_client_that_is_not_finite_is_dropped_and_the_rest_renormalised():
     for bad in (float("nan"), float("inf")):
         result = average(W, updates([1.0, 0.0], [bad, 0.0], [0.0, 1.0]), np.array([1, 100, 1]), clip_factor=3.0)
@@ -43,6 +48,20 @@ def test_clipping_that_does_not_act_changes_no_bit():
     ups = [weights + torch.randn(1000, generator=generator) for _ in range(5)]
     sizes = np.array([3, 1, 4, 1, 5])
     assert torch.equal(average(weights, ups, sizes, 3.0).weights, average(weights, ups, sizes, 0.0).weights)
+
+
+def test_the_mean_has_the_bits_of_a_plain_loop_over_the_clients():
+    """So results do not change with the version of fedtune: the sum is in single precision, in client order."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1000, generator=generator)
+    ups = [weights + size * torch.randn(1000, generator=generator) for size in (1.0, 1.0, 99.0, 1.0, float("nan"))]
+    norm = [float(torch.dot(up - weights, up - weights)) ** 0.5 for up in ups]
+    scale = 3 * np.median(norm[:4]) / norm[2]
+    mean = torch.zeros(1000)
+    for up, share in zip(ups, (0.3, 0.1, 0.4 * scale, 0.2), strict=False):
+        mean.add_(up, alpha=share)
+    mean.add_(weights, alpha=0.4 * (1 - scale))
+    assert torch.equal(average(weights, ups, np.array([3, 1, 4, 2, 5]), 3.0).weights, mean)
 
 
 def test_nobody_usable():

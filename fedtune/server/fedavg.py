@@ -3,6 +3,12 @@
 Departures: an update that is not finite is rejected, so it does not count in the mean. An update whose norm exceeds
 `clip_factor` times the median norm of the cohort's updates is scaled down to that norm; the median is over the updates
 that are not zero. Without this guard one such client would destroy the weights that all clients share.
+
+Counts and shares are in double precision. The sum of the weights stays in single precision, on purpose. Measured on one
+thread, a sum in double precision costs 0.6 ms a round for 10 clients of the 2NN (199,210 weights), and 4.7 ms for 100:
+2.0 to 2.5 % of their local training on 48 examples each. For the CNN (1.66 million weights) it costs 8.6 and 67 ms, 1.3
+to 1.6 %. It would gain little: with 100 clients the sum in single precision is off by 1.5e-7 of the weights' norm, and
+the rounding of the sent weights alone is half a unit in the last place, 3e-8.
 """
 
 import math
@@ -48,7 +54,9 @@ def average(
     if not usable.any():
         return Average(None, ~usable, scale < 1)
     # Sum the updates by their shares.
-    share = np.where(usable, num_train, 0) / num_train[usable].sum()
+    # In double precision: the sum of two counts of 9e18 would overflow as a whole number.
+    counts = np.where(usable, num_train, 0).astype(np.float64)
+    share = counts / counts.sum()
     mean.zero_()
     for update, client_share in zip(updates, (share * scale).tolist(), strict=True):
         if client_share > 0:
