@@ -22,12 +22,12 @@ NPM = NpmPackage("some-data@1.0.0", "data")
 
 def tarball(contents, prefix="package/data/"):
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+    with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, content in contents.items():
             entry = tarfile.TarInfo(prefix + name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    return packed.getvalue()
+    return gzip.compress(packed.getvalue(), mtime=0)  # the same bytes in every process that runs tests
 
 
 @pytest.fixture

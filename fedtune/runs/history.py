@@ -53,7 +53,8 @@ class TrialHistory:
                 for record in history.records
                 if record.evaluation is not None and record.round <= limit
             }
-            history, limit = history.parent, min(limit, history.start)
+            limit = min(limit, history.start)
+            history = history.parent
         return dict(sorted(evaluations.items()))
 
 
