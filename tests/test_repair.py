@@ -63,11 +63,10 @@ def test_a_damaged_tail_is_cut_if_the_user_says_so(finished, tmp_path, damage, s
     heard = []
     fedtune.resume(folder, executor="serial", repair=True, listener=heard.append)
     (warning,) = [event["message"] for event in heard if event["event"] == "warning"]
-    first = good.count(b"\n") + 1
-    last = damaged.count(b"\n")
+    first, last = good.count(b"\n") + 1, damaged.count(b"\n")
     assert warning == (
-        f"{path} was damaged: lines {first} to {last}, {len(damaged) - len(good):,} bytes, are cut off, and study "
-        "asha-seed1 computes again what they held"
+        f"{path} was damaged: cut off all from line {first} on ({last - first + 1} lines, {len(damaged) - len(good):,} "
+        "bytes); study asha-seed1 computes again what was there"
     )
     assert path.read_bytes().startswith(good)
     assert contents(folder) == contents(finished)
@@ -101,5 +100,5 @@ def test_the_command_says_what_it_cut(finished, tmp_path, monkeypatch, capsys):
     assert error.endswith(f"fedtune resume {folder} --repair")
     code, out, error = answer(str(folder), "--repair")
     assert code == 0
-    assert "study asha-seed0 computes again what they held" in " ".join((out + error).split())
+    assert "study asha-seed0 computes again what was there" in " ".join((out + error).split())
     assert contents(folder) == contents(finished)

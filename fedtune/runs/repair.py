@@ -27,9 +27,9 @@ def _cut(path: Path) -> str | None:
         bad = path.read_bytes()[damage.good_bytes :]
         os.truncate(path, damage.good_bytes)
         sync(path)
-        last = damage.line_number + bad.removesuffix(b"\n").count(b"\n")
+        num_lines = bad.removesuffix(b"\n").count(b"\n") + 1
         return (
-            f"{path} was damaged: lines {damage.line_number} to {last}, {len(bad):,} bytes, are cut off, and study "
-            f"{path.parent.name} computes again what they held"
+            f"{path} was damaged: cut off all from line {damage.line_number} on ({num_lines:,} lines, {len(bad):,} "
+            f"bytes); study {path.parent.name} computes again what was there"
         )
     return None
