@@ -1,6 +1,8 @@
 import functools
 import http.server
 import json
+import re
+import shutil
 import string
 import threading
 import tomllib
@@ -201,10 +203,10 @@ def test_a_wrong_num_samples_is_told(leaf):
 def test_the_hub_is_asked_once(cache, monkeypatch):
     monkeypatch.setattr(femnist, "BATCH", 7)  # the last batch is a smaller one
     first = femnist.load()
-    assert femnist.prepare() == cache / "hub"
+    assert femnist.prepare() == cache / "hub-df739a2b09df"
     monkeypatch.setattr(femnist, "_ask_hub", lambda: pytest.fail("asked again"))
     assert_equal(femnist.load(), first)
-    assert [file.name for file in cache.iterdir()] == ["hub"]
+    assert sorted(file.name for file in cache.iterdir()) == ["hub-df739a2b09df", "hub-df739a2b09df.json"]
 
 
 def test_a_failure_leaves_nothing(cache, monkeypatch):
@@ -224,8 +226,49 @@ def test_a_failure_leaves_nothing(cache, monkeypatch):
 def test_a_damaged_cache_is_told(cache, name):
     file = femnist.prepare() / name
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(InputError, match=r"hub is damaged: .*; remove it, then `fedtune data prepare femnist`"):
+    match = rf"hub-\w+ is damaged: {name} has not the checksum in .*; remove it, then `fedtune data prepare femnist`"
+    with pytest.raises(InputError, match=match):
         femnist.load()
+
+
+def test_a_damaged_byte_is_noticed(cache):
+    file = femnist.prepare() / "x.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.npy has not the checksum in"):
+        femnist.load()
+
+
+def test_a_second_download_must_be_what_the_first_one_was(cache, monkeypatch):
+    first = femnist.load()
+    shutil.rmtree(femnist.prepare())
+    assert_equal(femnist.load(), first)
+    shutil.rmtree(femnist.prepare())
+    others = handwriting()
+    others["f0002_07"][1][0] ^= 1
+    monkeypatch.setattr(femnist, "_ask_hub", lambda: hub(others))
+    with pytest.raises(InputError, match=r"flwrlabs/femnist must be what was downloaded first, but y\.npy has not the"):
+        femnist.load()
+    assert [file.name for file in cache.iterdir()] == ["hub-df739a2b09df.json"]
+    (cache / "hub-df739a2b09df.json").unlink()
+    femnist.load()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_damaged_checksums_are_one_line(cache, content):
+    femnist.prepare().with_suffix(".json").write_text(content)
+    with pytest.raises(InputError, match=r"^[^\n]*hub-\w+\.json must hold the checksums of a download, got [^\n]*$"):
+        femnist.load()
+
+
+def test_the_hub_is_asked_for_one_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name, **options: asked.append(options))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append(options))
+    femnist._ask_hub()
+    assert re.fullmatch("[0-9a-f]{40}", femnist.REVISION)
+    assert [options["revision"] for options in asked] == [femnist.REVISION] * 2
 
 
 class Silent(http.server.BaseHTTPRequestHandler):

