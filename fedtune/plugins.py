@@ -76,7 +76,14 @@ def prepare_dataset(name: str) -> Path | None:
 def load_dataset(table: Mapping[str, Any]) -> FederatedDataset:
     """The data set that a `[data]` table describes."""
     name, options = _name_and_options(table)
-    dataset = call(_dataset_loader(name), options, f"data set {name!r}", "data")
+    try:
+        dataset = call(_dataset_loader(name), options, f"data set {name!r}", "data")
+    except InputError:
+        raise
+    except Exception as error:
+        if name_kind(name) not in OWN_DATA:
+            raise
+        raise InputError(f"{name} can't become a data set: {_in_one_line(error)}") from error  # such as strange numbers
     if not isinstance(dataset, FederatedDataset):
         raise InputError(f"{name} must return a FederatedDataset, got {type(dataset).__name__}")
     return dataset

@@ -7,7 +7,7 @@ ships, a file, the command line.
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -224,11 +224,16 @@ def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """The tables of a TOML file, which may begin with a byte order mark."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+            raise OSError("it is no file")
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"settings file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, tables within tables
         raise InputError(f"settings file {path} is not TOML: {error}") from None
+    if any(abs(number) >= 2**63 for number in _whole_numbers(tables)):
+        raise InputError(f"settings file {path} must have whole numbers of 64 bits, as TOML has, got a longer one")
+    return tables
 
 
 def write_settings(settings: Settings) -> str:
@@ -251,6 +256,15 @@ def parse_assignment(text: str) -> dict[str, Any]:
     for part in reversed(_split_key(key)):
         parsed = {part: parsed}
     return parsed  # type: ignore[no-any-return]
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """Every whole number within a value from TOML."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list):
+        for member in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(member)
 
 
 def _split_key(key: str) -> list[str]:

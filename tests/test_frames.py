@@ -16,7 +16,10 @@ from rich.console import Console
 from fedtune.errors import InputError
 from fedtune.report.frames import (
     ERRORS,
+    FILES,
     LATER_COLUMNS,
+    NUMBERS,
+    TEXTS,
     Run,
     curve_band,
     entropy_curve,
@@ -72,13 +75,18 @@ def write_run(folder: Path, tuners: list[str], seeds: int, studies: list[tuple[s
     (folder / "settings.toml").write_text(f"tuners = {json.dumps(tuners)}\nseeds = {seeds}\n")
     (folder / "environment.json").write_text("{}")
     rounds = [rounds_of(tuner, seed, [(1, 0, -1, NAN), (2, 0, 0, seed / 10)]) for tuner, seed in studies]
-    pd.concat(rounds).to_parquet(folder / "rounds.parquet")
     names = pd.DataFrame(studies, columns=["tuner", "seed"])
-    names.to_parquet(folder / "trials.parquet")
-    names.assign(test_error=names["seed"] / 3, runner_up=-1, lead=NAN, lead_se=NAN).to_csv(
-        folder / "results.csv", index=False
-    )
-    names.assign(wall_seconds=0.1).to_csv(folder / "timings.csv", index=False)
+    results = names.assign(test_error=names["seed"] / 3, runner_up=-1, lead=NAN, lead_se=NAN)
+    completed(pd.concat(rounds), "rounds").to_parquet(folder / "rounds.parquet")
+    completed(names, "trials").to_parquet(folder / "trials.parquet")
+    completed(results, "results").to_csv(folder / "results.csv", index=False)
+    completed(names, "timings").to_csv(folder / "timings.csv", index=False)
+
+
+def completed(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with the columns that every run has."""
+    columns = dict.fromkeys(NUMBERS[name], 0.0) | dict.fromkeys(TEXTS[name], "{}")
+    return frame.assign(**{column: value for column, value in columns.items() if column not in frame})
 
 
 def test_run_is_read_in_the_settings_order(tmp_path: Path) -> None:
@@ -114,6 +122,63 @@ def test_run_without_a_frame_is_unfinished(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(InputError, match=f"^run must be finished .*fedtune resume.* without {name}$"):
         read_run(tmp_path)
+
+
+def refused(folder: Path, match: str) -> None:
+    """The folder is refused in one line."""
+    with pytest.raises(InputError, match=match) as caught:
+        read_run(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES.values())
+@pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "text"])
+def test_damaged_frame_is_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    path = tmp_path / name
+    content = path.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "zeros": bytes(len(content)), "empty": b"", "text": b"no\ntable\n"}
+    path.write_bytes(damaged[damage])
+    refused(tmp_path, rf"{name}")
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frame_with_other_columns_is_one_line(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    path = tmp_path / FILES[name]
+    frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    for column in [*NUMBERS[name], *TEXTS[name]]:
+        write_frame(frame.drop(columns=column), path)
+        refused(tmp_path, rf"{FILES[name]} must have the column {column}, got none")
+        wrong, kind = ("words", "numbers") if column in NUMBERS[name] else (0.5, "texts")
+        write_frame(frame.assign(**{column: wrong}), path)
+        refused(tmp_path, rf"{FILES[name]}: the column {column} must hold {kind}, got ")
+    if path.suffix == ".parquet":
+        write_frame(frame.assign(strange=[[1.0]] * len(frame)), path)
+        refused(tmp_path, rf"{FILES[name]}: the column strange must hold numbers or texts, got ")
+        write_frame(frame.assign(seed=pd.Series([b"0"] * len(frame))), path)
+        refused(tmp_path, rf"{FILES[name]}: the column seed must hold numbers, got bytes")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("tuners = [", "is not TOML"),
+        ("", r"settings\.toml: tuners must be a list of names, got None"),
+        ("tuners = [3]\nseeds = 1", r"settings\.toml: tuners must be a list of names, got \[3\]"),
+        ('tuners = ["manual"]\nseeds = "1"', r"settings\.toml: seeds must be a whole number >= 1, got '1'"),
+        ('tuners = ["manual"]\nseeds = true', r"settings\.toml: seeds must be a whole number >= 1, got True"),
+        ('tuners = ["manual"]\nseeds = -1', r"settings\.toml: seeds must be a whole number >= 1, got -1"),
+    ],
+)
+def test_damaged_settings_are_one_line(tmp_path: Path, text: str, match: str) -> None:
+    write_run(tmp_path, ["manual"], 1, [("manual", 0)])
+    (tmp_path / "settings.toml").write_text(text)
+    refused(tmp_path, match)
 
 
 def test_run_without_a_study_is_unfinished(tmp_path: Path) -> None:
@@ -359,7 +424,7 @@ def test_the_table_says_who_did_not_spend_the_budget_and_why(tmp_path: Path) -> 
         total_rounds=[100] * len(spending),
     )
     write_run(tmp_path, list(spending), 1, [(tuner, 0) for tuner in spending])
-    results.to_csv(tmp_path / "results.csv", index=False)
+    completed(results, "results").to_csv(tmp_path / "results.csv", index=False)
     said = (
         "Not all tuners spent the whole budget: asha spent 92 % (it had no more jobs); random spent 81 % (its failed "
         "jobs were charged); bohb spent 60 % (it had no more jobs and its failed jobs were charged)."

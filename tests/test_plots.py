@@ -247,3 +247,10 @@ def test_a_data_set_in_a_long_path_leaves_room_for_the_axes(tmp_path: Path) -> N
     run = a_run({"manual": [[0.5, 0.4]]})
     run.settings["data"]["name"] = "/".join(["folder"] * 100) + "/my_data.py:make"
     assert plots.plot_incumbents(run, tmp_path / "incumbents.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "a$b$c.csv", "\x1b[2J"])
+def test_the_name_of_a_data_set_is_no_formula(tmp_path: Path, name: str) -> None:
+    run = a_run({"sha": [[0.5] * 3]})
+    run.settings["data"] = {"name": name}
+    assert plots.plot_incumbents(run, tmp_path / "incumbents.png").is_file()

@@ -203,6 +203,11 @@ def refused(folder, message):
     assert str(caught.value) == message
 
 
+def repair(folder):
+    """What a message says of a damaged journal."""
+    return f"to go on from the line before it: fedtune resume {folder} --repair"
+
+
 def misfit(path, number, expected, found):
     return f"{path}, line {number}, does not fit the tuner: expected {expected}, got {found}"
 
@@ -341,7 +346,7 @@ def test_a_journal_that_was_edited_without_its_checksums(copy):
     path = journal(only(copy, "asha"), "asha")
     path.write_text(path.read_text().replace('"score": 0.', '"score": 1.', 1))
     number = numbered(lines_of(path), "tell")[0] + 1
-    refused(copy, f"{path}, line {number}, is damaged or was edited: its checksum does not fit")
+    refused(copy, f"{path}, line {number}, is damaged or was edited: its checksum does not fit; {repair(copy)}")
 
 
 def test_settings_that_were_edited(copy):
@@ -412,7 +417,7 @@ def test_trials_that_were_edited(copy):
     path = copy / "trials.parquet"
     refused(copy, f"{path} must have rounds {right} for asha-seed0, trial 3, as its journal has it, got 27")
     path.write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"^[^\n]*trials\.parquet cannot be read: [^\n]+$"):
+    with pytest.raises(InputError, match=r"^[^\n]*trials\.parquet can't be read: [^\n]+$"):
         fedtune.replay(copy)
 
 
@@ -426,7 +431,7 @@ def test_rounds_that_were_edited(copy):
     frame.to_parquet(path)
     refused(copy, f"{path} must have test_loss {right} for pbt-seed0, trial 3, as its journal has it, got 0.5")
     frame.drop(columns="round").to_parquet(path)
-    refused(copy, f"{path} cannot be read: 'round'")
+    refused(copy, f"{path} must have the column round, got none")
 
 
 @pytest.mark.parametrize("column", ["bytes", "test_error", "test_error_personalised_at_max_rounds", "runner_up"])

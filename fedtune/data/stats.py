@@ -6,6 +6,7 @@ from jaxtyping import Int64
 from fedtune.data.checks import check
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.parts import PARTS
+from fedtune.data.reading import check_memory
 from fedtune.errors import InputError
 
 
@@ -34,6 +35,8 @@ def statistics(dataset: FederatedDataset) -> dict[str, int | float]:
         "largest": int(sizes.max()),
     }
     if spec.objective == "classification":
+        counts = 8 * dataset.num_clients * spec.num_classes
+        check_memory(f"the counts of {spec.num_classes:,} labels of each client", counts)
         found["label_skew"] = _label_skew(dataset)
     return found
 

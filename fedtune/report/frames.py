@@ -4,7 +4,6 @@ Errors are fractions; lower is better.
 """
 
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedtune.data.formats.tables import read_columns
 from fedtune.errors import InputError
-from fedtune.simulation.records import FAULTS
+from fedtune.settings import read_settings
+from fedtune.simulation.records import FAULTS, RECORD_COLUMNS
 
 ERRORS = (
     "validation_error",
@@ -27,6 +28,7 @@ READINGS = {
     "test_error": "test error at the end",
     "test_error_at_max_rounds": "test error at {max_rounds} rounds",
 }
+FILES = {"rounds": "rounds.parquet", "trials": "trials.parquet", "results": "results.csv", "timings": "timings.csv"}
 # Columns that older versions of fedtune did not write, and the value that says so.
 LATER_COLUMNS = {
     "results": {
@@ -50,6 +52,40 @@ LATER_COLUMNS = {
     },
     "trials": {"score_se": math.nan},
     "timings": {},
+}
+# The columns that every version wrote.
+NUMBERS = {
+    "rounds": (
+        "seed",
+        "trial",
+        "round",
+        "virtual_time",
+        "spent",
+        "incumbent",
+        "score",
+        *(column for column in RECORD_COLUMNS if column not in LATER_COLUMNS["rounds"]),
+    ),
+    "trials": ("seed", "trial", "rounds", "score", "test_error"),
+    "results": (
+        "seed",
+        "trials",
+        "trial",
+        "max_rounds",
+        "virtual_time",
+        "rounds",
+        "rounds_of_trial",
+        "client_updates",
+        "bytes",
+        *(fault for fault in FAULTS if fault not in LATER_COLUMNS["results"]),
+        *ERRORS,
+    ),
+    "timings": ("seed", "wall_seconds"),
+}
+TEXTS = {
+    "rounds": ("tuner",),
+    "trials": ("tuner", "config"),
+    "results": ("tuner", "config", "theta", "pool"),
+    "timings": ("tuner",),
 }
 
 
@@ -78,15 +114,13 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not ((folder / "settings.toml").is_file() and (folder / "environment.json").is_file()):
         raise InputError(f"run must be a folder that holds settings.toml and environment.json, got {folder}")
-    for name in ("rounds.parquet", "trials.parquet", "results.csv", "timings.csv"):
+    for name in FILES.values():
         if not (folder / name).is_file():
             raise InputError(f"run must be finished (`fedtune resume {folder}`), got {folder} without {name}")
-    settings = tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8"))
+    settings = read_settings(folder / "settings.toml")
+    _check_plan(folder / "settings.toml", settings)
     frames = {
-        "rounds": pd.read_parquet(folder / "rounds.parquet"),
-        "trials": pd.read_parquet(folder / "trials.parquet"),
-        "results": pd.read_csv(folder / "results.csv"),
-        "timings": pd.read_csv(folder / "timings.csv"),
+        name: read_columns(folder / file, numbers=NUMBERS[name], texts=TEXTS[name]) for name, file in FILES.items()
     }
     done, planned = len(frames["results"]), len(settings["tuners"]) * settings["seeds"]
     if done < planned:
@@ -94,6 +128,15 @@ def read_run(folder: str | Path) -> Run:
     for name, columns in LATER_COLUMNS.items():
         frames[name] = frames[name].assign(**{column: columns[column] for column in columns.keys() - frames[name]})
     return Run(folder, settings, **{name: _ordered(frame, settings["tuners"]) for name, frame in frames.items()})
+
+
+def _check_plan(path: Path, settings: dict[str, Any]) -> None:
+    """Raises InputError unless the settings say which studies the run has."""
+    tuners, seeds = settings.get("tuners"), settings.get("seeds")
+    if not isinstance(tuners, list) or not all(isinstance(tuner, str) for tuner in tuners):
+        raise InputError(f"{path}: tuners must be a list of names, got {tuners!r:.40}")
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise InputError(f"{path}: seeds must be a whole number >= 1, got {seeds!r:.40}")
 
 
 def _ordered(frame: pd.DataFrame, tuners: list[str]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.parts import PARTS
 from fedtune.errors import InputError
+from fedtune.printable import printable
 from fedtune.report.frames import Run, curve_band, entropy_curve, incumbent_curve
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale for a line on white.
@@ -189,7 +190,7 @@ def _until(line: Line, spent: int) -> Line:
 
 def _data_name(run: Run) -> str:
     """The name of the data set; of a path only the last part, for a long path would leave no room for the axes."""
-    return Path(run.settings["data"]["name"]).name
+    return printable(Path(run.settings["data"]["name"]).name).replace("$", r"\$")  # else it could be a formula
 
 
 def _over(run: Run) -> str:

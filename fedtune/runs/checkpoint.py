@@ -31,7 +31,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
             checksum = (file.metadata() or {}).get("checksum")
-    except SafetensorError as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:  # also of numbers that NumPy does not have
         raise InputError(f"checkpoint {path} is damaged: {error}") from None
     if checksum != _checksum(arrays):
         raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")

@@ -32,7 +32,7 @@ def check_versions(folder: Path, listener: Listener) -> None:
     try:
         begun = json.loads(path.read_text())["versions"]
         different = [f"{name} {begun[name]}, now {now}" for name in VERSIONED if (now := version(name)) != begun[name]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
             f"{path} must say which versions the run was begun with, got {reason}; if it can't be restored, remove it"

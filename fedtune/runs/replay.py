@@ -8,13 +8,12 @@ The rebuilt rows must equal the rows of results.csv, rounds.parquet and trials.p
 results.csv exists, every study must have ended.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from fedtune.data.formats.tables import read_columns
 from fedtune.errors import InputError
 from fedtune.hyperparameters import with_client_values
 from fedtune.runs.history import PastRounds, TrialHistory, past_personalised
@@ -58,14 +57,13 @@ def replay(folder: Path) -> Iterator[ReplayedStudy]:
     """Each study of a run folder, once it is rebuilt. Raises InputError, one line, at the first difference."""
     settings = resolve([read_settings(settings_path(folder))])
     tuners = resolve_tuners(settings, with_client_values(settings, {}).space)
-    results = _rows(folder / "results.csv", lambda path: pd.read_csv(path, engine="python"))
+    results = _rows(folder / "results.csv")
     if results is not None:  # it is written last, when all studies have ended
         for name in ("rounds.parquet", "trials.parquet"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} must have {name} beside its results.csv, got none")
-    trials = _rows(folder / "trials.parquet", pd.read_parquet)
-    by_round = ["trial", "round"]
-    rounds = _rows(folder / "rounds.parquet", lambda path: pd.read_parquet(path).sort_values(by_round))
+    trials = _rows(folder / "trials.parquet")
+    rounds = _rows(folder / "rounds.parquet", sort_by=["trial", "round"])
     for name, seed in settings.studies:
         study = Replay(tuners[name], seed, settings, folder)
         replayed = study.run()
@@ -183,14 +181,12 @@ class Replay:
         ]
 
 
-def _rows(path: Path, read: Callable[[Path], pd.DataFrame]) -> list[dict[Any, Any]] | None:
-    """The rows of a file of a finished run; None if there is no such file."""
+def _rows(path: Path, sort_by: Sequence[str] = ()) -> list[dict[Any, Any]] | None:
+    """The rows of a file of a finished run, sorted by these columns of numbers; None if there is no such file."""
     if not path.is_file():
         return None
-    try:
-        return read(path).to_dict("records")
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    frame = read_columns(path, numbers=["seed", "trial", *sort_by], texts=["tuner"])
+    return (frame.sort_values([*sort_by]) if sort_by else frame).to_dict("records")
 
 
 def _compare(

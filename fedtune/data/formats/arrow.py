@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.columns import feature_columns, labels_of
 from fedtune.data.mapped import Place
+from fedtune.data.reading import reading
 from fedtune.data.spec import LABEL_DTYPES
 from fedtune.errors import InputError
 
@@ -29,18 +30,30 @@ def map_table(
     Labels are copied if they do not have the objective's type. Raises InputError, with the reason, if the file can't be
     mapped.
     """
-    try:
+    with reading(path, f"the table {path} can't be read"):
         with pa.memory_map(str(path)) as source:
             start = source.read_buffer(1).address
             reader = pa.ipc.open_file(source)
             if reader.num_record_batches != 1:
                 raise _unfit(path, f"have one record batch, got {reader.num_record_batches}")
             batch = reader.get_batch(0)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"the table {path} can't be read: {' '.join(str(error).split())}") from error
+        return _map_batch(path, start, batch, client, label, features, objective)
+
+
+def _map_batch(
+    path: Path,
+    start: int,
+    batch: pa.RecordBatch,
+    client: str,
+    label: str,
+    features: Sequence[str] | None,
+    objective: str,
+) -> FederatedDataset:
+    """The data set of the only batch of a file, which is mapped at the address `start`."""
     chosen = feature_columns(batch.schema.names, client, label, features)
     if batch.num_rows == 0:
         raise InputError("a table must have at least one row, got none")
+    batch.column(client).validate(full=True)  # a damaged file can say that its names lie outside it
     for column in (client, label):
         if missing := batch.column(column).null_count:
             raise InputError(

@@ -7,6 +7,7 @@ x.npy, y.npy, sizes.npy                  the examples of all clients one after a
                                          memory, since they are mapped; and how many examples each client has
 """
 
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,11 @@ import numpy as np
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.tables import SUFFIXES, from_frame, read_frame
+from fedtune.data.reading import check_memory, reading
 from fedtune.errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # whatever the file's name ends in
 ARRAYS = ("x.npy", "y.npy", "sizes.npy")
 
 
@@ -60,6 +63,7 @@ def from_folder(
             arrays["scale"] = 1 / 255
         return _from_images(entries, seed=seed, **options, **arrays)
     if suffixes == {".npz"}:
+        check_memory(f"the arrays in {folder}", sum(_unpacked_bytes(entry) for entry in entries))
         clients = {entry.stem: _read_npz(entry) for entry in entries}
         return from_clients(clients, seed=seed, **options, **arrays)
     if len(suffixes) == 1 and suffixes <= set(SUFFIXES):
@@ -70,6 +74,10 @@ def from_folder(
 def _from_whole_arrays(folder: Path, **options: Any) -> FederatedDataset:
     """The data set of the arrays of all clients; the options are those of `FederatedDataset.from_arrays`."""
     x, y, sizes = (_load_array(folder / name) for name in ARRAYS)
+    if sizes.ndim != 1 or sizes.dtype.kind not in "iu":
+        raise InputError(
+            f"{folder / ARRAYS[2]} must hold a whole number for each client, got {sizes.dtype} of shape {sizes.shape}"
+        )
     return FederatedDataset.from_arrays(x, y, sizes, **options)
 
 
@@ -103,21 +111,29 @@ def _unknown_form(folder: Path, entries: Sequence[Path]) -> str:
 
 
 def _load_array(path: Path) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} can't be read as an array: {' '.join(str(error).split())}") from error
-    return array
+    with reading(path, f"{path} can't be read as an array"):
+        array = np.load(path, mmap_mode="r")
+        if not isinstance(array, np.ndarray) or array.ndim == 0:
+            raise ValueError("it must hold one array with an axis of examples or clients")
+        return _native(array)
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with np.load(path) as arrays:
-            return arrays["x"], arrays["y"]
-    except KeyError as error:
-        raise InputError(f"{path} must hold the arrays x and y, got no {error.args[0].split()[0]}") from error
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} can't be read as arrays: {' '.join(str(error).split())}") from error
+    with reading(path, f"{path} can't be read as arrays"), np.load(path) as arrays:
+        if missing := [name for name in ("x", "y") if name not in arrays]:
+            raise InputError(f"{path} must hold the arrays x and y, got no {missing[0]}")
+        return _native(arrays["x"]), _native(arrays["y"])
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The array with its numbers in this machine's order of bytes; it is copied if they are in the other one."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """How many bytes the arrays in a .npz file take."""
+    with reading(path, f"{path} can't be read as arrays"), zipfile.ZipFile(path) as archive:
+        return sum(member.file_size for member in archive.infolist())
 
 
 def _read_images(clients: Sequence[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
@@ -127,7 +143,10 @@ def _read_images(clients: Sequence[Path]) -> tuple[dict[str, tuple[np.ndarray, n
     if not classes:
         raise InputError(f"a client's folder must hold a folder of images a class, got none in {clients[0].parent}")
     data = {}
+    num_images = sum(map(len, found.values()))
     for client, paths in found.items():
+        for path in paths[:1]:
+            check_memory(f"the images in {clients[0].parent}", _read_image(path).nbytes * num_images)
         images = [_read_image(path) for path in paths]
         if len({image.shape for image in images}) > 1:
             first = next(path for path, image in zip(paths, images, strict=True) if image.shape != images[0].shape)
@@ -143,12 +162,12 @@ def _images(client: Path) -> Iterator[Path]:
 
 def _read_image(path: Path) -> np.ndarray:
     """Grey levels of shape (height, width), or colours of shape (3, height, width)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
+    with reading(path, f"the image {path} can't be read"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # Not any format that Pillow knows: it would call another program for some of them.
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.mode in ("1", "L", "I;16", "LA"):
                 return np.asarray(image.convert("L"))
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"the image {path} can't be read: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from fedtune import rng
 from fedtune.data.federated_dataset import FederatedDataset, LeafNotes
@@ -19,6 +20,7 @@ from fedtune.data.formats.leaf_files import WHOLE, FileNotes, find_part_files, p
 from fedtune.data.formats.text import CHARACTER_CLASSES
 from fedtune.data.parts import PARTS, part_sizes
 from fedtune.data.problems import Problem
+from fedtune.data.reading import reading
 from fedtune.data.spec import DatasetSpec, count_classes
 from fedtune.errors import InputError
 
@@ -175,12 +177,12 @@ def _read_extra(folder: Path) -> dict[str, Any] | None:
     file = folder / EXTRA
     if not file.exists():
         return None
-    try:
+    with reading(file, f"{file} must be as `fedtune data export` wrote it"):
         extra = json.loads(file.read_text(encoding="utf-8"))
         # A file of somebody else may hold any JSON: what is missing or has another type raises here, not later.
-        _saved_spec(extra), _saved_form(extra), extra["name"], list[str](extra["client_ids"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} must be as `fedtune data export` wrote it, got {error!r}") from None
+        _saved_spec(extra), _saved_form(extra)
+        if not isinstance(extra["name"], str) or not all(isinstance(name, str) for name in extra["client_ids"]):
+            raise TypeError("name and client_ids must be strings")
     return dict(extra)
 
 
@@ -196,12 +198,15 @@ def _saved_parts(
 
 
 def _saved_spec(extra: Any) -> DatasetSpec:
-    items = extra["spec"].items()
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in items}
-    return DatasetSpec(**fields)
+    spec = TypeAdapter(DatasetSpec).validate_json(json.dumps(extra["spec"]), strict=True)
+    if min([0, *spec.input_shape, *spec.target_shape]) < 0:
+        raise ValueError("shapes must not be negative")
+    return spec
 
 
 def _saved_form(extra: Any) -> Form:
     input_shape, target_shape = (tuple(extra["spec"][name]) for name in ("input_shape", "target_shape"))
     x_dtype, y_dtype = np.dtype(extra["x_dtype"]), np.dtype(extra["y_dtype"])
-    return Form(extra["characters"], input_shape, x_dtype, target_shape, y_dtype)
+    if {x_dtype.kind, y_dtype.kind} - set("uif"):
+        raise TypeError(f"x and y must hold numbers, got {x_dtype} and {y_dtype}")
+    return Form(bool(extra["characters"]), input_shape, x_dtype, target_shape, y_dtype)

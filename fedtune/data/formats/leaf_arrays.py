@@ -63,6 +63,8 @@ def form_of(user: LeafUser, input_shape: list[int] | None, input_kind: str | Non
             shape = np.shape(user.x[0])
         except ValueError:
             shape = ()
+    if 0 in shape:
+        raise InputError(f"{user.place}: an example must hold a number or more, got shape {shape}")
     kind = np.dtype(np.uint8 if characters else np.int32 if input_kind == "token" else np.float32)
     return Form(characters, shape, kind, (), np.dtype(np.int64))
 

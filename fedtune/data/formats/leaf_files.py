@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fedtune.data.parts import PARTS
 from fedtune.data.problems import Problem
+from fedtune.data.reading import reading
 from fedtune.errors import InputError
 
 WHOLE = "all_data"
@@ -77,7 +78,7 @@ def read_users(files: list[Path], notes: FileNotes) -> Iterator[LeafUser]:
 def _users_of(file: Path, notes: FileNotes) -> Iterator[LeafUser]:
     found: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    try:
+    with reading(file, f"{file} must be JSON in LEAF's form"):
         content = _Json(file.read_text(encoding="utf-8"))
         for key in content.members():
             if key != "user_data":
@@ -91,10 +92,6 @@ def _users_of(file: Path, notes: FileNotes) -> Iterator[LeafUser]:
                 counts[name] = len(user.y)
                 yield user
         content.end()
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file} must be JSON in LEAF's form: {error}") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
     _check_lists(file, found, counts)
     notes.tolerated.extend(_wrong_counts(file, found, counts))
     if "hierarchies" in found:

@@ -3,7 +3,7 @@
 Each row is an example, and one column names the client of each row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.formats.clients import from_clients
 from fedtune.data.formats.columns import column_problems, feature_columns, labels_of
 from fedtune.data.problems import BadDataError
+from fedtune.data.reading import check_memory, reading
 from fedtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ARROW_SUFFIXES = (".arrow", ".feather")
 SUFFIXES = (".csv", ".parquet", *ARROW_SUFFIXES)
+# What pandas calls columns that hold numbers only, and columns that hold texts only. A column of None is "empty".
+NUMBERS = ("integer", "floating", "mixed-integer-float", "empty")
+TEXTS = ("string", "empty")
 
 
 def from_table(
@@ -63,15 +67,54 @@ def from_table(
 def read_frame(path: Path) -> "pd.DataFrame":
     """The table in a file. Raises InputError if the file can't be read."""
     import pandas as pd  # not above: worker processes never need it
+    from pyarrow import feather
 
     if path.suffix not in SUFFIXES:
         raise InputError(f"a table must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
-    try:
+    with reading(path, f"the table {path} can't be read"):
         if path.suffix in ARROW_SUFFIXES:
+            feather.read_table(path, memory_map=False).validate(full=True)  # a damaged one would end the process
             return pd.read_feather(path)
-        return _read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (OSError, ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
-        raise InputError(f"the table {path} can't be read: {' '.join(str(error).split())}") from error
+        if path.suffix == ".csv":
+            return _read_csv(path)
+        check_memory(f"the table {path}", _unpacked_bytes(path))
+        return pd.read_parquet(path)
+
+
+def read_columns(path: Path, *, numbers: Iterable[str] = (), texts: Iterable[str] = ()) -> "pd.DataFrame":
+    """The table in a CSV or Parquet file that has at least these columns of numbers and of texts.
+
+    The other columns too must hold numbers or texts. The numbers in a CSV file are read to the last bit. Raises
+    InputError.
+    """
+    import pandas as pd
+
+    with reading(path, f"{path} can't be read"):
+        if path.suffix == ".csv":
+            frame = pd.read_csv(path, engine="python")  # the other engine may change a number's last bit
+        else:
+            check_memory(str(path), _unpacked_bytes(path))
+            frame = pd.read_parquet(path)
+        # Texts are read here, so that damaged ones are found here.
+        held = {name: column if column.dtype.kind in "biuf" else column.to_list() for name, column in frame.items()}
+        kinds = {name: pd.api.types.infer_dtype(values, skipna=True) for name, values in held.items()}
+    for wanted, names, allowed in (("numbers", numbers, NUMBERS), ("texts", texts, TEXTS)):
+        for name in names:
+            if name not in kinds:
+                raise InputError(f"{path} must have the column {name}, got none")
+            if kinds[name] not in allowed:
+                raise InputError(f"{path}: the column {name} must hold {wanted}, got {kinds[name]}")
+    if strange := [name for name, kind in kinds.items() if kind not in NUMBERS + TEXTS]:
+        raise InputError(f"{path}: the column {strange[0]} must hold numbers or texts, got {kinds[strange[0]]}")
+    return frame
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """How much memory the numbers of a Parquet file take, if all are of eight bytes."""
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(path)
+    return int(8 * metadata.num_rows * metadata.num_columns)
 
 
 def _read_csv(path: Path) -> "pd.DataFrame":
