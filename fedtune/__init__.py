@@ -181,7 +181,7 @@ def resume(
 
         fedtune.resume("runs/compared")
     """
-    from fedtune.runs.recorded import check_begun_with
+    from fedtune.runs.recorded import check_begun_with, check_places
     from fedtune.runs.run_folder import settings_path
     from fedtune.settings import read_settings, resolve
 
@@ -189,6 +189,7 @@ def resume(
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
     # The run folder's settings are complete. Nothing that they name is imported before the journals confirm them.
     settings = resolve([read_settings(settings_path(folder)), where])
+    check_places(settings, folder)
     if repair:
         from fedtune.runs.repair import repair_run
 

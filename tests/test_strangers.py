@@ -12,7 +12,7 @@ import pytest
 import fedtune
 from fedtune import plugins
 from fedtune.cli import main
-from fedtune.errors import InputError
+from fedtune.errors import InputError, UnknownNameError
 
 PROGRAM = """
 from fedtune.client import Hyperparameter
@@ -156,6 +156,32 @@ def test_resume_compares_the_settings_before_it_runs_code(copy):
     path.write_text('tuners = ["asha"]\n' + path.read_text().partition("]\n")[2])
     with pytest.raises(InputError, match=r"settings\.toml must hold the settings of .*journal\.jsonl \(digest"):
         fedtune.extend(copy, total_rounds=18)
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("name", ["asha-seed0", "asha-seed0/journal.jsonl", "asha-seed0/checkpoints", "figures"])
+def test_resume_writes_and_removes_nothing_behind_a_link(copy, tmp_path, name, repair):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "journal.jsonl").write_text("somebody's file, without a line end")
+    path = copy / name
+    path.rename(copy / "moved")
+    path.symlink_to(elsewhere / "journal.jsonl" if path.suffix else elsewhere)
+    with pytest.raises(InputError, match=rf"{name} must not be a link, got a link to .*elsewhere"):
+        fedtune.resume(copy, repair=repair)
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["somebody's file, without a line end"]
+
+
+def test_the_name_of_a_tuner_does_not_lead_out_of_the_folder(copy, tmp_path):
+    victim = tmp_path / "other-seed0" / "journal.jsonl"
+    victim.parent.mkdir()
+    victim.write_text("no line end")
+    path = copy / "settings.toml"
+    path.write_text('tuners = ["../other"]\n' + path.read_text().partition("]\n")[2])
+    for repair in (False, True):
+        with pytest.raises(UnknownNameError, match=r"unknown tuner '\.\./other'"):
+            fedtune.resume(copy, repair=repair)
+    assert victim.read_text() == "no line end"
 
 
 def test_resume_reads_the_first_line_before_it_runs_code(copy):

@@ -5,10 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.errors import InputError
 from fedtune.hyperparameters import Hyperparameters, fixed_client_values, with_client_values
 from fedtune.runs.journal import Journal, JournalEnds
 from fedtune.settings import Settings, digest
 from fedtune.tuning.space import Config, Number, checked_number
+from fedtune.tuning.tuners import tuner_kind
+
+
+def check_places(settings: Settings, folder: Path) -> None:
+    """Raises InputError if what a resumed run writes or removes could lie outside its folder.
+
+    A stranger's run folder may have links to somewhere else, or a tuner whose name leads there.
+    """
+    for name in settings.tuners:
+        tuner_kind(name)  # raises UnknownNameError
+    studies = [folder / f"{name}-seed{seed}" for name, seed in settings.studies]
+    inside = [path for study in studies for path in (study, study / "journal.jsonl", study / "checkpoints")]
+    for path in (folder / "figures", *inside):
+        if path.is_symlink():
+            raise InputError(f"{path} must not be a link, got a link to {path.readlink()}")
 
 
 def check_begun_with(settings: Settings, folder: Path) -> None:
