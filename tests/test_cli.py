@@ -307,7 +307,8 @@ def test_a_journal_that_was_edited_is_one_line(answer, searched, tmp_path, comma
     number = text[: text.index('"score": 0.')].count("\n") + 1
     code, shown, errors = answer(command, folder)
     assert (code, shown) == (2, "")
-    assert errors == f"fedtune: {path}, line {number}, is damaged or was edited: its checksum does not fit\n"
+    damaged = f"fedtune: {path}, line {number}, is damaged or was edited: its checksum does not fit; "
+    assert errors == f"{damaged}to go on from the line before it: fedtune resume {folder} --repair\n"
 
 
 @pytest.mark.parametrize("command", ["resume", "replay"])
