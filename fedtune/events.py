@@ -7,6 +7,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 EVENTS = (
     "plan",
+    "space",
     "executor",
     "ask",
     "round",

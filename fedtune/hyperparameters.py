@@ -1,5 +1,6 @@
 """The hyperparameters of a run: which value each one is fixed at, and which ones are searched."""
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,8 @@ from fedtune import plugins
 from fedtune.errors import UnknownNameError
 from fedtune.server import optimizers
 from fedtune.settings import Settings, client_program_name
-from fedtune.tuning.domains import parse_domain
+from fedtune.space_layers import FIXED
+from fedtune.tuning.domains import Domain, parse_domain
 from fedtune.tuning.space import Config, SearchSpace, check_space
 
 
@@ -35,6 +37,8 @@ def resolve_hyperparameters(settings: Settings) -> Hyperparameters:
     hyperparameters = with_client_values(settings, client)
     check_space(hyperparameters.space.client, known, "client hyperparameter")
     check_space(hyperparameters.space.server, optimizers.HYPERPARAMETERS, "server hyperparameter")
+    _check_names(settings.space.client, known, "client hyperparameter")  # also of what is fixed there
+    _check_names(settings.space.server, optimizers.HYPERPARAMETERS, "server hyperparameter")
     return hyperparameters
 
 
@@ -49,8 +53,24 @@ def with_client_values(settings: Settings, client: Config) -> Hyperparameters:
         name: hyperparameter.check(f"server.{name}", getattr(settings.server, name))
         for name, hyperparameter in optimizers.HYPERPARAMETERS.items()
     }
-    space = SearchSpace(
-        {name: parse_domain(f"space.client.{name}", domain) for name, domain in settings.space.client.items()},
-        {name: parse_domain(f"space.server.{name}", domain) for name, domain in settings.space.server.items()},
-    )
+    space = SearchSpace(_domains("client", settings.space.client), _domains("server", settings.space.server))
     return Hyperparameters(client, server, space, settings.fixed_first)
+
+
+def not_searched(settings: Settings, hyperparameters: Hyperparameters) -> str:
+    """The hyperparameters that have the word "fixed" in `[space]`, with their values: "client.momentum = 0.9"."""
+    values = {"client": hyperparameters.client, "server": hyperparameters.server}
+    tables = {"client": settings.space.client, "server": settings.space.server}
+    names = [(part, name) for part, table in tables.items() for name, given in table.items() if given == FIXED]
+    return ", ".join(f"{part}.{name} = {values[part][name]}" for part, name in names)
+
+
+def _domains(part: str, table: Mapping[str, Any]) -> dict[str, Domain]:
+    """The domains in `[space.client]` or `[space.server]`, without what is fixed there."""
+    return {name: parse_domain(f"space.{part}.{name}", given) for name, given in table.items() if given != FIXED}
+
+
+def _check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(kind, name, known)

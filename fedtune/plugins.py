@@ -24,7 +24,6 @@ from fedtune.data.formats.tables import SUFFIXES, from_table
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.options import call
-from fedtune.settings import DEFAULT_CLIENT
 from fedtune.tuning.space import Hyperparameter
 
 if TYPE_CHECKING:
@@ -118,10 +117,9 @@ def load_client_program(name: str) -> ClientProgram:
     return cast(ClientProgram, program)
 
 
-def default_space(client: str | None) -> dict[str, Any]:
-    """The `[space]` of a client program (None means local_sgd), for a data set that ships no space."""
-    space = getattr(load_client_program(client or DEFAULT_CLIENT), "SPACE", {})
-    return {"client": space} if space else {}
+def default_space(client: str) -> dict[str, Any]:
+    """The `[space.client]` of a client program, for a data set that ships none; empty if the program has no `SPACE`."""
+    return dict(getattr(load_client_program(client), "SPACE", {}))
 
 
 def _dataset_loader(name: str) -> Callable[..., Any]:

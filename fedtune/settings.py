@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import InputError, UnknownNameError
+from fedtune.space_layers import FIXED, lay_over
 
 DEFAULT_CLIENT = "local_sgd"
 NOT_IN_DIGEST = {
@@ -27,6 +28,26 @@ NOT_IN_DIGEST = {
     "shares",
     "total_rounds",
     "extensions",
+}
+# The settings that every version of fedtune has written into a run folder, also those that the user left out.
+IN_EVERY_RUN = {
+    "tuners",
+    "seeds",
+    "seed",
+    "max_rounds",
+    "total_rounds",
+    "cohort_size",
+    "parallel_trials",
+    "workers",
+    "device",
+    "executor",
+    "data",
+    "model",
+    "client",
+    "server",
+    "space",
+    "tuner",
+    "evaluation",
 }
 
 # Settings that older runs lack. With these values they are not in the digest, so that older runs can be resumed.
@@ -59,11 +80,27 @@ class ServerSettings(Table):
     clip_factor: float = Field(3.0, ge=0, allow_inf_nan=False)
 
 
-class SpaceSettings(Table):
-    """`[space.client]` and `[space.server]`: what is searched, as `learning_rate = {log_uniform = [1e-4, 1.0]}`."""
+def _domain_or_word(value: Any) -> Any:
+    if value != FIXED and not isinstance(value, Mapping):
+        raise ValueError(f'must be a domain, such as {{uniform = [0.0, 0.5]}}, or "{FIXED}"')
+    return value
 
-    client: dict[str, dict[str, Any]] = {}
-    server: dict[str, dict[str, Any]] = {}
+
+DomainOrWord = Annotated[dict[str, Any] | Literal["fixed"], BeforeValidator(_domain_or_word)]
+
+
+class SpaceSettings(Table):
+    """`[space.client]` and `[space.server]`: what is searched, as `learning_rate = {log_uniform = [1e-4, 1.0]}`.
+
+    They are laid over the search space that the data set or the client program ships, one hyperparameter at a time.
+    With the word "fixed" in place of a domain, a hyperparameter is not searched. `only` names all that is searched, as
+    ["client.learning_rate", "server.learning_rate"]. A hyperparameter with a value in the user's `[client]` or
+    `[server]` is searched only if the user also gives its domain, or names it in `only`.
+    """
+
+    client: dict[str, DomainOrWord] = {}
+    server: dict[str, DomainOrWord] = {}
+    only: list[str] | None = Field(None, exclude=True)  # resolved settings have the word "fixed" instead
 
 
 class EvaluationSettings(Table):
@@ -205,12 +242,17 @@ class Settings(Table):
         return self.evaluation.every or -(-self.max_rounds // 20)
 
 
-def resolve(layers: Iterable[Mapping[str, Any]]) -> Settings:
-    """The settings of the merged layers, checked. Raises InputError, one line."""
+def resolve(layers: Iterable[Mapping[str, Any]], shipped: Iterable[Mapping[str, Any]] = ()) -> Settings:
+    """The settings of the merged layers, checked. Raises InputError, one line.
+
+    `layers` are the user's, and `shipped` the layers below them: what the data set and the client program bring.
+    """
+    below, given = merge(shipped), merge(layers)
     try:
-        return Settings.model_validate(merge(layers))
+        settings = Settings.model_validate(merge([below, given]))
     except ValidationError as error:
         raise input_error(error, Settings, "setting") from None
+    return settings.model_copy(update={"space": SpaceSettings.model_validate(lay_over(below, given))})
 
 
 def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -219,6 +261,11 @@ def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for layer in layers:
         _merge_into(merged, layer)
     return merged
+
+
+def are_of_a_run(table: Mapping[str, Any]) -> bool:
+    """Whether the settings are those of a run folder: `write_settings` wrote them, of any version of fedtune."""
+    return table.keys() >= IN_EVERY_RUN
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -358,7 +358,8 @@ def test_a_narrow_terminal_hides_no_column(answer, searched, monkeypatch, width)
 def test_a_study_whose_every_trial_failed_has_exit_code_1(answer, tmp_path):
     budget = ["--max-rounds", "2", "--total-rounds", "2", "--executor", "serial", "--out", tmp_path / "run"]
     code, shown, error = answer(
-        "compare", "digits", "--tuners", "manual,fedex", *budget, "--set", "client.learning_rate=3e38"
+        *("compare", "digits", "--tuners", "manual,fedex", *budget, "--set", "client.learning_rate=3e38"),
+        *("--set", "space.client.learning_rate={log_uniform=[1e-4,1.0]}"),  # what fedex draws is in this range
     )
     assert code == 1
     assert "run folder:" in shown

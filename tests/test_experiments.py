@@ -27,6 +27,13 @@ def test_the_settings_are_accepted(settings):
     assert resolve_settings(settings).total_rounds > 0
 
 
+def test_the_experiments_search_what_their_data_set_ships():
+    """Also if a file says at which value a search within one federation starts."""
+    for settings in map(resolve_settings, SETTINGS):
+        if settings.tuners != ["manual"]:
+            assert settings.space == resolve_settings(settings.data["name"]).space
+
+
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)

@@ -135,7 +135,7 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_event_is_refused() -> None:
-    known = "ask, drop, executor, incumbent, lost, plan, round, study_end, tell, warning"
+    known = "ask, drop, executor, incumbent, lost, plan, round, space, study_end, tell, warning"
     with pytest.raises(UnknownNameError, match=f"unknown event 'rond'; known: {known}"):
         LiveProgress(console(terminal=False))({"event": "rond"})
 

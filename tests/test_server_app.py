@@ -14,9 +14,10 @@ from fedtune.executors.serial import SerialExecutor
 from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
 from fedtune.server.flower_compat import pack
+from fedtune.server.messages import run_settings
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server_app import app, nodes_in_client_order
-from fedtune.settings import resolve
+from fedtune.settings import resolve, write_settings
 from fedtune.simulation.grid import ExecutorGrid
 from fedtune.study_tuners import make_draw, tuner_settings
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
@@ -181,6 +182,16 @@ def test_a_client_that_always_fails_costs_its_updates_only(tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights.values())
     name = next(iter(weights))
     assert not torch.equal(weights[name], by_hand(table)[name])
+
+
+def test_the_apps_settings_have_a_search_space_like_those_of_a_run():
+    domain = TABLE["space"]["client"]["learning_rate"]
+    space = {"client": {"learning_rate": domain, "momentum": "fixed", "dropout": {"uniform": [0.0, 0.5]}}}
+    for given in ({"client": {**space["client"], "dropout": "fixed"}}, {**space, "only": ["client.learning_rate"]}):
+        settings = run_settings(tomli_w.dumps(TABLE | {"space": given}))
+        assert settings.space.client == {"learning_rate": domain, "momentum": "fixed", "dropout": "fixed"}
+        assert resolve_hyperparameters(settings).space.client.keys() == {"learning_rate"}
+        assert run_settings(write_settings(settings)) == settings
 
 
 @pytest.mark.parametrize(

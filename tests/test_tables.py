@@ -162,7 +162,7 @@ def test_what_each_search_chose_is_a_line():
     studies = [(tuner, seed) for tuner in ("manual", "asha") for seed in (0, 1)]
     results = pd.DataFrame([{"tuner": tuner, "seed": seed, "config": json.dumps(config)} for tuner, seed in studies])
     results["theta"] = "[[1.0]]"
-    space = {"client": {"learning_rate": {}, "batch_size": {}}, "server": {}}
+    space = {"client": {"learning_rate": {}, "batch_size": {}, "momentum": "fixed"}, "server": {}}
     chosen = "chose client.learning_rate=0.01234, client.batch_size=32"
     assert list(chosen_lines(results, space)) == [f"asha, seed {seed}, {chosen}" for seed in (0, 1)]
 

@@ -100,7 +100,7 @@ class LiveProgress:
                 self._study(event).incumbent = event
             case "warning":
                 self._print(f"warning: {event['message']}")
-            case "executor":
+            case "executor" | "space":
                 self._print(event["message"])
             case "lost":
                 self._lost(event)

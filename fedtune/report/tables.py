@@ -20,6 +20,7 @@ from fedtune.data.problems import Problem
 from fedtune.printable import printable
 from fedtune.report.frames import READINGS, lead_line
 from fedtune.simulation.records import FAULTS
+from fedtune.space_layers import FIXED
 from fedtune.tuning.tuners import tuner_kind
 
 MISSING = "–"
@@ -92,7 +93,10 @@ def chosen_lines(results: pd.DataFrame, space: Mapping[str, Mapping[str, object]
         sure = f"; theta gives it {probability:.2f}" if 1.001 * uniform < probability < 1 else ""
         config = json.loads(row["config"])
         values = [
-            f"{side}.{name}={config[side][name]:.4g}" for side in ("client", "server") for name in space.get(side, {})
+            f"{side}.{name}={config[side][name]:.4g}"
+            for side in ("client", "server")
+            for name, domain in space.get(side, {}).items()
+            if domain != FIXED
         ]
         yield printable(f"{row['tuner']}, seed {row['seed']}, chose {', '.join(values)}{sure}")
 

@@ -16,7 +16,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
 from fedtune.files import make_folder, remove_unfinished
-from fedtune.hyperparameters import Hyperparameters
+from fedtune.hyperparameters import Hyperparameters, not_searched
 from fedtune.initial_weights import initial_weights
 from fedtune.runs.environment import check_versions
 from fedtune.runs.history import past_personalised
@@ -78,6 +78,9 @@ class Comparison:
             {"tuner": name, "seed": seed, "total_rounds": settings.last_total_rounds} for name, seed in settings.studies
         ]
         listener({"event": "plan", "studies": plan})
+        fixed = not_searched(settings, self.hyperparameters)
+        if fixed and settings.tuners != ["manual"]:
+            listener({"event": "space", "message": f"not searched: {fixed}"})
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
         executor = make_executor(
