@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedtune.report.frames import Run
     from fedtune.runs.comparison import Comparison
     from fedtune.runs.replay import ReplayedStudy
+    from fedtune.search_space import SpaceRow
     from fedtune.settings import Settings
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ReplayedStudy",
     "Run",
     "Settings",
+    "SpaceRow",
     "__version__",
     "compare",
     "compare_settings",
@@ -40,6 +42,7 @@ __all__ = [
     "resolve_settings",
     "resume",
     "run",
+    "space",
     "train",
     "tune",
     "tune_settings",
@@ -52,6 +55,7 @@ TYPES = {
     "ReplayedStudy": "fedtune.runs.replay",
     "Run": "fedtune.report.frames",
     "Settings": "fedtune.settings",
+    "SpaceRow": "fedtune.search_space",
 }
 
 
@@ -246,6 +250,17 @@ def read_run(folder: str | Path) -> "Run":
     from fedtune.report.frames import read_run
 
     return read_run(folder)
+
+
+def space(what: str | Path, **settings: Any) -> "list[SpaceRow]":
+    """What a run would search, what is fixed, and where each came from; the arguments are as in `compare`.
+
+    [row.name for row in fedtune.space("digits", client={"momentum": 0.9}) if row.domain]
+    """
+    from fedtune.layers import layers_of
+    from fedtune.search_space import space_rows
+
+    return space_rows(layers_of(what, [settings]))
 
 
 def new_folder(settings: "Settings") -> Path:

@@ -12,12 +12,14 @@ import typer
 
 from fedtune import cli_data
 from fedtune.cli_options import (
+    Assignments,
     Command,
     MaxRounds,
     NumConfigs,
     ResumeOptions,
     RunOptions,
     TotalRounds,
+    assigned,
     with_options,
 )
 from fedtune.errors import InputError
@@ -176,6 +178,20 @@ def replay(run: Path) -> None:
 
     for study in replay(run):
         typer.echo(study)
+
+
+@app.command(cls=Command)
+def space(what: str, assignments: Assignments = None) -> None:
+    """Show what a run would search, what is fixed, and where each came from.
+
+    Example:
+      fedtune space digits --set client.momentum=0.9
+    """
+    from fedtune.layers import layers_of
+    from fedtune.search_space import space_lines, space_rows
+
+    for line in space_lines(space_rows(layers_of(what, assigned(assignments), "command line"))):
+        typer.echo(line)
 
 
 @app.command("list", cls=Command)

@@ -60,6 +60,16 @@ def test_a_run_with_the_model_and_the_client_program_of_the_page(folder):
     assert "warning" not in done.output
 
 
+def test_the_search_space_of_the_program_on_a_data_set_that_ships_one(folder):
+    (command,) = re.findall(r"`fedtune (space .*?)`", PAGE)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, (done.output, done.exception)
+    searched, _, rest = done.output.partition("fixed:")
+    assert re.findall(r"^  client\.(\w+)", searched, re.MULTILINE) == ["learning_rate"]
+    left_out = {f"client.{name}" for name in HYPERPARAMETERS} - {"client.learning_rate"}
+    assert set(re.findall(r"^  (client\.\w+)", rest, re.MULTILINE)) == left_out
+
+
 def test_the_test_of_the_client_program(folder):
     import test_my_client
 
