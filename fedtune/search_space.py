@@ -39,12 +39,19 @@ def space_rows(layers: Layers) -> list[SpaceRow]:
         part, _, name = key.partition(".")
         domain = getattr(settings.space, part).get(name, FIXED)
         domain_origin = layers.origin(f"space.{key}") if domain != FIXED else None
-        fixed_by = found[key].fixed_by if key in found else None
-        note = f"not searched, because of {fixed_by} ({layers.origin(fixed_by)})" if fixed_by else ""
+        note = _why_fixed(found[key].fixed_by, key, layers) if key in found else ""
         value_origin = layers.origin(key) or default
         rows.append(SpaceRow(key, None if domain == FIXED else domain, domain_origin, value, value_origin, note))
     missing = f"{program} does not have it"
     return rows + [SpaceRow(key, None, None, None, origin, missing) for key, origin in layers.left_out]
+
+
+def _why_fixed(fixed_by: str | None, key: str, layers: Layers) -> str:
+    """Why a hyperparameter that has a domain is not searched; empty if it is searched."""
+    if fixed_by is None:
+        return ""
+    because = "its value is set" if fixed_by == key else f"of {fixed_by} ({layers.origin(fixed_by)})"
+    return f"not searched, because {because}"
 
 
 def space_lines(rows: Sequence[SpaceRow]) -> Iterator[str]:

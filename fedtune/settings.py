@@ -1,7 +1,7 @@
 """What a user can set, in TOML. An unknown key or an impossible value is one clear line.
 
 Settings come in layers. A later layer overrides an earlier one: the defaults below, the settings that the data set
-ships, a file, the command line.
+ships, a file, the command line. `fedtune.space_layers` says what that means for the search space.
 """
 
 import hashlib

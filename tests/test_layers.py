@@ -122,9 +122,19 @@ def test_a_program_of_ones_own_needs_none_of_the_shipped_hyperparameters(program
 def test_a_program_of_ones_own_is_run_on_a_shipped_data_set(program, tmp_path):
     run = fedtune.compare("digits", **TINY, client=program, out=tmp_path / "run")
     assert json.loads(run.results["config"][0])["client"].keys() == {"learning_rate", "warmth"}
-    # What a data set fixes and a program has is not searched, though the program has a domain for it.
-    shakespeare = resolve_settings("shakespeare", {"client": {**program, "warmth": 0.1}})
-    assert "warmth" not in resolve_hyperparameters(shakespeare).space.client
+
+
+def test_a_program_does_not_search_what_a_data_set_has_chosen_to_fix(tmp_path):
+    """Shakespeare has a value and no domain for the epochs, and a space; a program has both."""
+    path = tmp_path / "own.py"
+    path.write_text(PROGRAM.replace('"warmth": Hyper', '"epochs": Hyperparameter(3), "warmth": Hyper'))
+    path.write_text(path.read_text().replace("SPACE = {", 'SPACE = {"epochs": {"choice": [1.0, 2.0]}, '))
+    found = resolve_hyperparameters(resolve_settings("shakespeare", {"client": {"name": str(path)}}))
+    assert found.space.client.keys() == {"learning_rate", "warmth"}
+    assert found.client["epochs"] == shakespeare.SETTINGS["client"]["epochs"] == 1
+    # Other data fix nothing.
+    own = resolve_settings("mine.py:make", {"client": {"name": str(path)}})
+    assert own.space.client.keys() == {"epochs", "warmth"}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +193,7 @@ def test_the_settings_of_a_run_stand_alone(users, tmp_path):
         text.replace('name = "digits"\npartition = "iid"\nnum_clients = 10', f'name = "{users.parent}/users.csv"')
     )
     assert searched(path).keys() == {"client.learning_rate"}
+    assert searched(path, {"space": {"client": {"learning_rate": "fixed"}}}) == {}
     assert resolve_settings(path, {"space": {"client": {"momentum": {"uniform": [0.0, 0.5]}}}}).space.client.keys() == {
         "learning_rate",
         "momentum",

@@ -134,6 +134,12 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_what_is_not_searched_is_a_line() -> None:
+    out, message = console(terminal=False), "not searched: client.momentum = 0.9, client.epochs = 1"
+    LiveProgress(out)({"event": "space", "message": message})
+    assert printed(out) == message + "\n"
+
+
 def test_unknown_event_is_refused() -> None:
     known = "ask, drop, executor, incumbent, lost, plan, round, space, study_end, tell, warning"
     with pytest.raises(UnknownNameError, match=f"unknown event 'rond'; known: {known}"):

@@ -71,7 +71,7 @@ def test_each_row_says_where_it_is_from():
     layers = assigned(["client.momentum=0.9", "client.name=own.py"])
     rows = {row.name: row for row in space_rows(layers_of("own_fixes.toml", layers[:1], "command line"))}
     assert rows["client.momentum"].value_origin == "command line"
-    assert rows["client.momentum"].note == "not searched, because of client.momentum (command line)"
+    assert rows["client.momentum"].note == "not searched, because its value is set"
     assert rows["client.epochs"].note == "not searched, because of space.client.epochs (own_fixes.toml)"
     assert rows["client.dropout"].domain_origin == "own_fixes.toml"
     assert rows["client.learning_rate"].domain_origin == "client program local_sgd"
