@@ -72,6 +72,11 @@ def test_a_dropped_job_is_retried_before_anything_new():
     assert [time for time, _ in workload.done] == [15, 20, 25]
 
 
+def test_dropped_jobs_are_retried_in_the_order_in_which_they_were_dropped():
+    workload = run(RandomSearch(draw, 5, num_configs=3), Synthetic(drops=[(0, 0), (1, 0)]), 2, tells_first=True)
+    assert workload.log[2:6] == [("dropped", 0, "retry"), ("dropped", 1, "retry"), (0, 0, 1), (1, 0, 1)]
+
+
 def test_a_lost_job_is_never_told():
     tuner = ASHA(draw, 9, 1, 3, num_configs=9)
     workload = run(tuner, Synthetic(drops=[(4, 0)]), 1, on_drop="lose", forgets_jobs=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedtune.runs.history import TrialHistory
-from fedtune.runs.results import result_row, runner_up, trial_rows
+from fedtune.runs.results import result_row, round_rows, runner_up, trial_rows
 from fedtune.simulation.records import Evaluation, RoundRecord
 from fedtune.tuning.trial import Score, Trial, incumbent
 
@@ -33,6 +33,32 @@ def test_the_runner_up_is_the_second_best_at_the_best_ones_resource() -> None:
     assert found["runner_up"] == 2
     assert found["lead"] == pytest.approx(0.24 - 0.20)
     assert found["lead_se"] == pytest.approx(math.sqrt(0.03**2 + 0.04**2))
+
+
+def test_the_runner_up_may_have_any_number() -> None:
+    trials = {0: history(0, (9, 0.5, 0.1)), 1: history(1, (9, 0.2, 0.1)), 2: history(2, (9, 0.3, 0.1))}
+    assert runner_up(trials, Score(1, 9, 0.2))["runner_up"] == 2
+    diverged = {**trials, 0: history(0, (9, math.nan, 0.1))}
+    assert runner_up(diverged, Score(1, 9, 0.2))["runner_up"] == 2
+
+
+def test_the_rounds_of_all_trials_in_virtual_order_with_the_incumbent_after_each() -> None:
+    """Trial 1 is reported at the time of its second round, and trial 0, which is better, at that of its own second."""
+    trials = {0: history(0, (1, 0.4, 0.1), (2, 0.1, 0.1)), 1: history(1, (1, 0.4, 0.1), (2, 0.3, 0.1))}
+    trials[0].times, trials[1].times = [2.0, 4.0], [1.0, 3.0]
+    rows = round_rows("asha", 7, trials, [(3.0, 1), (4.0, 0)], searches=True)
+    shown = [(row["virtual_time"], row["trial"], row["round"], row["spent"], row["incumbent"]) for row in rows]
+    assert shown == [(1.0, 1, 1, 1, -1), (2.0, 0, 1, 2, -1), (3.0, 1, 2, 3, 1), (4.0, 0, 2, 4, 0)]
+    assert {(row["tuner"], row["seed"]) for row in rows} == {("asha", 7)}
+    within_one = round_rows("manual", 7, {0: trials[0]}, [(4.0, 0)], searches=False)
+    assert [row["incumbent"] for row in within_one] == [0, 0]
+
+
+def test_rounds_at_one_moment_are_sorted_by_trial() -> None:
+    trials = {0: history(0, (1, 0.4, 0.1)), 1: history(1, (1, 0.3, 0.1))}
+    trials[0].times, trials[1].times = [1.0], [1.0]
+    rows = round_rows("asha", 0, dict(reversed(trials.items())), [(1.0, 1)], searches=True)
+    assert [row["trial"] for row in rows] == [0, 1]
 
 
 def test_the_standard_error_of_a_score_is_the_mean_over_its_evaluations() -> None:
