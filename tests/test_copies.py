@@ -91,6 +91,7 @@ def test_a_replaced_trials_checkpoints_go_at_once(tmp_path, monkeypatch):
             best.append(event["trial"])
             kept = {int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("*/checkpoints/*")}
             assert kept & replaced <= {event["trial"]}
+            assert event["trial"] in kept
 
     monkeypatch.setattr(Population, "copy", watched)
     run(tmp_path / "run", look)

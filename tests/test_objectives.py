@@ -13,20 +13,23 @@ from fedtune_clients.models import mlp
 
 
 def test_a_position_that_is_ignored_counts_neither_in_the_loss_nor_in_the_measures():
-    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]]])
-    y = torch.tensor([[0, 1], [1, IGNORED]])
-    one = [math.log(2), math.log(1 + math.exp(2)), math.log(1 + math.exp(-3))]  # of the positions that count
+    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]], [[3.0, 0.0], [1.0, 0.0]]])
+    y = torch.tensor([[0, 1], [1, IGNORED], [1, IGNORED]])
+    # Of the positions that count.
+    one = [math.log(2), math.log(1 + math.exp(2)), math.log(1 + math.exp(-3)), math.log(1 + math.exp(3))]
     loss, measure = OBJECTIVES["next_token"]
     assert loss(logits, y).item() == pytest.approx(np.mean(one))
     losses, errors = measure(logits, y)
-    assert losses.tolist() == pytest.approx([np.mean(one[:2]), one[2]])
-    assert errors.tolist() == [0.5, 0.0]
+    assert losses.tolist() == pytest.approx([np.mean(one[:2]), one[2], one[3]])
+    assert errors.tolist() == [0.5, 0.0, 1.0]
 
 
-def test_nan_among_the_logits_is_an_error():
+@pytest.mark.parametrize("label", [0, 1])
+def test_nan_among_the_logits_is_an_error(label):
+    """Also if it stands at the label: argmax takes NaN for the largest."""
     logits = torch.tensor([[[float("nan"), 1.0], [2.0, 0.0]]])
-    assert OBJECTIVES["next_token"].measure(logits, torch.tensor([[1, 0]])).error.tolist() == [0.5]
-    assert OBJECTIVES["classification"].measure(logits[:, 0], torch.tensor([1])).error.tolist() == [1.0]
+    assert OBJECTIVES["next_token"].measure(logits, torch.tensor([[label, 0]])).error.tolist() == [0.5]
+    assert OBJECTIVES["classification"].measure(logits[:, 0], torch.tensor([label])).error.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(("y_shape", "outputs_shape"), [((4,), (4, 1)), ((4,), (4,)), ((4, 3), (4, 3))])
