@@ -69,3 +69,11 @@ def test_a_safetensors_file_of_somebody_else_is_no_checkpoint(tmp_path):
     save_file({"round": np.array(1)}, path)
     with pytest.raises(InputError, match=r"is damaged: its checksum does not fit$"):
         checkpoint.load(path)
+
+
+def test_an_array_of_another_name_is_damage(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, {"one": np.zeros(3), "two": np.ones(3)})
+    path.write_bytes(path.read_bytes().replace(b'"two"', b'"twi"'))
+    with pytest.raises(InputError, match="is damaged: its checksum does not fit"):
+        checkpoint.load(path)
