@@ -352,15 +352,18 @@ def test_a_search_ends_when_its_configurations_are_drawn_and_promoted(tmp_path):
 SEARCHES = ["random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb"]
 
 
-def test_every_search_spends_its_whole_budget(tmp_path):
+def test_every_search_spends_its_whole_budget_and_tries_the_fixed_values(tmp_path):
     """47 rounds are no sum of whole jobs for most of them: the last job of a search is shortened to what is left."""
+    tuners = ["manual", *SEARCHES]
     small = {"model": {"name": "logistic"}, "cohort_size": 1, "evaluation": {"clients": 2}, "executor": "serial"}
     options = {"async_hyperband": {"reduction_factor": 3}}
     budget = {"max_rounds": 9, "total_rounds": 47}
-    found = fedtune.compare("digits", out=tmp_path / "run", tuners=SEARCHES, tuner=options, **budget, **small)
-    assert found.results["rounds"].tolist() == [47] * len(SEARCHES)
-    assert found.results["charged_rounds"].tolist() == found.results["total_rounds"].tolist() == [47] * len(SEARCHES)
-    assert (found.trials["rounds"] <= 9).all()
+    found = fedtune.compare("digits", out=tmp_path / "run", tuners=tuners, tuner=options, **budget, **small)
+    for column in ("rounds", "charged_rounds", "total_rounds"):
+        assert found.results[column].tolist() == [47] * len(tuners)
+    assert (found.trials.loc[found.trials["tuner"] != "manual", "rounds"] <= 9).all()
+    configs = found.trials.loc[found.trials["trial"] == 0, "config"]
+    assert configs.tolist() == [configs.iloc[0]] * len(tuners)
     assert all(study.finished for study in fedtune.replay(found.folder))
 
 
