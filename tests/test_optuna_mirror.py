@@ -87,8 +87,11 @@ def test_the_mirrored_trials_are_those_of_the_run(mirrored):
 def test_parameters_are_what_is_searched_with_its_domain(mirrored):
     folder, space = mirrored.folder.parent, mirrored.settings["space"]
     searched = {f"{part}.{name}" for part in ("client", "server") for name in space[part]}
+    (manual,) = trials_in(folder, "run/manual-seed0").values()
     for tuner in ("asha", "asha+fedex"):
-        for trial in trials_in(folder, f"run/{tuner}-seed0").values():
+        trials = trials_in(folder, f"run/{tuner}-seed0")
+        assert trials.pop(0).params == manual.params  # it has the fixed values
+        for trial in trials.values():
             config = trial.user_attrs["config"]
             centre = config["pool"][0][0]  # of digits' flat pools, the first element is what was drawn
             values = {f"client.{name}": value for name, value in centre.items()}
@@ -97,7 +100,6 @@ def test_parameters_are_what_is_searched_with_its_domain(mirrored):
             rate = trial.distributions["client.learning_rate"]
             assert [rate.low, rate.high] == space["client"]["learning_rate"]["log_uniform"]
             assert rate.log
-    (manual,) = trials_in(folder, "run/manual-seed0").values()
     # The fixed rate, 0.1, lies in [1e-4, 1]; the fixed proximal_mu, 0, is not in [1e-5, 1].
     assert manual.params["client.learning_rate"] == 0.1
     assert set(manual.params) < searched
