@@ -5,7 +5,7 @@ Its run configuration holds `settings`, the TOML text of a run's settings. The a
 `out`, the app writes the trained weights to that file.
 """
 
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -20,9 +20,12 @@ from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
+from fedtune.server.replies import Count, good_answers, metrics_in
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import DevicesSettings
 from fedtune.study_tuners import make_draw, tuner_settings
+
+TIMEOUT = 3600.0  # seconds for which the server waits for replies, as in Flower's own loop
 
 app = ServerApp()
 
@@ -49,8 +52,9 @@ def main(grid: Grid, context: Context) -> None:
         policy,
         cohort_size=settings.cohort_size,
         seed=settings.seed,
-        nodes=nodes_in_client_order(grid),
+        nodes=list(nodes_by_client(grid).values()),
         evaluate_every=settings.evaluate_every,
+        objective=spec.objective,
     )
     weights = initial_weights(settings, spec, settings.seed)
     result = strategy.start(grid, pack(weights.numpy()), num_rounds=settings.max_rounds)
@@ -63,17 +67,28 @@ def main(grid: Grid, context: Context) -> None:
         save_file({name: tensor.clone() for name, tensor in trained.items()}, out)
 
 
-def nodes_in_client_order(grid: Grid) -> list[int]:
-    """All nodes, ordered by the client that each one reports to be: Flower's node ids are random in each run."""
+def nodes_by_client(grid: Grid) -> dict[int, int]:
+    """The node of each client, in client order; each node reports its client's number.
+
+    Flower's node ids are random in each run. Raises InputError if a node gives no good answer, or two nodes name one
+    client: it must be clear who takes part, and nothing is trained yet.
+    """
     questions = [
         Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in sorted(grid.get_node_ids())
     ]
-    client_of = {}
-    for reply in grid.send_and_receive(questions):
-        if reply.has_error():
-            raise InputError(f"a node can't say which client it is: {reply.error.reason}")
-        client_of[reply.metadata.src_node_id] = int(protocol.metrics(reply)["client"])  # type: ignore[arg-type]
-    client, count = Counter(client_of.values()).most_common(1)[0] if client_of else (0, 0)
-    if count > 1:
-        raise InputError(f"every node must be a client of its own, got {count} nodes for client {client}")
-    return sorted(client_of, key=lambda node: client_of[node])
+    asked = [question.metadata for question in questions]
+    replies = grid.send_and_receive(questions, timeout=TIMEOUT)
+    answers, problems = good_answers(replies, asked, lambda reply: metrics_in(reply, {"client": Count(0, 2**63 - 1)}))
+    silent = [metadata.dst_node_id for metadata in asked if metadata.dst_node_id not in answers]
+    if problems or silent:
+        raise InputError(
+            f"a node can't say which client it is: {problems[0] if problems else f'node {silent[0]} did not answer'}"
+        )
+    nodes_of = defaultdict(list)
+    for node, metrics in answers.items():
+        nodes_of[int(metrics["client"])].append(node)
+    for client, nodes in nodes_of.items():
+        if len(nodes) > 1:
+            names = ", ".join(map(str, nodes))
+            raise InputError(f"every node must be a client of its own, got nodes {names} for client {client}")
+    return {client: nodes_of[client][0] for client in sorted(nodes_of)}

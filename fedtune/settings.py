@@ -51,7 +51,10 @@ IN_EVERY_RUN = {
 }
 
 # Settings that older runs lack. With these values they are not in the digest, so that older runs can be resumed.
-LATER: dict[str, Any] = {"fixed_first": False}
+LATER: dict[str, Any] = {
+    "fixed_first": False,
+    "server.max_examples": 10**9,
+}
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -67,7 +70,8 @@ class ServerSettings(Table):
 
     `optimizer` is sgd, adam or yogi (Reddi et al. 2021, algorithm 2). `decay` is the fraction by which the learning
     rate shrinks each round. `learning_rate`, `momentum` and `decay` can be searched in `[space.server]`. An update is
-    clipped to `clip_factor` times the cohort's median norm; 0 turns clipping off.
+    clipped to `clip_factor` times the cohort's median norm; 0 turns clipping off. A client that says it has more than
+    `max_examples` examples in a part counts as lost.
     """
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
@@ -78,6 +82,7 @@ class ServerSettings(Table):
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
     clip_factor: float = Field(3.0, ge=0, allow_inf_nan=False)
+    max_examples: int = Field(10**9, ge=1, le=10**12, strict=True)  # float64 holds sums of such counts exactly
 
 
 def _domain_or_word(value: Any) -> Any:
@@ -358,7 +363,11 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
 def digest(settings: Settings) -> str:
     """A fingerprint of the settings that decide a study's numbers; its budget does not count."""
     fields = settings.model_dump(mode="json", exclude=NOT_IN_DIGEST)
-    fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
+    for name, default in LATER.items():
+        table, _, key = name.rpartition(".")
+        held = fields[table] if table else fields
+        if held[key] == default:
+            del held[key]
     if settings.batches_clients:
         fields["batched"] = True
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

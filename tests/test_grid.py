@@ -138,14 +138,14 @@ def test_both_grids_evaluate_alike(executor_grid, client_app_grid, initial, conf
     for grid in (executor_grid, client_app_grid):
         arrays = pack(initial.numpy())
         sent = [message(arrays, client, MessageType.EVALUATE, **config) for client in (4, 1)]
-        replies.append([dict(protocol.metrics(reply)) for reply in grid.send_and_receive(sent)])
+        replies.append([dict(reply.content["metrics"]) for reply in grid.send_and_receive(sent)])
     assert replies[0] == replies[1]
     assert replies[0][0] != replies[0][1]
 
 
 def test_a_query_is_answered_with_the_client(grid):
     replies = grid.send_and_receive([query(4), query(0)])
-    assert {reply.metadata.src_node_id: dict(protocol.metrics(reply)) for reply in replies} == {
+    assert {reply.metadata.src_node_id: dict(reply.content["metrics"]) for reply in replies} == {
         4 + FIRST_NODE_ID: {"client": 4},
         0 + FIRST_NODE_ID: {"client": 0},
     }

@@ -16,7 +16,7 @@ from fedtune.initial_weights import initial_weights
 from fedtune.server.flower_compat import pack
 from fedtune.server.messages import run_settings
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.server_app import app, nodes_in_client_order
+from fedtune.server_app import app, nodes_by_client
 from fedtune.settings import resolve, write_settings
 from fedtune.simulation.grid import ExecutorGrid
 from fedtune.study_tuners import make_draw, tuner_settings
@@ -136,7 +136,7 @@ def test_it_trains_the_first_tuner_for_max_rounds_and_writes_the_weights(tuners,
 def test_node_ids_do_not_matter(order, tmp_path):
     nodes = [2**62 + 17 * client for client in order]
     grid = RenumberedGrid(TABLE, nodes)
-    assert nodes_in_client_order(grid) == nodes
+    assert nodes_by_client(grid) == dict(enumerate(nodes))
     assert_equal(trained(grid, TABLE, tmp_path), by_hand(TABLE))
 
 
@@ -149,8 +149,8 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch):
 def test_two_nodes_that_say_they_are_the_same_client():
     grid = RenumberedGrid(TABLE, [10, 11, 12, 13, 14])
     grid.client_of |= {12: 4}
-    with pytest.raises(InputError, match=r"^every node must be a client of its own, got 2 nodes for client 4$"):
-        nodes_in_client_order(grid)
+    with pytest.raises(InputError, match=r"^every node must be a client of its own, got nodes 12, 14 for client 4$"):
+        nodes_by_client(grid)
 
 
 def test_a_node_that_can_not_say_which_client_it_is():
@@ -158,7 +158,7 @@ def test_a_node_that_can_not_say_which_client_it_is():
     grid.client_of |= {12: 5}
     said = r"^a node can't say which client it is: InputError: the client must be a whole number in 0\.\.4, got 5$"
     with pytest.raises(InputError, match=said):
-        nodes_in_client_order(grid)
+        nodes_by_client(grid)
 
 
 def test_a_client_that_always_fails_costs_its_updates_only(tmp_path):
@@ -244,7 +244,7 @@ def test_one_thread_for_it_might_add_in_another_order_than_two(side):
                 app(grid, context(TABLE | {"cohort_size": 6}))
         else:  # another seed: settings that the client was not asked about before
             grid = client_app_grid(TABLE | {"seed": 1234})
-            assert nodes_in_client_order(grid) == list(grid.get_node_ids())
+            assert list(nodes_by_client(grid).values()) == list(grid.get_node_ids())
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)

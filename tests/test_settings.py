@@ -1,10 +1,12 @@
+import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.settings import parse_assignment, read_settings, resolve, write_settings
+from fedtune.settings import digest, parse_assignment, read_settings, resolve, write_settings
 
 BASE = {"data": {"name": "digits"}}
 
@@ -113,3 +115,18 @@ def test_all_clients_stay_asked_for_where_a_data_set_ships_fewer():
     shipped = {**BASE, "evaluation": {"clients": 100}}
     written = write_settings(resolve([shipped, {"evaluation": {"clients": "all"}}]))
     assert resolve([shipped, tomllib.loads(written)]).evaluation.clients is None
+
+
+def test_an_earlier_version_gave_these_settings_the_same_digest():
+    """Its run can be resumed: a setting that came later does not count, unless it is set."""
+    folder = Path(__file__).parent / "run_of_format_3"
+    begun = json.loads((folder / "asha-seed1" / "journal.jsonl").read_text().splitlines()[0])
+    settings = read_settings(folder / "settings.toml")
+    assert digest(resolve([settings])) == begun["settings"]
+    assert digest(resolve([settings, {"server": {"max_examples": 7}}])) != begun["settings"]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "many", True, 10**12 + 1])
+def test_max_examples_is_a_count(value):
+    with pytest.raises(InputError, match=r"^server.max_examples must be .*, got "):
+        resolve([BASE, {"server": {"max_examples": value}}])

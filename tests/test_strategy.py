@@ -437,7 +437,8 @@ def test_evaluation_may_be_left_out_between_rounds(grid, initial):
 
 
 def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
-    messages = list(make_strategy().configure_evaluate(1, pack(initial.numpy()), ConfigRecord(), grid))[:3]
+    strategy = make_strategy()
+    messages = list(strategy.configure_evaluate(1, pack(initial.numpy()), ConfigRecord(), grid))
     validation, test, sizes = [0.1, 0.3, 0.7], [0.2, 0.4, 0.9], [(1, 4), (2, 1), (3, 1)]
     replies = [
         Message(
@@ -457,15 +458,15 @@ def test_evaluations_are_weighted_by_examples_in_any_order(grid, initial):
             ),
             reply_to=message,
         )
-        for message, v, t, (n_validation, n_test) in zip(messages, validation, test, sizes, strict=True)
+        for message, v, t, (n_validation, n_test) in zip(messages[:3], validation, test, sizes, strict=True)
     ]
     results = [
-        dict(make_strategy().aggregate_evaluate(1, [*order, failed(messages[0])]))
-        for order in itertools.permutations(replies)
+        dict(strategy.aggregate_evaluate(1, [*order, failed(messages[3])])) for order in itertools.permutations(replies)
     ]
     validation_error = (1 * 0.1 + 2 * 0.3 + 3 * 0.7) / 6
     test_error = (4 * 0.2 + 1 * 0.4 + 1 * 0.9) / 6
     expected = {"validation_error": validation_error, "validation_loss": 2 * validation_error}
     assert results[0] == pytest.approx(expected | {"test_error": test_error, "test_loss": 3 * test_error})
     assert all(result == results[0] for result in results)
-    assert make_strategy().aggregate_evaluate(1, [failed(messages[0])]) is None
+    assert strategy.evaluation_failures == ["the battery is empty"]
+    assert strategy.aggregate_evaluate(1, [failed(messages[0])]) is None

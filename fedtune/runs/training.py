@@ -56,6 +56,7 @@ def train(
         setup.make_policy(trial),
         cohort_size=setup.settings.cohort_size,
         seed=setup.seed,
+        objective=setup.dataset.spec.objective,
     )
     federation = Federation(
         strategy,

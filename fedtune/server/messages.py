@@ -68,13 +68,6 @@ def weights(message: Message) -> Float[Tensor, "weight"]:
     return torch.from_numpy(record["weights"].numpy())
 
 
-def metrics(reply: Message) -> MetricRecord:
-    """The reply's record "metrics"."""
-    record = reply.content["metrics"]
-    assert isinstance(record, MetricRecord)
-    return record
-
-
 def answer(message: Message, result: Result) -> Message:
     """The reply that holds one client's result; its weights are not copied."""
     if isinstance(result, Failure):
