@@ -16,14 +16,13 @@ from fedtune import rng
 from fedtune.client.tasks import Executor, Failure, Metrics, PersonaliseTask, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.server.flower_compat import pack
-from fedtune.server.optimizers import OptimizerState
 from fedtune.server.strategy import FedTuneStrategy, RoundOutcome
 from fedtune.simulation.devices import Devices, RoundPlan
 from fedtune.simulation.evaluation import combine, evaluation_tasks, flatten
 from fedtune.simulation.grid import ExecutorGrid
 from fedtune.simulation.records import Evaluation, RoundRecord
 from fedtune.tuning.feedback import worst_error
-from fedtune.tuning.policy import expand, with_prefix
+from fedtune.tuning.policy import expand
 from fedtune.tuning.space import Config
 from fedtune.tuning.trial import Pool
 
@@ -125,12 +124,7 @@ class Federation:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state to checkpoint."""
-        arrays = {"round": np.array(self.round), "weights": self.weights.numpy()}
-        if self.strategy.optimizer_state:
-            moments = self.strategy.optimizer_state._asdict()
-            arrays |= {f"optimizer.{name}": moment.numpy() for name, moment in moments.items()}
-        arrays |= {f"policy.{name}": array for name, array in self.strategy.policy.to_arrays().items()}
-        return arrays
+        return {"round": np.array(self.round), "weights": self.weights.numpy(), **self.strategy.to_arrays()}
 
     def inherited_state(self) -> dict[str, np.ndarray]:
         """The state that a copy of this trial starts from. It lacks the policy's state, which is for this pool."""
@@ -140,12 +134,7 @@ class Federation:
         """Continues from a checkpoint, or from the state inherited from another trial."""
         self.round = int(arrays["round"])
         self.weights = torch.from_numpy(arrays["weights"])
-        if moments := with_prefix(arrays, "optimizer."):
-            self.strategy.optimizer_state = OptimizerState(
-                **{name: torch.from_numpy(moment) for name, moment in moments.items()}
-            )
-        if policy := with_prefix(arrays, "policy."):
-            self.strategy.policy.restore(policy)
+        self.strategy.restore(arrays)
 
     def _take(self, ticket: Ticket) -> list[Any]:
         results = self._executor.collect(ticket)
