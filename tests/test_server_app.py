@@ -3,8 +3,9 @@ import pytest
 import tomli_w
 import torch
 from client_app_grid import ClientAppGrid
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.object_ref import validate
+from forged_replies import FORGED, Sent, fill, good, with_error
 from safetensors.torch import load_file
 
 from fedtune import plugins
@@ -253,3 +254,87 @@ def test_one_thread_for_it_might_add_in_another_order_than_two(side):
 def test_the_initial_weights_are_those_of_the_seed(tmp_path):
     weights = [trained(executor_grid(TABLE | {"seed": seed}), TABLE | {"seed": seed}, tmp_path) for seed in (3, 4)]
     assert not any(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class ForgingGrid(ExecutorGrid):
+    """A grid on which one node's replies of a type are forged: `forgeries` gives the forgery of each round in turn."""
+
+    node = 4
+
+    def forge(self, message_type, forgeries):
+        self.message_type, self.forgeries = message_type, iter(forgeries)
+        return self
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        replies = super().send_and_receive(messages, timeout=timeout)
+        by_node = {message.metadata.dst_node_id: message for message in messages}
+        if self.node not in by_node or by_node[self.node].metadata.message_type != self.message_type:
+            return replies
+        message = by_node.pop(self.node)
+        weights = message.content["arrays"]["weights"].numpy() if "arrays" in message.content else np.zeros(1)
+        forged = next(self.forgeries)(Sent(message, list(by_node.values()), weights))
+        return [*forged, *(reply for reply in replies if reply.metadata.src_node_id != self.node)]
+
+
+def forging_grid(table, message_type, forgeries):
+    grid = executor_grid(table)
+    grid.__class__ = ForgingGrid
+    return grid.forge(message_type, forgeries)
+
+
+def test_no_forged_reply_ends_the_app_or_changes_more_than_a_lost_client_does(tmp_path, caplog):
+    """All forgeries, one in each round, against a node that never answers."""
+    rounds = len(FORGED)
+    budget = {"max_rounds": rounds, "total_rounds": rounds}
+    table = TABLE | budget | {"cohort_size": NUM_CLIENTS, "evaluation": {"every": rounds}}
+    silent = trained(forging_grid(table, "train", [lambda sent: []] * rounds), table, tmp_path)
+    caplog.clear()
+    assert_equal(trained(forging_grid(table, "train", FORGED.values()), table, tmp_path), silent)
+    assert caplog.text.count("'lost': 1,") == rounds
+    assert caplog.text.count("a client was lost: ") >= rounds
+    assert not all(np.array_equal(tensor, by_hand(TABLE)[name]) for name, tensor in silent.items())
+
+
+def test_forged_evaluations_change_nothing(tmp_path, caplog):
+    forgeries = [FORGED["no metrics"], FORGED["an error"], FORGED["a node that was not asked"]]
+    weights = trained(forging_grid(TABLE, "evaluate", forgeries), TABLE, tmp_path)
+    assert_equal(weights, by_hand(TABLE))
+    assert caplog.text.count("a client was not evaluated: ") == len(forgeries)
+
+
+def client_number(value):
+    return lambda sent: [good(sent, arrays=None, metrics=fill(MetricRecord(), {"client": value}))]
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (
+            client_number("2"),
+            "the reply of node 4 is bad: client must be a whole number in 0..9223372036854775807, got ",
+        ),
+        (client_number(2.0), "the reply of node 4 is bad: client must be a whole number in "),
+        (client_number(True), "the reply of node 4 is bad: client must be a whole number in "),
+        (client_number([2]), "the reply of node 4 is bad: client must be a whole number in "),
+        (client_number(-1), "the reply of node 4 is bad: client must be a whole number in "),
+        (client_number(float("nan")), "the reply of node 4 is bad: client must be a whole number in "),
+        (client_number(2**64), "the reply of node 4 is bad: client must be a whole number in "),
+        (lambda sent: client_number(2)(sent) * 2, "node 4 must reply once, got 2 replies"),
+        (lambda sent: [good(sent, arrays=None, metrics=None)], "the reply of node 4 is bad: it must hold the records "),
+        (lambda sent: [good(sent, arrays=None)], "the reply of node 4 is bad: client must be a whole number in "),
+        (with_error(1, None), "node 4: failed and gave no reason"),
+        (lambda sent: [], "node 4 did not answer"),
+    ],
+)
+def test_a_forged_answer_to_the_query_is_one_line_before_the_first_round(forge, said):
+    with pytest.raises(InputError) as raised:
+        app(forging_grid(TABLE, "query", [forge]), context(TABLE))
+    assert str(raised.value).startswith(f"a node can't say which client it is: {said}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_node_that_says_it_is_another_client():
+    said = "every node must be a client of its own, got nodes 2, 4 for client 0"
+    with pytest.raises(InputError, match=f"^{said}$"):
+        app(forging_grid(TABLE, "query", [client_number(0)]), context(TABLE))
