@@ -88,7 +88,7 @@ def nodes_by_client(grid: Grid) -> dict[int, int]:
     """The node of each client, in client order; each node reports its client's number.
 
     Flower's node ids are random in each run. Raises InputError if a node gives no good answer, or two nodes name one
-    client: it must be clear who takes part, and nothing is trained yet.
+    client: before a round is trained it must be clear who takes part.
     """
     questions = [
         Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in sorted(grid.get_node_ids())
@@ -98,9 +98,8 @@ def nodes_by_client(grid: Grid) -> dict[int, int]:
     answers, problems = good_answers(replies, asked, lambda reply: metrics_in(reply, {"client": Count(0, 2**63 - 1)}))
     silent = [metadata.dst_node_id for metadata in asked if metadata.dst_node_id not in answers]
     if problems or silent:
-        raise InputError(
-            f"a node can't say which client it is: {problems[0] if problems else f'node {silent[0]} did not answer'}"
-        )
+        problem = _one_line(problems[0]) if problems else f"node {silent[0]} did not answer"
+        raise InputError(f"a node can't say which client it is: {problem}")
     nodes_of = defaultdict(list)
     for node, metrics in answers.items():
         nodes_of[int(metrics["client"])].append(node)
@@ -185,12 +184,17 @@ def _train(
         keep(server_round, weights)
         log.info("training: %s", metrics)
         for reason in strategy.outcome.failures:
-            log.warning("a client was lost: %r", reason)  # %r, since the reason is a stranger's text
+            log.warning("a client was lost: %s", _one_line(reason))
 
         messages = strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), grid)
         metrics = strategy.aggregate_evaluate(server_round, grid.send_and_receive(messages, timeout=TIMEOUT))
         if metrics is not None:
             log.info("evaluation: %s", metrics)
         for reason in strategy.evaluation_failures:
-            log.warning("a client was not evaluated: %r", reason)
+            log.warning("a client was not evaluated: %s", _one_line(reason))
     return weights
+
+
+def _one_line(text: str) -> str:
+    """A stranger's text without line ends and terminal escapes."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -293,6 +293,7 @@ def test_no_forged_reply_ends_the_app_or_changes_more_than_a_lost_client_does(tm
     assert_equal(trained(forging_grid(table, "train", FORGED.values()), table, tmp_path), silent)
     assert caplog.text.count("'lost': 1,") == rounds
     assert caplog.text.count("a client was lost: ") >= rounds
+    assert "\x1b" not in caplog.text
     assert not all(np.array_equal(tensor, by_hand(TABLE)[name]) for name, tensor in silent.items())
 
 
@@ -324,6 +325,7 @@ def client_number(value):
         (lambda sent: [good(sent, arrays=None, metrics=None)], "the reply of node 4 is bad: it must hold the records "),
         (lambda sent: [good(sent, arrays=None)], "the reply of node 4 is bad: client must be a whole number in "),
         (with_error(1, None), "node 4: failed and gave no reason"),
+        (with_error(1000, "no\n\x1b[2Jreason"), "no  [2Jreason"),
         (lambda sent: [], "node 4 did not answer"),
     ],
 )
