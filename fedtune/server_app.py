@@ -27,6 +27,7 @@ from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
 from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
+from fedtune.printable import printable
 from fedtune.runs import server_checkpoint
 from fedtune.runs.server_checkpoint import ServerState
 from fedtune.server import messages as protocol
@@ -98,7 +99,7 @@ def nodes_by_client(grid: Grid) -> dict[int, int]:
     answers, problems = good_answers(replies, asked, lambda reply: metrics_in(reply, {"client": Count(0, 2**63 - 1)}))
     silent = [metadata.dst_node_id for metadata in asked if metadata.dst_node_id not in answers]
     if problems or silent:
-        problem = _one_line(problems[0]) if problems else f"node {silent[0]} did not answer"
+        problem = printable(problems[0]) if problems else f"node {silent[0]} did not answer"
         raise InputError(f"a node can't say which client it is: {problem}")
     nodes_of = defaultdict(list)
     for node, metrics in answers.items():
@@ -184,17 +185,12 @@ def _train(
         keep(server_round, weights)
         log.info("training: %s", metrics)
         for reason in strategy.outcome.failures:
-            log.warning("a client was lost: %s", _one_line(reason))
+            log.warning("a client was lost: %s", printable(reason))
 
         messages = strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), grid)
         metrics = strategy.aggregate_evaluate(server_round, grid.send_and_receive(messages, timeout=TIMEOUT))
         if metrics is not None:
             log.info("evaluation: %s", metrics)
         for reason in strategy.evaluation_failures:
-            log.warning("a client was not evaluated: %s", _one_line(reason))
+            log.warning("a client was not evaluated: %s", printable(reason))
     return weights
-
-
-def _one_line(text: str) -> str:
-    """A stranger's text without line ends and terminal escapes."""
-    return "".join(character if character.isprintable() else " " for character in text)
