@@ -1,4 +1,4 @@
-"""The errors that a user can cause: one line that names the thing, its value and what is allowed."""
+"""The errors that a command prints as one line: what a user gave is not allowed, or the run was stopped."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +6,25 @@ from difflib import get_close_matches
 
 class InputError(ValueError):
     """Something the user gave is not allowed; the command line prints it as one line and exits with code 2."""
+
+
+class RunStopped(RuntimeError):
+    """What stopped a run is no setting, for example a process that was killed. The run can be resumed.
+
+    The command line prints the error as one line and exits with code 1.
+    """
+
+
+class ClientStopped(RunStopped):
+    """A client's task stopped the run. `client` is the client's id; None if the task evaluates several clients.
+
+    `at_limit` says that the task took longer than `watch.limit` allows.
+    """
+
+    def __init__(self, message: str, client: str | None, *, at_limit: bool = False) -> None:
+        super().__init__(message)
+        self.client = client
+        self.at_limit = at_limit
 
 
 class UnknownNameError(InputError, LookupError):

@@ -28,6 +28,8 @@ NOT_IN_DIGEST = {
     "shares",
     "total_rounds",
     "extensions",
+    "lost_clients",
+    "watch",
 }
 # The settings that every version of fedtune has written into a run folder, also those that the user left out.
 IN_EVERY_RUN = {
@@ -150,6 +152,20 @@ class DevicesSettings(Table):
     on_drop: Literal["retry", "lose", "worst"] = "retry"
 
 
+class WatchSettings(Table):
+    """`[watch]`: what happens, in real time, if a client's task does not end.
+
+    After `warn_after` seconds a warning names the client, and again each time that the seconds have doubled; 0 turns
+    the warnings off. A task that takes `limit` seconds stops the run, which can be resumed (`at_limit` "stop"), or the
+    run goes on without its client, as if it was resumed with --lose-client ("lose"). There is no limit by default. A
+    limit needs the pool: in one process a client can't be ended.
+    """
+
+    warn_after: float = Field(60.0, ge=0, allow_inf_nan=False)
+    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    at_limit: Literal["stop", "lose"] = "stop"
+
+
 class ExtensionSettings(Table):
     """`[[extensions]]`: how a finished study was extended: more configurations, a larger budget, or both."""
 
@@ -167,6 +183,9 @@ class Settings(Table):
     proportion to its tuner's number in `shares` (1 if the tuner has none), but no more than it can use. With
     `precision` bf16, clients train with torch's autocast to bfloat16, which changes the numbers. Weights, means of
     weights and all errors stay float32.
+
+    The clients whose ids are in `lost_clients` fail in every round that is trained from now on, and in every evaluation
+    after local training.
     """
 
     tuners: list[str] = ["manual", "random", "asha", "fedex"]
@@ -191,7 +210,9 @@ class Settings(Table):
     tuner: dict[str, dict[str, Any]] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     devices: DevicesSettings = DevicesSettings()
+    watch: WatchSettings = WatchSettings()
     extensions: list[ExtensionSettings] = []
+    lost_clients: list[str] = []
 
     @field_validator("data", "model")
     @classmethod

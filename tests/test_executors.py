@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ import torch
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.errors import InputError
+from fedtune.errors import ClientStopped, InputError, RunStopped
 from fedtune.executors.machine import MachineSettings
-from fedtune.executors.pool import PoolExecutor, Worker
-from fedtune.executors.processes import num_workers
+from fedtune.executors.pool import PoolExecutor
+from fedtune.executors.processes import num_workers, start_forkserver
 from fedtune.executors.serial import SerialExecutor
 from fedtune.executors.worker import Answer
+from fedtune.executors.workers import Worker
+from fedtune.settings import WatchSettings
 from fedtune_clients.models import mlp
 
 MODEL = {"name": "mlp", "hidden": [8]}
@@ -49,8 +52,13 @@ def train(model, weights, examples, config, rng):
         raise ValueError("no luck")
     if config.pop("leave", 0):
         sys.exit("farewell")
-    if config.pop("die", 0):
-        os._exit(3)
+    if code := config.pop("die", 0):
+        os._exit(code)
+    if number := config.pop("signal", 0):
+        os.kill(os.getpid(), number)
+    while config.get("wait", 0) and not MARK.exists():
+        time.sleep(0.01)
+    config.pop("wait", 0)
     if config.pop("hang once", 0) and not MARK.exists():
         part = MARK.with_suffix(".part")
         part.write_text(str(os.getpid()))
@@ -175,14 +183,14 @@ def test_each_study_gets_its_share_of_the_workers(dataset, weights):
     with closing(PoolExecutor(SETTINGS, dataset, 0)) as pool:
         pipes = [multiprocessing.Pipe() for _ in range(8)]  # nobody reads them
         workers = [Worker(multiprocessing.Process(), ours, ready=True, blocks={0, 1}) for ours, _ in pipes]
-        pool._workers = list(workers)
+        pool._workers.now = list(workers)
         for study in (pool.for_study(1.0), pool.for_study(3.0)):
             study.submit(weights, [EvaluateTask((0,))] * 40)
         for worker in workers:  # a chunk is one task, for each took a second
             pool._take_answer(worker.load.popleft(), Answer(1.0, [[]]))
             pool._dispatch()
         tickets = [piece.ticket for worker in workers for chunk in worker.load for piece in chunk]
-        pool._workers.clear()  # there are no processes to end
+        pool._workers.now.clear()  # there are no processes to end
     assert sorted(tickets) == [0] * 2 + [1] * 6
 
 
@@ -279,7 +287,7 @@ def test_an_evaluation_that_raises_is_a_failure(tmp_path, dataset, weights):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_only_a_client_that_kills_its_worker_twice_is_a_failure(program, dataset, weights, workers):
-    deadly = CONFIG | {"die": 1}
+    deadly = CONFIG | {"die": 3}
     tasks = [TrainTask(seed % len(SIZES), deadly if seed in (4, 11) else CONFIG, seed) for seed in range(16)]
     with closing(PoolExecutor(program, dataset, workers)) as executor:
         make_chunks(executor, weights)
@@ -289,6 +297,123 @@ def test_only_a_client_that_kills_its_worker_twice_is_a_failure(program, dataset
         message = f"client {seed % len(SIZES)} with {deadly}: ended its worker process twice, exit code 3"
         assert results.pop(seed) == Failure(message)
     assert results == expected
+
+
+@pytest.mark.parametrize(("end", "exit_code"), [({"signal": signal.SIGSEGV}, -11), ({"die": 255}, 255)])
+def test_a_client_that_crashes_is_a_failure_and_its_neighbours_are_not(program, dataset, weights, end, exit_code):
+    """255 is also what multiprocessing says of a process whose forkserver has ended."""
+    deadly = CONFIG | end
+    tasks = [TrainTask(seed % len(SIZES), deadly if seed == 9 else CONFIG, seed) for seed in range(16)]
+    with closing(PoolExecutor(program, dataset, 1)) as executor:
+        make_chunks(executor, weights)
+        (results,) = run(executor, [(weights, tasks)])
+    assert results.pop(9) == Failure(f"client 1 with {deadly}: ended its worker process twice, exit code {exit_code}")
+    assert [results] == run_serially(program, dataset, [(weights, [task for task in tasks if task.config == CONFIG])])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_task_whose_worker_is_killed_twice_stops_the_run_and_is_named(program, dataset, weights, number):
+    """It is not the client's failure: nobody can tell who killed the worker."""
+    tasks = [TrainTask(client, CONFIG | ({"signal": number} if client == 2 else {}), 1) for client in range(8)]
+    with closing(PoolExecutor(program, dataset, 2)) as executor:
+        make_chunks(executor, weights)
+        executor.submit(weights, tasks, place="round 7")
+        with pytest.raises(ClientStopped) as caught:
+            step_for_ever(executor)
+    guess = ": out of memory?" if number == signal.SIGKILL else ""
+    assert str(caught.value) == (
+        f"client '31' (number 2), round 7: its worker process was killed by signal {number} ({number.name}), "
+        f"and again when the task was tried alone{guess}"
+    )
+    assert (caught.value.client, caught.value.at_limit) == ("31", False)
+
+
+def step_for_ever(executor):
+    while True:
+        executor.step()
+
+
+def runs(pid):
+    """Whether the process runs; nobody may have waited for its end yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_forkserver_that_is_killed_is_started_again_once(tmp_path, program, dataset, weights):
+    slow = CONFIG | {"hang once": 1}
+    jobs = [(weights, [TrainTask(client, slow if client == 3 else CONFIG, 5) for client in range(len(SIZES))])]
+    mark = tmp_path / "mark"
+
+    def kill():
+        while not mark.exists():
+            time.sleep(0.01)
+        os.kill(start_forkserver(), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    with closing(PoolExecutor(program, dataset, 2)) as executor:
+        thread.start()
+        results = run(executor, jobs)
+        thread.join()
+        assert results == run_serially(program, dataset, jobs)  # there is a mark now, so it does not hang
+        assert not runs(int(mark.read_text()))  # the worker that outlived its forkserver
+        os.kill(start_forkserver(), signal.SIGKILL)
+        with pytest.raises(RunStopped, match=r"^the forkserver, which starts the worker processes, ended twice"):
+            run(executor, jobs)
+
+
+# A client that hangs.
+
+
+class Heard(Exception):
+    """Ends a wait that would have no end."""
+
+
+def test_a_client_that_hangs_is_named_each_time_that_the_seconds_have_doubled(program, dataset, weights):
+    heard = []
+
+    def warn(message, **fields):
+        heard.append((message, fields))
+        if len(heard) == 3:
+            raise Heard
+
+    tasks = [TrainTask(client, CONFIG | ({"wait": 1} if client == 2 else {}), 1) for client in range(8)]
+    with closing(PoolExecutor(program, dataset, 1, WatchSettings(warn_after=0.1), warn)) as executor:
+        make_chunks(executor, weights)  # so that client 2 begins in one chunk with others
+        executor.submit(weights, tasks, place="round 7")
+        with pytest.raises(Heard):
+            step_for_ever(executor)
+    assert {message.partition(": no answer after ")[0] for message, _ in heard} == {"client '31' (number 2), round 7"}
+    assert {(*fields["clients"], fields["place"]) for _, fields in heard} == {("31", "round 7")}
+    assert all(fields["seconds"] >= least for (_, fields), least in zip(heard, (0.1, 0.2, 0.4), strict=True))
+
+
+def test_a_client_that_hangs_stops_the_run_at_the_limit(program, dataset, weights):
+    tasks = [TrainTask(client, CONFIG | ({"wait": 1} if client == 2 else {}), 1) for client in range(8)]
+    with closing(PoolExecutor(program, dataset, 2, WatchSettings(limit=0.3))) as executor:
+        make_chunks(executor, weights)
+        executor.submit(weights, tasks, place="round 7")
+        with pytest.raises(ClientStopped) as stop:
+            step_for_ever(executor)
+    assert str(stop.value) == "client '31' (number 2), round 7: no answer after 0.3 s, the watch.limit"
+    assert (stop.value.client, stop.value.at_limit) == ("31", True)
+
+
+def test_the_serial_executor_names_a_client_that_hangs(tmp_path, program, dataset, weights):
+    heard = []
+
+    def warn(message, **fields):
+        heard.append((message, fields["clients"]))
+        (tmp_path / "mark").touch()  # what the client waits for
+
+    jobs = [(weights, [TrainTask(client, CONFIG | ({"wait": 1} if client == 2 else {}), 1) for client in range(4)])]
+    with closing(SerialExecutor(program, dataset, watch=WatchSettings(warn_after=0.1), warn=warn)) as executor:
+        results = run(executor, jobs)
+    assert results == run_serially(program, dataset, jobs)
+    ((message, clients),) = heard
+    assert message.startswith("client '31' (number 2): no answer after 0.1")
+    assert clients == ["31"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -360,7 +485,7 @@ def test_closing_leaves_neither_processes_nor_descriptors(program, dataset, weig
     before = len(os.listdir("/dev/fd"))
     executor = PoolExecutor(program, dataset, 2)
     run(executor, batches(weights))
-    run(executor, [(weights, [TrainTask(0, CONFIG | {"die": 1}, 1)])])
+    run(executor, [(weights, [TrainTask(0, CONFIG | {"die": 3}, 1)])])
     executor.submit(weights, [TrainTask(client, CONFIG | {"hang": 1}, 1) for client in range(4)])
     processes = multiprocessing.active_children()
     assert len(processes) == 2

@@ -213,7 +213,7 @@ class SlowExecutor:
     def describe(self):
         return "nowhere"
 
-    def submit(self, weights, tasks, order=0.0):
+    def submit(self, weights, tasks, order=0.0, place=""):
         self.batches.append((weights, list(tasks), order))
         return len(self.batches) - 1
 

@@ -184,41 +184,70 @@ def test_a_study_that_lacks_half_of_its_share_waits_for_one_that_lacks_all_of_it
 # What happens when a worker dies.
 
 
-def test_a_worker_that_died_had_begun_only_with_its_first_chunk():
+END = pytest.mark.parametrize("end", [Schedule.worker_crashed, Schedule.worker_killed])
+
+
+@END
+def test_a_worker_that_ended_had_begun_only_with_its_first_chunk(end):
     schedule, load = make_schedule([1.0] * 40, CHUNK_SECONDS / 2.5), deque()
     assert (give(schedule, load, [load]), give(schedule, load, [load])) == ([0, 1, 2], [3, 4, 5])
-    assert schedule.worker_died(load) == []
+    assert end(schedule, load) is None
     # The tasks of the first chunk now travel alone; those of the second may travel together.
     assert drain(schedule)[:4] == [[0], [1], [2], [3, 4, 5]]
-    assert [[piece.num_deaths for piece in chunk] for chunk in load] == [[1, 1, 1], [0, 0, 0]]
+    assert [[piece.alone for piece in chunk] for chunk in load] == [[True] * 3, [False] * 3]
 
 
-def test_a_suspect_does_not_join_a_longer_task_that_waits_before_it():
+@END
+def test_a_suspect_does_not_join_a_longer_task_that_waits_before_it(end):
     schedule, load = make_schedule([1.0] * 2, CHUNK_SECONDS / 2.5), deque()
     for index in range(2, 20):
         schedule.add(1.0, Piece(0, 0, index, 1.25))
     assert (give(schedule, load, [load]), give(schedule, load, [load])) == ([0, 1, 2], [3, 4])
-    schedule.worker_died(load)
+    end(schedule, load)
     schedule.measure_speed([Piece(0, 0, 0, 1.0)], INSTANT)  # so that a chunk has time for more
     assert drain(schedule)[:4] == [[2], [3, 4], [0], [1]]
 
 
-def test_a_task_that_ends_two_workers_is_given_up():
-    schedule = make_schedule([1.0] * 40, CHUNK_SECONDS / 2.5)
+def test_a_task_that_ends_two_workers_when_it_is_alone_is_given_up():
+    schedule, load = make_schedule([1.0] * 40, CHUNK_SECONDS / 2.5), deque()
+    assert give(schedule, load, [load]) == [0, 1, 2]
+    guilty, crashes, answered = schedule.worker_crashed(load), 0, []
+    assert guilty is None  # one of the others may have done it
+    while guilty is None:
+        load = deque()
+        chunk = give(schedule, load, [load])
+        if chunk == [0]:
+            crashes += 1
+            guilty = schedule.worker_crashed(load)
+        else:
+            answered += chunk
+    assert (guilty.index, crashes) == (0, 2)
+    assert sorted([*answered, *(index for chunk in drain(schedule) for index in chunk)]) == list(range(1, 40))
+
+
+def test_a_task_is_not_blamed_for_the_workers_that_were_killed():
+    schedule, verdicts = make_schedule([1.0]), []
+    for end in (Schedule.worker_crashed, Schedule.worker_killed, Schedule.worker_crashed):
+        load = deque()
+        give(schedule, load, [load])
+        verdicts.append(end(schedule, load))
+    assert verdicts[:2] == [None, None]
+    assert verdicts[2].num_crashes == 2
+
+
+def test_a_task_whose_worker_is_killed_again_when_it_is_alone_stops_the_run():
+    schedule, load = make_schedule([1.0] * 40, CHUNK_SECONDS / 2.5), deque()
+    assert give(schedule, load, [load]) == [0, 1, 2]
+    assert schedule.worker_killed(load) is None
     load = deque()
-    give(schedule, load, [load])
-    schedule.worker_died(load)
-    second = deque()
-    assert give(schedule, second, [second]) == [0]
-    (given_up,) = schedule.worker_died(second)
-    assert given_up.index == 0
-    waiting = [index for chunk in drain(schedule) for index in chunk]
-    assert waiting == list(range(1, 40))
+    assert give(schedule, load, [load]) == [0]
+    assert schedule.worker_killed(load).index == 0
 
 
-def test_a_worker_that_dies_idle_has_nothing_to_give_back():
+@END
+def test_a_worker_that_ends_idle_has_nothing_to_give_back(end):
     schedule = make_schedule([1.0])
-    assert schedule.worker_died(deque()) == []
+    assert end(schedule, deque()) is None
     assert drain(schedule) == [[0]]
 
 
@@ -228,10 +257,13 @@ def test_a_worker_that_dies_idle_has_nothing_to_give_back():
     st.sampled_from([1e-9, 1e-4, 1e-2, 1.0]),
     st.randoms(use_true_random=False),
 )
-def test_every_task_gets_one_result_whoever_dies(costs, num_workers, seconds_per_cost, random):
-    """Workers answer or die in any order; a task is done once or, after two deaths while it was at work, given up."""
+def test_every_task_gets_one_result_whoever_ends(costs, num_workers, seconds_per_cost, random):
+    """Workers answer, crash or are killed in any order, but no task's worker is killed again when it is alone.
+
+    A task is done once or, if it was alone in two chunks whose workers crashed, given up.
+    """
     schedule, loads = make_schedule(costs, seconds_per_cost), [deque() for _ in range(num_workers)]
-    ended, deaths = [], Counter()
+    ended, crashes, kills = [], Counter(), Counter()
     while len(ended) < len(costs):
         for num_chunks in (0, 1):
             for load in loads:
@@ -240,12 +272,18 @@ def test_every_task_gets_one_result_whoever_dies(costs, num_workers, seconds_per
         busy = [load for load in loads if load]
         assert busy  # otherwise nobody would ever do the rest
         load = random.choice(busy)
-        if random.random() < 0.3:
-            deaths.update(piece.index for piece in load[0])
-            given_up = schedule.worker_died(load)
-            assert all(deaths[piece.index] == 2 for piece in given_up)
+        begun = [piece.index for piece in load[0]]
+        what = random.random()
+        if what < 0.3:
+            guilty = schedule.worker_crashed(load)
+            crashes.update(begun if len(begun) == 1 else [])
+            assert ([guilty.index] if guilty else []) == [index for index in begun if crashes[index] == 2]
+            ended += [guilty] if guilty else []
             load.clear()
-            ended += given_up
+        elif what < 0.5 and not any(kills[index] for index in begun):
+            kills.update(begun)
+            assert schedule.worker_killed(load) is None
+            load.clear()
         else:
             ended += load.popleft()
     assert sorted(piece.index for piece in ended) == list(range(len(costs)))

@@ -69,7 +69,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client program raised or ended its process. The message names the client and its configuration."""
+    """A client program raised or ended its process, or the client is lost. The message names the client."""
 
     message: str
 
@@ -87,8 +87,8 @@ class Executor(Protocol):
     def describe(self) -> str:
         """Where clients train, for a message: for example "in 2 worker processes"."""
 
-    def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0) -> Ticket:
-        """The ticket of this batch of tasks."""
+    def submit(self, weights: "Tensor", tasks: Sequence[Task], order: float = 0.0, place: str = "") -> Ticket:
+        """The ticket of this batch of tasks. `place` says where in the run it belongs, for messages about a task."""
 
     def step(self) -> None:
         """Computes something, or blocks until a worker has computed something. Does nothing if no task waits."""

@@ -4,7 +4,9 @@
 holds the model, the data and the client program, and does the tasks. `batched` is a machine that trains many clients in
 one tensor program; the serial executor works with either of these machines.
 
-The `pool` executor sends tasks to worker processes, and replaces a worker that dies. `processes` starts and ends them,
-`worker` is the program that each of them runs, and `shared_memory` holds the weights and the updates. `schedule`
-decides which tasks a worker gets next; `fair_share` divides the workers among studies that run at once.
+The `pool` executor sends tasks to worker processes, and replaces a worker that dies: `blame` says whether its task is
+at fault. `workers` keeps the workers alive, `processes` starts and ends a process, `worker` is the program that each of
+them runs, and `shared_memory` holds the weights and the updates. `schedule` decides which tasks a worker gets next;
+`fair_share` divides the workers among studies that run at once. `watch` finds clients that hang, in the pool and in the
+serial executor.
 """

@@ -35,6 +35,7 @@ class BatchedMachine:
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset, say: Callable[[str], None]) -> None:
         self._machine = Machine(settings, dataset)
+        self.at_work = self._machine.at_work
         self._say = say
         self._has_said = False
         client_bytes = COPIES * self._machine.model.flat.nbytes
@@ -89,6 +90,7 @@ class BatchedMachine:
         return []
 
     def _compute(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
+        self.at_work.begin(tasks)
         model, dataset = self._machine.model, self._machine.dataset
         # Measure the weights before training, for the tasks that ask for it.
         asking = [index for index, task in enumerate(tasks) if isinstance(task, TrainTask) and task.error_before]

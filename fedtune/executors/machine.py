@@ -17,6 +17,7 @@ from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task
 from fedtune.client.work import evaluate_clients, train_alone, train_and_measure, train_side_by_side
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
+from fedtune.executors.watch import AtWork
 
 LARGEST_GROUP = 2**22  # numbers in the training examples of clients that train together
 ALONE = "in this process"  # where the clients of a machine train, if each trains alone
@@ -48,6 +49,7 @@ class Machine:
         train_together: Any = getattr(self.program, "train_together", None)
         self._train_side_by_side = functools.partial(train_side_by_side, train_together)
         self.num_together = num_together(settings, self.program, self.model)
+        self.at_work = AtWork()
 
     def describe(self) -> str:
         """Where clients train."""
@@ -55,6 +57,7 @@ class Machine:
 
     def run(self, weights: torch.Tensor, task: Task) -> Result:
         """The task's result, a Failure if the program raises or exits. Its weights are valid until the next call."""
+        self.at_work.begin([task])
         try:
             return self.compute(weights, task)
         except (Exception, SystemExit) as error:  # anybody may write a plug-in: one fails a client, not the run
@@ -105,6 +108,7 @@ class Machine:
             yield group
 
     def _run_together(self, weights: torch.Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
+        self.at_work.begin(tasks)
         try:
             return train_and_measure(self._train_side_by_side, self.model, weights, self.dataset, tasks)
         except (Exception, SystemExit) as error:

@@ -1,18 +1,24 @@
 """The pool executor: persistent worker processes of one thread each, weights and updates in shared memory.
 
 `fedtune.executors.schedule` decides which tasks a worker gets; this module sends them, receives the answers and keeps
-the workers alive. A worker that dies is replaced and its tasks run again; a task that ends its worker twice is a
-failure of its client. If two workers die before they are ready, and no worker became ready in between, the run ends
-with an error.
+the workers alive. A worker that dies is replaced and its tasks run again, each of them alone.
+
+- If a task ends its worker twice, alone in its chunk, it is a failure of its client (`fedtune.executors.blame`).
+- If a worker is killed, or lost with the forkserver, no client is to blame. If that happens again when the task is
+  alone, the run stops and can be resumed (ClientStopped).
+- If the forkserver ends, another one is started, once. If that one ends too, the run stops (RunStopped).
+- If two workers die before they are ready, and no worker became ready in between, the run stops (RunStopped).
+- If a task takes too long, a warning names its client. At `watch.limit` the run stops (ClientStopped).
 """
 
+import functools
 import itertools
+import math
 import os
-from collections import deque
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import cast
 
 import torch
@@ -20,12 +26,18 @@ from torch import Tensor
 
 from fedtune.client.tasks import Failure, Result, Task, Ticket, TrainTask, Update, describe
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.errors import InputError
+from fedtune.errors import ClientStopped, InputError
+from fedtune.executors.blame import client_id, is_crash, name, why_it_stopped
 from fedtune.executors.machine import MachineSettings, side_by_side
-from fedtune.executors.processes import end_process, start_forkserver, start_process
-from fedtune.executors.schedule import Load, Piece, Schedule, task_cost
+from fedtune.executors.processes import start_forkserver, start_process
+from fedtune.executors.schedule import Piece, Schedule, task_cost
 from fedtune.executors.shared_memory import SharedArray, share
+from fedtune.executors.watch import NO_WATCH, Warn, next_look, warn_of
 from fedtune.executors.worker import Answer, Chunk, main
+from fedtune.executors.workers import Worker, Workers
+from fedtune.settings import WatchSettings
+
+BREATH = 1.0  # seconds that a worker may take to end by itself once its connection has ended
 
 
 @dataclass
@@ -35,52 +47,51 @@ class Batch:
     tasks: Sequence[Task]
     block: int
     rows: Sequence[Tensor]  # of the block
+    place: str  # in the run, for messages
     results: list[Result | None]
     num_missing: int
-
-
-@dataclass
-class Worker:
-    """A worker process as the parent sees it."""
-
-    process: BaseProcess
-    connection: Connection
-    ready: bool = False
-    blocks: set[int] = field(default_factory=set)  # the blocks that it has access to
-    load: Load = field(default_factory=deque)
 
 
 class PoolExecutor:
     """See `fedtune.client.tasks.Executor`. Workers work in the folder in which the executor was made."""
 
-    def __init__(self, settings: MachineSettings, dataset: FederatedDataset, num_workers: int) -> None:
+    def __init__(
+        self,
+        settings: MachineSettings,
+        dataset: FederatedDataset,
+        num_workers: int,
+        watch: WatchSettings = NO_WATCH,
+        warn: Warn = lambda message, **fields: None,
+    ) -> None:
         start_forkserver()
-        self._settings = settings
         self._dataset = dataset
-        self._folder = os.getcwd()
-        self._data = {name: share(array) for name, array in dataset.shared().items()}
+        data = {name: share(array) for name, array in dataset.shared().items()}
         self._schedule = Schedule()
         self._schedule.add_study(1.0)  # study 0: tasks that are submitted to the pool itself
         self._tickets = itertools.count()
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
         self._free_blocks: list[int] = []
-        self._deaths_before_ready = 0
+        self._watch = watch
+        self._warn = warn
         self._num_together: int | None = None  # clients that a worker trains at a time; known once one is ready
-        self._workers = [self._start_worker() for _ in range(num_workers)]
+        arguments = main, os.getcwd(), settings, dataset.spec, data
+        self._workers = Workers(functools.partial(start_process, *arguments), num_workers)
 
     def describe(self) -> str:
         """Where clients train. It waits until a worker is ready: only a ready worker knows `num_together`."""
         while self._num_together is None:
             self._wait()
-        count = len(self._workers)
+        count = len(self._workers.now)
         return f"in {count} worker process{'es' * (count > 1)}{side_by_side(self._num_together)}"
 
     def for_study(self, share: float) -> "StudyExecutor":
         """The pool for a study, which gets workers in proportion to its share while others have work too."""
         return StudyExecutor(self, self._schedule.add_study(share))
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, study: int = 0) -> Ticket:
+    def submit(
+        self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, place: str = "", study: int = 0
+    ) -> Ticket:
         """A ticket for this batch, which waits in the queue of the study."""
         # Put the weights into shared memory that has a row for each update too.
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
@@ -89,7 +100,7 @@ class PoolExecutor:
         rows[0].copy_(weights)
         # Let the tasks wait.
         ticket = Ticket(next(self._tickets))
-        self._batches[ticket] = Batch(tasks, block, rows, [None] * len(tasks), len(tasks))
+        self._batches[ticket] = Batch(tasks, block, rows, place, [None] * len(tasks), len(tasks))
         for index, task in enumerate(tasks):
             self._schedule.add(order, Piece(study, ticket, index, task_cost(task, self._dataset)))
         self._dispatch()
@@ -115,18 +126,31 @@ class PoolExecutor:
 
     def close(self) -> None:
         """Kills all workers."""
-        for worker in self._workers:
-            end_process(worker.process, worker.connection)
-        self._workers = []
+        self._workers.close()
 
     def _wait(self) -> None:
-        """Blocks until a worker has answered, is ready or has died."""
-        events = wait([end for worker in self._workers for end in (worker.connection, worker.process.sentinel)])
-        for worker in list(self._workers):
+        """Blocks until a worker has answered, is ready or has died, or until a task must be looked at."""
+        # Wait. The time in which this whole process was stopped must not count, so no more than `longest` counts.
+        busy = [worker for worker in self._workers.now if worker.load]
+        longest = min((worker.next_look - worker.seconds for worker in busy), default=math.inf)
+        began = time.monotonic()
+        events = wait(
+            [end for worker in self._workers.now for end in (worker.connection, worker.process.sentinel)],
+            None if longest == math.inf else longest,
+        )
+        waited = min(time.monotonic() - began, longest)
+        for worker in busy:
+            worker.seconds += waited
+        # Take what there is.
+        for index, worker in enumerate(list(self._workers.now)):
+            if self._workers.now[index] is not worker:
+                continue  # it was replaced together with another one
             if worker.connection in events:
                 self._receive(worker)
             elif worker.process.sentinel in events:  # only once its connection was drained
-                self._replace(worker)
+                self._bury(worker)
+            elif worker.load and worker.seconds >= worker.next_look:
+                self._look_at(worker)
         self._dispatch()
 
     def _take_block(self, num_rows: int, num_weights: int) -> int:
@@ -141,9 +165,9 @@ class PoolExecutor:
 
     def _dispatch(self) -> None:
         """Gives every idle worker a chunk, then a second one to those that will soon be done."""
-        loads = [worker.load for worker in self._workers]
+        loads = [worker.load for worker in self._workers.now]
         for num_chunks in (0, 1):
-            for worker in [worker for worker in self._workers if worker.ready and len(worker.load) == num_chunks]:
+            for worker in [worker for worker in self._workers.now if worker.ready and len(worker.load) == num_chunks]:
                 if chunk := self._schedule.next_chunk(worker.load, loads):
                     self._send(worker, chunk)
 
@@ -162,19 +186,24 @@ class PoolExecutor:
             self._schedule.put_back(chunk)
         else:
             worker.load.append(chunk)
+            if len(worker.load) == 1:
+                self._start_watch(worker)
 
     def _receive(self, worker: Worker) -> None:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):  # it died, perhaps in the middle of a message
-            self._replace(worker)
+            worker.process.join(BREATH)
+            self._bury(worker)
             return
         if isinstance(message, Failure):
             raise InputError(f"a worker process can't start: {message.message}")
         if isinstance(message, int):
-            worker.ready, self._num_together, self._deaths_before_ready = True, message, 0
+            self._workers.note_ready(worker)
+            self._num_together = message
         else:
             self._take_answer(worker.load.popleft(), message)
+            self._start_watch(worker)
 
     def _take_answer(self, chunk: list[Piece], answer: Answer) -> None:
         self._schedule.measure_speed(chunk, answer.seconds)
@@ -190,23 +219,52 @@ class PoolExecutor:
         batch.num_missing -= 1
         self._schedule.finish(piece)
 
-    def _replace(self, worker: Worker) -> None:
-        """Replaces a dead worker, and queues its tasks again."""
-        end_process(worker.process, worker.connection)
-        exit_code = worker.process.exitcode
-        # A worker that can't even start would be replaced for ever.
-        if not worker.ready:
-            self._deaths_before_ready += 1
-            if self._deaths_before_ready > 1:
-                raise RuntimeError(f"worker processes end before they are ready, exit code {exit_code}")
-        for piece in self._schedule.worker_died(worker.load):
-            task = self._batches[piece.ticket].tasks[piece.index]
-            reason = f"ended its worker process twice, exit code {exit_code}"
-            self._record(piece, Failure(f"{describe(task)}: {reason}"))
-        self._workers[self._workers.index(worker)] = self._start_worker()
+    def _start_watch(self, worker: Worker) -> None:
+        """Counts the seconds from now on: the worker begins with a chunk."""
+        worker.seconds, worker.next_look = 0.0, next_look(self._watch, 0.0)
 
-    def _start_worker(self) -> Worker:
-        return Worker(*start_process(main, self._folder, self._settings, self._dataset.spec, self._data))
+    def _look_at(self, worker: Worker) -> None:
+        """Warns of a task that takes long, or stops the run at the limit."""
+        if len(worker.load[0]) > 1:
+            # A chunk of several tasks takes a moment. Alone, the task that does not end is known.
+            worker.end()
+            self._schedule.take_back(worker.load)
+            self._workers.replace(worker)
+            return
+        task, place = self._task_of(worker.load[0][0])
+        if self._watch.limit is not None and worker.seconds >= self._watch.limit:
+            message = f"{name(task, self._dataset, place)}: no answer after {self._watch.limit:g} s, the watch.limit"
+            raise ClientStopped(message, client_id(task, self._dataset), at_limit=True)
+        warn_of(self._warn, [task], self._dataset, place, worker.seconds)
+        worker.next_look = next_look(self._watch, worker.seconds)
+
+    def _bury(self, worker: Worker) -> None:
+        """Replaces a dead worker, and queues its tasks again."""
+        buried, exit_code = self._workers.bury(worker)
+        for ended in buried:
+            if is_crash(exit_code):
+                self._take_back_crashed(ended, exit_code)
+            else:
+                self._take_back_killed(ended, exit_code)
+
+    def _take_back_crashed(self, worker: Worker, exit_code: int | None) -> None:
+        guilty = self._schedule.worker_crashed(worker.load)
+        if guilty is not None:
+            task, _ = self._task_of(guilty)
+            reason = f"ended its worker process twice, exit code {exit_code}"
+            self._record(guilty, Failure(f"{describe(task)}: {reason}"))
+
+    def _take_back_killed(self, worker: Worker, exit_code: int | None) -> None:
+        stopped = self._schedule.worker_killed(worker.load)
+        if stopped is not None:
+            task, place = self._task_of(stopped)
+            message = f"{name(task, self._dataset, place)}: {why_it_stopped(exit_code)}"
+            raise ClientStopped(message, client_id(task, self._dataset))
+
+    def _task_of(self, piece: Piece) -> tuple[Task, str]:
+        """The task, and its place in the run."""
+        batch = self._batches[piece.ticket]
+        return batch.tasks[piece.index], batch.place
 
 
 class StudyExecutor:
@@ -220,9 +278,9 @@ class StudyExecutor:
         """Where clients train."""
         return self._pool.describe()
 
-    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0) -> Ticket:
+    def submit(self, weights: Tensor, tasks: Sequence[Task], order: float = 0.0, place: str = "") -> Ticket:
         """A ticket for this batch."""
-        return self._pool.submit(weights, tasks, order, self._study)
+        return self._pool.submit(weights, tasks, order, place, self._study)
 
     def step(self) -> None:
         """Blocks until a worker of the pool has answered, is ready or has died."""

@@ -4,11 +4,23 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+
+UNKNOWN = 255  # multiprocessing's exit code of a process whose forkserver has ended; a process may also exit with it
+
+
+class ForkserverEnded(Exception):
+    """The forkserver ended while it started a process. `pid` is the forkserver's process id."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self.pid = pid
 
 
 def num_workers(requested: int) -> int:
@@ -16,8 +28,8 @@ def num_workers(requested: int) -> int:
     return requested or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
-def start_forkserver() -> None:
-    """Starts the process that worker processes are forked from, if it does not run yet.
+def start_forkserver() -> int:
+    """The id of the process that worker processes are forked from. It is started if it does not run.
 
     It imports torch while this process does something else: call this function early.
     """
@@ -32,13 +44,17 @@ def start_forkserver() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+    pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # no public name tells it
+    return pid
 
 
-def start_process(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection]:
-    """A new process that calls `target`, and the connection to it.
+def start_process(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection, int]:
+    """A new process that calls `target`, the connection to it, and the id of its forkserver.
 
-    The first argument of `target` is the other end of the connection; `arguments` follow.
+    The first argument of `target` is the other end of the connection; `arguments` follow. Raises ForkserverEnded if the
+    forkserver ends meanwhile.
     """
+    pid = start_forkserver()
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
@@ -48,15 +64,45 @@ def start_process(target: Callable[..., None], *arguments: object) -> tuple[Base
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         process.start()
+    except (ConnectionError, EOFError) as error:
+        if has_ended(pid):
+            raise ForkserverEnded(pid) from error
+        raise
     finally:
         sys.modules["__main__"] = main_module
     theirs.close()
-    return process, ours
+    return process, ours, pid
 
 
-def end_process(process: BaseProcess, connection: Connection) -> None:
-    """Kills the process if it still runs, waits for its end and closes the connection to it."""
+def end_process(process: BaseProcess, connection: Connection, pid: int) -> int | None:
+    """Kills the process if it still runs, waits for its end and closes the connection to it. Returns its exit code.
+
+    `pid` is the id of its forkserver. None is returned if the forkserver ended before the process: then the exit code
+    is not known, and the process may have gone on.
+    """
     if process.is_alive():  # if only its connection broke
         process.kill()
     process.join()
+    exit_code = process.exitcode
+    if exit_code == UNKNOWN and has_ended(pid):
+        exit_code = None
+        assert process.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        with suppress(EOFError, OSError):  # when the connection ends, the process has ended
+            while True:
+                connection.recv_bytes()
     connection.close()
+    return exit_code
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the forkserver of this id has ended; then another one runs in its place.
+
+    Waits a moment: the pipes of a process close before its parent can know of its end.
+    """
+    for _ in range(100):
+        if start_forkserver() != pid:
+            return True
+        time.sleep(0.002)
+    return False

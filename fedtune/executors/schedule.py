@@ -34,7 +34,9 @@ class Piece:
     ticket: int  # of its batch
     index: int  # in its batch
     cost: float  # see `task_cost`
-    num_deaths: int = 0  # how many workers died while they worked on its chunk
+    alone: bool = False  # a worker ended while it worked on its chunk: now it travels alone
+    num_crashes: int = 0  # how many workers crashed while they worked on it alone
+    num_kills: int = 0  # how many workers were killed while they worked on its chunk
 
 
 Load = deque[list[Piece]]  # the chunks that a worker has not answered; the worker is at the first of them
@@ -85,14 +87,35 @@ class Schedule:
         """Notes how long a worker took for a chunk. The time of later chunks is estimated from this."""
         self._seconds_per_cost = seconds / sum(piece.cost for piece in chunk)
 
-    def worker_died(self, load: Load) -> list[Piece]:
-        """The tasks that have now ended two workers; the other tasks of the dead worker's load wait again."""
-        pieces = [piece for chunk in load for piece in chunk]
-        if load:
-            for piece in load[0]:  # the worker had not begun with its second chunk
-                piece.num_deaths += 1
-        self.put_back(piece for piece in pieces if piece.num_deaths < 2)
-        return [piece for piece in pieces if piece.num_deaths >= 2]
+    def take_back(self, load: Load, but: Piece | None = None) -> None:
+        """Lets the tasks of a worker that ended wait again, except one of them.
+
+        A task of the chunk that the worker had begun with travels alone from now on.
+        """
+        for piece in load[0] if load else ():
+            piece.alone = True
+        self.put_back(piece for chunk in load for piece in chunk if piece is not but)
+
+    def worker_crashed(self, load: Load) -> Piece | None:
+        """Takes back the load of a worker that its task ended. Returns the task if it has now ended two workers.
+
+        Only a task that is alone in its chunk can be blamed. So it makes no difference with which other tasks a task
+        travelled before.
+        """
+        suspect = load[0][0] if load and len(load[0]) == 1 else None
+        if suspect is not None:
+            suspect.num_crashes += 1
+        guilty = suspect if suspect is not None and suspect.num_crashes == 2 else None
+        self.take_back(load, but=guilty)
+        return guilty
+
+    def worker_killed(self, load: Load) -> Piece | None:
+        """Takes back the load of a worker that was killed. Returns the task if this happened again with it alone."""
+        begun = load[0] if load else []
+        for piece in begun:
+            piece.num_kills += 1
+        self.take_back(load)
+        return begun[0] if len(begun) == 1 and begun[0].num_kills > 1 else None
 
     def next_chunk(self, load: Load, loads: Sequence[Load]) -> list[Piece]:
         """The tasks that a worker gets in addition to its load; none if it should get nothing now.
@@ -104,12 +127,12 @@ class Schedule:
         queue = self._queues[self._next_study(loads)]
         chunk = [heapq.heappop(queue)[-1]]
         cost = chunk[0].cost
-        if chunk[0].num_deaths > 0:
-            return chunk  # it may have ended a worker: it travels alone, so that no other task can be blamed
+        if chunk[0].alone:
+            return chunk  # it may have ended a worker: so no other task can be blamed
         # Add tasks while they all are suspected of nothing, take little time and fit.
         cost_limit = CHUNK_OF_ROOM * self._room(load, loads)
         while queue and 0 < self._seconds(cost) < CHUNK_SECONDS and cost + queue[0][-1].cost <= cost_limit:
-            if queue[0][-1].num_deaths > 0:
+            if queue[0][-1].alone:
                 break
             chunk.append(heapq.heappop(queue)[-1])
             cost += chunk[-1].cost

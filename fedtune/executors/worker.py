@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,12 +72,21 @@ def _read(connection: Connection, blocks: dict[int, torch.Tensor], chunks: "Simp
         while True:
             message = connection.recv()
             if isinstance(message, NewBlock):
-                blocks[message] = torch.from_numpy(receive(connection))
+                blocks[message] = torch.from_numpy(_receive(connection))
             else:
                 chunks.put(message)
     finally:
         # This read ends however the parent died: no other process holds the other end.
         os._exit(1)
+
+
+def _receive(connection: Connection) -> np.ndarray:
+    """The block that the parent sends. If there is no memory for it, no client is to blame: the process is killed."""
+    try:
+        return receive(connection)
+    except (MemoryError, OSError):
+        signal.raise_signal(signal.SIGKILL)
+        raise
 
 
 def _run(
