@@ -8,11 +8,12 @@ The functions here do what the commands of the same names do:
 All that users need is in `__all__`. Torch, Flower and pandas are imported when they are first needed.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import InputError
+from fedtune.errors import InputError, RunStopped
 from fedtune.events import Listener
 from fedtune.layers import compare_settings, resolve_settings, tune_settings
 
@@ -29,6 +30,7 @@ __all__ = [
     "InputError",
     "ReplayedStudy",
     "Run",
+    "RunStopped",
     "Settings",
     "SpaceRow",
     "__version__",
@@ -175,13 +177,16 @@ def resume(
     workers: int | None = None,
     executor: str | None = None,
     repair: bool = False,
+    lose_clients: Sequence[str] = (),
     listener: Listener = lambda event: None,
     optuna: str | None = None,
 ) -> "Run":
     """The run in a folder, resumed and brought to its end: bit for bit as if it had not been stopped.
 
     `workers` and `executor` override the settings of the run. `repair` cuts journals that a power cut damaged at their
-    last good line; a warning says what was cut. The other keywords are as in `compare`:
+    last good line; a warning says what was cut. From here on the run goes on without the clients whose ids are in
+    `lose_clients`: they fail in every round after a trial's latest checkpoint, which changes the results. The other
+    keywords are as in `compare`:
 
         fedtune.resume("runs/compared")
     """
@@ -200,6 +205,8 @@ def resume(
         for cut in repair_run(folder, settings):
             listener({"event": "warning", "message": cut})
     check_begun_with(settings, folder)
+    if new := [client for client in dict.fromkeys(lose_clients) if client not in settings.lost_clients]:
+        settings = settings.model_copy(update={"lost_clients": [*settings.lost_clients, *new]})
     _start_workers_early(settings)
     from fedtune.runs.prepare import prepare
 

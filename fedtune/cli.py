@@ -14,6 +14,7 @@ from fedtune import cli_data
 from fedtune.cli_options import (
     Assignments,
     Command,
+    LoseClients,
     MaxRounds,
     NumConfigs,
     ResumeOptions,
@@ -22,7 +23,7 @@ from fedtune.cli_options import (
     assigned,
     with_options,
 )
-from fedtune.errors import InputError
+from fedtune.errors import InputError, RunStopped
 from fedtune.printable import printable
 
 if TYPE_CHECKING:
@@ -129,10 +130,14 @@ def resume(
     repair: Annotated[
         bool, typer.Option("--repair", help="Cut a journal that a power cut damaged at its last good line.")
     ] = False,
+    lose_client: LoseClients = None,
     *,
     options: ResumeOptions,
 ) -> None:
     """Resume a run that was stopped; the results are the same as if it had never been interrupted.
+
+    With --lose-client the run goes on without a client, which then fails in every round that is still to be trained.
+    This changes the results.
 
     Example:
       fedtune resume runs/first
@@ -140,7 +145,9 @@ def resume(
     import fedtune
 
     with _progress(run) as progress:
-        finished = fedtune.resume(run, repair=repair, listener=progress, **asdict(options))
+        finished = fedtune.resume(
+            run, repair=repair, lose_clients=lose_client or (), listener=progress, **asdict(options)
+        )
     _show(finished)
 
 
@@ -220,7 +227,7 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"fedtune: {printable(str(error))}", err=True)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder that may not be written
+    except (RunStopped, OSError) as error:  # a worker that was killed, a full disk, a folder that may not be written
         typer.echo(f"fedtune: {printable(str(error))}", err=True)
         sys.exit(1)
 

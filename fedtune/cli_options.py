@@ -32,6 +32,10 @@ Workers = Annotated[
 ExecutorName = Annotated[
     str | None, typer.Option("--executor", help="How clients are computed: auto, serial, pool or batched.")
 ]
+LoseClients = Annotated[
+    list[str] | None,
+    typer.Option("--lose-client", metavar="ID", help="Go on without this client; it fails from now on. Repeatable."),
+]
 Optuna = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Also show the trials in this Optuna storage, for example sqlite:///trials.db."),

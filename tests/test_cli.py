@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from fedtune import cli
 from fedtune.cli_options import ARGUMENT_HELP
+from fedtune.errors import RunStopped
 from fedtune.runs.comparison import Comparison
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +268,15 @@ def test_a_run_that_a_signal_stops_says_how_to_resume(answer, tmp_path, monkeypa
     assert signal.getsignal(number) is before
 
 
+def test_a_run_that_something_else_stops_is_one_line_with_exit_code_1(answer, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise RunStopped("a worker was killed; to resume: fedtune resume run")
+
+    monkeypatch.setattr(Comparison, "run", stopped)
+    told = answer("train", "digits", "--rounds", 1, "--executor", "serial", "--out", tmp_path / "run")
+    assert told == (1, "", "fedtune: a worker was killed; to resume: fedtune resume run\n")
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
@@ -321,6 +331,21 @@ def test_a_run_of_another_version_is_one_line(answer, searched, tmp_path, comman
     assert (code, shown) == (2, "")
     said = f"{path}, line 1, must have format 3 or 4, got 2: another version of fedtune wrote it"
     assert errors == f"fedtune: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        ("nobody", "a lost client must be the id of a client of digits, got 'nobody'"),
+        ("3", "a client can be lost only in a run that is not finished, got "),
+    ],
+)
+def test_a_client_that_cannot_be_lost_is_one_line(answer, searched, client, message):
+    settings = (searched / "settings.toml").read_text()
+    code, shown, errors = answer("resume", searched, "--lose-client", client)
+    assert (code, shown, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"fedtune: {message}")
+    assert (searched / "settings.toml").read_text() == settings
 
 
 @pytest.mark.parametrize("command", ["resume", "replay"])

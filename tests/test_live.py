@@ -180,3 +180,11 @@ def test_only_the_first_failed_client_is_shown() -> None:
         for client in (3, 4):
             progress({"event": "lost", "tuner": "asha", "seed": 0, "reasons": [f"client {client}: [no] battery"]})
     assert printed(out) == "a client failed: client 3: [no] battery\n"
+
+
+def test_a_run_that_begins_again_without_a_client_counts_from_the_start() -> None:
+    progress = LiveProgress(console(terminal=True))
+    for event in [*list(a_run())[:6], plan(), a_round("asha", 0, lost=1)]:
+        progress(event)
+    assert f"1/{2 * ROUNDS}" in rendered(progress)
+    assert "faults: 1 lost" in rendered(progress)

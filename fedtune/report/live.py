@@ -117,6 +117,9 @@ class LiveProgress:
         return self._studies[event["tuner"], event["seed"]]
 
     def _plan(self, event: Mapping[str, Any]) -> None:
+        """Starts to count: a run that goes on without a client begins again, from its journals."""
+        self._current, self._faults = None, dict.fromkeys(FAULTS, 0)
+        self._rounds = self._total_rounds = self._ended = 0
         for planned in event["studies"]:
             self._studies[planned["tuner"], planned["seed"]] = StudyProgress(
                 planned["tuner"], planned["seed"], planned["total_rounds"]

@@ -8,5 +8,5 @@ of the results, and `result_files` writes them.
 A run that was stopped is resumed by running the same comparison again in its folder (`fedtune.resume`). The decisions
 and the rounds from before the stop are read from the journal, and the checkpoints hold the weights. `replay` rebuilds
 the studies from their journals alone, `extension` gives a finished run a larger budget, and `repair` cuts a journal
-that a power cut damaged.
+that a power cut damaged. `lost_clients` says from where on a run goes on without a client.
 """

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import shlex
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import ClientStopped, RunStopped
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
 from fedtune.files import make_folder, remove_unfinished
@@ -23,6 +25,7 @@ from fedtune.runs.history import past_personalised
 from fedtune.runs.journal import Journal
 from fedtune.runs.journal_lines import pool_as_json
 from fedtune.runs.ledger import Ledger
+from fedtune.runs.lost_clients import LostClients, keep_lost_clients
 from fedtune.runs.result_files import write_frames
 from fedtune.runs.results import StudyResult, round_rows, trial_rows
 from fedtune.runs.run_folder import locked
@@ -65,12 +68,24 @@ class Comparison:
     def run(self, folder: Path, listener: Listener) -> None:
         """Runs every study, each tuner under each seed, in a folder from `claim_folder`, and writes the results there.
 
-        A run that was stopped is resumed.
+        A run that was stopped is resumed. If a client takes longer than `[watch]` allows, the run may go on without it:
+        the studies are then resumed from their journals at once. Raises RunStopped, which says how to go on, if
+        something else stops the run.
         """
         with locked(folder):
             remove_unfinished(folder)
             check_versions(folder, listener)
-            self._run(folder, listener)
+            settings = self.settings
+            ended = False
+            while not ended:
+                if settings.lost_clients:
+                    keep_lost_clients(folder, settings.lost_clients)
+                try:
+                    replace(self, settings=settings)._run(folder, listener)
+                    ended = True
+                except RunStopped as stopped:
+                    settings = go_on_without_client(stopped, settings, folder)
+                    listener({"event": "warning", "message": f"{stopped}; the run goes on without this client"})
 
     def _run(self, folder: Path, listener: Listener) -> None:
         settings = self.settings
@@ -84,7 +99,9 @@ class Comparison:
         if self.warning:
             listener({"event": "warning", "message": f"data set {settings.data['name']}: {self.warning}"})
         executor = make_executor(
-            settings, self.dataset, lambda message: listener({"event": "warning", "message": message})
+            settings,
+            self.dataset,
+            lambda message, **fields: listener({"event": "warning", "message": message, **fields}),
         )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the server's sums too must not depend on the machine's cores
@@ -147,7 +164,9 @@ class Comparison:
             ledger = Ledger(self.settings, format_3=journal.format == 3)
             ledger.personalised = past_personalised(journal)
             store = TrialStore(journal, study_folder / "checkpoints")
-            jobs = TrainedJobs(tuner, self._setup(tuner, seed, executor), ledger, journal, store, say)
+            lost_clients = LostClients(self.dataset.client_ids, self.settings.lost_clients, journal, store)
+            setup = self._setup(tuner, seed, executor, lost_clients)
+            jobs = TrainedJobs(tuner, setup, ledger, journal, store, say)
             made = study_tuner(tuner, seed, self.hyperparameters)
             study = Study(tuner, seed, made, self.settings, ledger, journal, jobs, say)
             yield from study.steps()
@@ -160,7 +179,7 @@ class Comparison:
                 _result_row(name, seed, ledger, study.time, chosen),
             )
 
-    def _setup(self, tuner: TunerSettings, seed: int, executor: Executor) -> TrainingSetup:
+    def _setup(self, tuner: TunerSettings, seed: int, executor: Executor, lost_clients: LostClients) -> TrainingSetup:
         settings, dataset = self.settings, self.dataset
 
         def policy(trial: Trial) -> Policy:
@@ -169,6 +188,7 @@ class Comparison:
 
         weights = initial_weights(settings, dataset.spec, seed)
         return TrainingSetup(
+            f"tuner {tuner.name}, seed {seed}",
             settings,
             seed,
             dataset,
@@ -177,7 +197,24 @@ class Comparison:
             evaluation_clients(dataset.num_clients, settings.evaluation.clients, seed),
             Devices(settings, seed, dataset.num_examples("train"), weights.nbytes),
             policy,
+            lost_clients,
         )
+
+
+def go_on_without_client(stopped: RunStopped, settings: Settings, folder: Path) -> Settings:
+    """The settings with which the run goes on without the client that stopped it.
+
+    Raises RunStopped, in one line that says how to go on, unless the client took too long and `[watch]` says that it is
+    lost then. A client that is lost already may still stop a run, if rounds from before its loss are trained again.
+    """
+    resume = f"fedtune resume {shlex.quote(str(folder))}"
+    advice = f"to resume: {resume}"
+    if isinstance(stopped, ClientStopped) and stopped.client not in (None, *settings.lost_clients):
+        assert stopped.client is not None
+        if stopped.at_limit and settings.watch.at_limit == "lose":
+            return settings.model_copy(update={"lost_clients": [*settings.lost_clients, stopped.client]})
+        advice += f", or without the client: {resume} --lose-client {shlex.quote(stopped.client)}"
+    raise RunStopped(f"{stopped}; {advice}") from stopped
 
 
 def _result_row(name: str, seed: int, ledger: Ledger, time: float, chosen: Chosen) -> dict[str, Any]:

@@ -60,6 +60,7 @@ LINES = {  # by event
     "end": _fields(event=str, incumbent=int, time=float),
     "round": _fields(event=str, trial=int, record=_fields(**KEY_TYPES)),
     "lost": _fields(event=str, trial=int, round=int, reasons=list[str]),
+    "lose": _fields(event=str, client=str, trained=list[tuple[_Whole, _Whole]]),
     "checkpoint": _fields(event=str, trial=int, round=int),
     "personalised": _fields(
         event=str,
@@ -69,7 +70,7 @@ LINES = {  # by event
         evaluation=Evaluation,
     ),
 }
-NOTES = ("round", "lost", "checkpoint", "personalised")  # what was computed; all other lines are decisions
+NOTES = ("round", "lost", "lose", "checkpoint", "personalised")  # what was computed; all other lines are decisions
 
 
 def trial_as_json(trial: Trial) -> dict[str, Any]:

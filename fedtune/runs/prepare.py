@@ -36,6 +36,8 @@ def prepare(settings: Settings) -> Comparison:
         raise InputError(
             f"cohort_size must be at most the number of clients, {dataset.num_clients}, got {settings.cohort_size}"
         )
+    if unknown := [client for client in settings.lost_clients if client not in dataset.client_ids]:
+        raise InputError(f"a lost client must be the id of a client of {settings.data['name']}, got {unknown[0]!r}")
     check_model(settings, dataset)
     check_jobs(settings, dataset, hyperparameters)
     return Comparison(settings, dataset, hyperparameters, tuners, first_of(problems) if problems else None)
@@ -95,3 +97,6 @@ def check_device(settings: Settings) -> None:
         raise InputError(f"device must be one that torch can use here, got {settings.device!r}: {reason}") from None
     if settings.executor == "pool" and settings.device != "cpu":
         raise InputError(f"executor 'pool' must be used with device 'cpu', got device {settings.device!r}")
+    if settings.watch.limit is not None and (settings.device != "cpu" or settings.executor not in ("auto", "pool")):
+        where = f"executor {settings.executor!r} on {settings.device!r}"
+        raise InputError(f"watch.limit must be used with executor 'pool', which can end a client, got {where}")

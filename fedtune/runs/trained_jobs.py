@@ -206,7 +206,7 @@ class TrainedJobs:
         federation = yield from self._federation(trial, rounds, order=0.0)
         best = federation.best_config()
         config_of = (lambda client: best) if reading == "argmax" else federation.sampled_config
-        evaluation = yield from federation.personalise(config_of)
+        evaluation = yield from federation.personalise(config_of, self._setup.lost_clients.now())
         self._ledger.personalised[key] = evaluation
         self._journal.note(
             "personalised", reading=reading, trial=trial.number, round=rounds, evaluation=list(evaluation)

@@ -4,6 +4,7 @@ The result depends on the settings, the seed, the trial, the first and last roun
 else. So a job may be trained at any time, in any order, and at the same time as other jobs.
 """
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 
 from fedtune.client.tasks import Executor, Ticket
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.runs.lost_clients import LostClients
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import Settings
 from fedtune.simulation.devices import Devices
@@ -26,8 +28,9 @@ OnRound = Callable[[Federation, RoundRecord], None]
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What all jobs of a study share. The settings and the seed decide all of it."""
+    """What all jobs of a study share. The settings, the seed and the journal's lost clients decide all of it."""
 
+    study: str  # its name in messages
     settings: Settings
     seed: int
     dataset: FederatedDataset
@@ -36,6 +39,7 @@ class TrainingSetup:
     evaluation_clients: Int[np.ndarray, "client"]
     devices: Devices
     make_policy: Callable[[Trial], Policy]
+    lost_clients: LostClients
 
 
 def train(
@@ -67,6 +71,8 @@ def train(
         setup.devices,
         on_round,
         order,
+        functools.partial(setup.lost_clients.in_round, trial.number),
+        f"{setup.study}, ",
     )
     if checkpoint is not None:
         federation.restore(checkpoint)

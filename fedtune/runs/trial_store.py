@@ -55,6 +55,10 @@ class TrialStore:
         """Whether the trial's latest checkpoint is so old that another one is worth its time."""
         return time.monotonic() >= self._saved_at.get(trial, -math.inf) + SECONDS_BETWEEN
 
+    def checkpoints(self) -> dict[int, int]:
+        """The round of each trial's latest checkpoint, by trial."""
+        return dict(self._latest)
+
     def write(self, trial: int, record: RoundRecord, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Notes a round; with the arrays of the federation's state, writes a checkpoint of that round."""
         self._journal.note("round", trial=trial, record=record_as_json(record))

@@ -4,7 +4,7 @@ A generator here yields the executor's ticket that it waits for, and is resumed 
 can keep many federations in flight at once, and the executor always has work of several to choose from.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ class Federation:
     """The weights, the server's state and the round of one trial.
 
     `on_round` is called after each round. If the executor has work of several federations, it does the work of the one
-    with the smallest `order` first.
+    with the smallest `order` first. `lost_in` gives the numbers of the lost clients in a round; they fail. `study` is
+    the beginning of a place in the run, for messages.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Federation:
         devices: Devices,
         on_round: Callable[["Federation", RoundRecord], None],
         order: float = 0.0,
+        lost_in: Callable[[int], Collection[int]] = lambda server_round: (),
+        study: str = "",
     ) -> None:
         self.strategy = strategy
         self.trial = strategy.trial
@@ -56,6 +59,8 @@ class Federation:
         self._devices = devices
         self._on_round = on_round
         self._order = order
+        self._lost_in = lost_in
+        self._study = study
 
     def advance(self, to_round: int, evaluate_every: int) -> Iterator[Ticket]:
         """Trains until `to_round` rounds are done; evaluates every `evaluate_every` rounds and after the last."""
@@ -64,11 +69,13 @@ class Federation:
             # Train the clients that the devices let take part.
             plan = self._devices.plan(self.trial, self.round)
             arrays = pack(self.weights.numpy())
+            self._grid.lost_clients, self._grid.place = self._lost_in(self.round), self._place()
             message_ids = self._grid.push_messages(
                 self.strategy.configure_cohort(self.round, plan.cohort, arrays, ConfigRecord(), self._grid)
             )
-            if message_ids:  # without a client in time there is nothing to wait for
-                yield self._grid.ticket(message_ids)
+            trained = self._grid.ticket(message_ids)
+            if trained is not None:  # without a client in time there is nothing to wait for
+                yield trained
             # Aggregate their replies.
             new_arrays, _ = self.strategy.aggregate_train(self.round, self._grid.pull_messages(message_ids))
             outcome = self.strategy.outcome
@@ -79,16 +86,18 @@ class Federation:
             evaluation = None
             if self.round % evaluate_every == 0 or self.round == to_round:
                 tasks = evaluation_tasks(self._dataset, self._clients)
-                ticket = self._executor.submit(self.weights, tasks, self._order)
+                ticket = self._executor.submit(self.weights, tasks, self._order, self._place())
                 yield ticket
                 evaluation = combine(flatten(self._take(ticket)))
             self._on_round(self, self._record(plan, outcome, evaluation))
         self._grid.release()
 
-    def personalise(self, config_of: Callable[[int], Config]) -> Generator[Ticket, None, Evaluation]:
+    def personalise(
+        self, config_of: Callable[[int], Config], lost: Collection[int] = ()
+    ) -> Generator[Ticket, None, Evaluation]:
         """Returns the evaluation after local training with `config_of(client)`, each client from the global weights.
 
-        A client whose program raises counts as wrong on every example.
+        A client whose program raises, or which is among `lost`, counts as wrong on every example.
         """
         tasks = [
             PersonaliseTask(
@@ -97,13 +106,15 @@ class Federation:
                 rng.derived_seed(self.strategy.seed, "personalise", self.trial.number, self.round, client),
             )
             for client in self._clients.tolist()
+            if client not in lost
         ]
-        ticket = self._executor.submit(self.weights, tasks, self._order)
+        ticket = self._executor.submit(self.weights, tasks, self._order, f"{self._place()}, after local training")
         yield ticket
-        metrics: list[Metrics] = []
+        metrics = {client: self._all_wrong(client) for client in self._clients.tolist()}
         for task, result in zip(tasks, self._take(ticket), strict=True):
-            metrics += [self._all_wrong(task.client)] if isinstance(result, Failure) else flatten([result])
-        return combine(metrics)
+            if not isinstance(result, Failure):
+                (metrics[task.client],) = flatten([result])
+        return combine(list(metrics.values()))
 
     def sampled_config(self, client: int) -> Config:
         """The configuration that a client draws from theta for its personalisation (the result of algorithm 7)."""
@@ -135,6 +146,10 @@ class Federation:
         self.round = int(arrays["round"])
         self.weights = torch.from_numpy(arrays["weights"])
         self.strategy.restore(arrays)
+
+    def _place(self) -> str:
+        """The trial and its round, for messages about a client."""
+        return f"{self._study}trial {self.trial.number}, round {self.round}"
 
     def _take(self, ticket: Ticket) -> list[Any]:
         results = self._executor.collect(ticket)

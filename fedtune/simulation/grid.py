@@ -4,13 +4,13 @@ A node's id is its client's number + FIRST_NODE_ID. So it is fixed; Flower's own
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedtune.client.tasks import Executor, Ticket
+from fedtune.client.tasks import Executor, Failure, Ticket
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import empty_run, ensure_task_identity, stamp
 
@@ -22,6 +22,9 @@ class ExecutorGrid(Grid):
 
     All work of one push must be of one type and for the same weights. The replies that a pull returns hold views, which
     stay valid until the next push. The executor does the work of the grid with the smallest `order` first.
+
+    `lost_clients` are the numbers of clients that answer with a failure to the messages of the next push. `place` says
+    where in the run these messages belong.
     """
 
     def __init__(self, executor: Executor, num_clients: int, order: float = 0.0) -> None:
@@ -35,6 +38,8 @@ class ExecutorGrid(Grid):
         self._tickets: dict[str, Ticket] = {}  # by the id of each message whose reply was not pulled yet
         self._collected: set[Ticket] = set()
         self._order = order
+        self.lost_clients: Collection[int] = ()
+        self.place = ""
 
     def set_run(self, run: Run) -> None:
         """Remembers the run."""
@@ -64,12 +69,15 @@ class ExecutorGrid(Grid):
         for message in sent:
             if message.metadata.message_type == MessageType.QUERY:
                 self._replies[message.metadata.message_id] = protocol.answer(message, [{"client": _client(message)}])
+            elif _client(message) in self.lost_clients:
+                failure = Failure(f"client {_client(message)} is lost: the run goes on without it")
+                self._replies[message.metadata.message_id] = protocol.answer(message, failure)
             else:
                 work.append(message)
         if work:
             _check_alike(work)
             tasks = [protocol.task(message, _client(message)) for message in work]
-            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self._order)
+            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self._order, self.place)
             self._under_way[ticket] = work
             self._tickets |= {message.metadata.message_id: ticket for message in work}
         return message_ids
@@ -93,9 +101,12 @@ class ExecutorGrid(Grid):
                 self._executor.step()
         return self.pull_messages(message_ids)
 
-    def ticket(self, message_ids: list[str]) -> Ticket:
-        """The executor's ticket of the push that returned these ids; only before their replies are pulled."""
-        return self._tickets[message_ids[0]]
+    def ticket(self, message_ids: list[str]) -> Ticket | None:
+        """The executor's ticket of the push that returned these ids; only before their replies are pulled.
+
+        None if the push gave the executor nothing to do.
+        """
+        return next((self._tickets[message_id] for message_id in message_ids if message_id in self._tickets), None)
 
     def release(self) -> None:
         """Lets the executor reuse the memory of pushes whose replies were all pulled."""
