@@ -6,6 +6,7 @@ ships, a file, the command line. `fedtune.space_layers` says what that means for
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,9 @@ IN_EVERY_RUN = {
 LATER: dict[str, Any] = {
     "fixed_first": False,
     "server.max_examples": 10**9,
+    "server.aggregation": "mean",
+    "server.trim": 0.1,
+    "server.byzantine": 1,
 }
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -68,12 +72,17 @@ class Table(BaseModel):
 
 
 class ServerSettings(Table):
-    """`[server]`: the server's optimiser, and its guard against exploded updates.
+    """`[server]`: the server's optimiser, its guard against exploded updates, and how it aggregates the updates.
 
     `optimizer` is sgd, adam or yogi (Reddi et al. 2021, algorithm 2). `decay` is the fraction by which the learning
     rate shrinks each round. `learning_rate`, `momentum` and `decay` can be searched in `[space.server]`. An update is
     clipped to `clip_factor` times the cohort's median norm; 0 turns clipping off. A client that says it has more than
     `max_examples` examples in a part counts as lost.
+
+    `aggregation` says what the server makes of the clipped updates. `mean` weighs clients by their training examples;
+    the others are robust against a minority of arbitrary updates, and every client counts the same. `trimmed_mean`
+    leaves out the fraction `trim` of the largest and of the smallest values of each weight. `krum` and `multi_krum`
+    expect that at most `byzantine` clients of a round are arbitrary.
     """
 
     optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
@@ -85,6 +94,27 @@ class ServerSettings(Table):
     tau: float = Field(1e-3, gt=0, allow_inf_nan=False)
     clip_factor: float = Field(3.0, ge=0, allow_inf_nan=False)
     max_examples: int = Field(10**9, ge=1, le=10**12, strict=True)  # float64 holds sums of such counts exactly
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    trim: float = Field(0.1, ge=0.001, lt=0.5)
+    byzantine: Count = 1
+
+    @property
+    def fewest_updates(self) -> int:
+        """The fewest usable updates of a round with which the aggregation can outvote one arbitrary update.
+
+        For krum and multi_krum it is the fewest with which they can outvote `byzantine` arbitrary updates.
+        """
+        return {
+            "mean": 1,
+            "median": 3,
+            "trimmed_mean": math.ceil(round(1 / self.trim, 9)),
+            "krum": 2 * self.byzantine + 3,
+            "multi_krum": 2 * self.byzantine + 3,
+        }[self.aggregation]
+
+    def num_trimmed(self, num_updates: int) -> int:
+        """How many of the largest and how many of the smallest values the trimmed mean leaves out."""
+        return math.floor(round(self.trim * num_updates, 9))  # 0.29 * 100 is a little less than 29
 
 
 def _domain_or_word(value: Any) -> Any:
@@ -245,6 +275,19 @@ class Settings(Table):
         totals = [self.total_rounds, *(extension.total_rounds for extension in self.extensions)]
         if totals != sorted(totals):
             raise ValueError(f"total_rounds must not fall from one extension to the next, got {totals}")
+        return self
+
+    @model_validator(mode="after")
+    def _cohort_suffices_for_its_aggregation(self) -> "Settings":
+        server = self.server
+        if self.cohort_size < server.fewest_updates:
+            options = {"trimmed_mean": "trim", "krum": "byzantine", "multi_krum": "byzantine"}
+            option = options.get(server.aggregation)
+            with_option = f" with server.{option} {getattr(server, option)}" if option else ""
+            raise ValueError(
+                f"cohort_size must be at least {server.fewest_updates} for server.aggregation {server.aggregation!r}"
+                f"{with_option}, got {self.cohort_size}"
+            )
         return self
 
     @property

@@ -43,12 +43,31 @@ def test_written_settings_resolve_to_the_same():
     ("layer", "message"),
     [
         ({"max_round": 9}, r"unknown setting 'max_round'; known: client, cohort_size, .*max_rounds"),
-        ({"server": {"lr": 1.0}}, r"unknown setting 'server.lr'; known: server.beta1, .*server.learning_rate"),
+        (
+            {"server": {"lr": 1.0}},
+            r"unknown setting 'server.lr'; known: server.aggregation, server.beta1, .*server.learning_rate",
+        ),
         ({"seeds": 0}, r"seeds must be greater than or equal to 1, got 0"),
         ({"seeds": "three"}, r"seeds must be a valid integer, got 'three'"),
         ({"seed": -1}, r"seed must be greater than or equal to 0, got -1"),
         ({"server": {"optimizer": "sgdd"}}, r"server.optimizer must be 'sgd', 'adam' or 'yogi', got 'sgdd'"),
         ({"server": {"learning_rate": float("nan")}}, r"server.learning_rate must be .*, got nan"),
+        ({"server": {"trim": 0.5}}, r"server.trim must be less than 0.5, got 0.5"),
+        ({"server": {"trim": 0}}, r"server.trim must be greater than or equal to 0.001, got 0"),
+        ({"server": {"byzantine": 0}}, r"server.byzantine must be greater than or equal to 1, got 0"),
+        ({"server": {"aggregation": "meen"}}, r"must be 'mean', 'median', 'trimmed_mean', 'krum' or 'multi_krum', got"),
+        (
+            {"server": {"aggregation": "krum", "byzantine": 4}},
+            r"cohort_size must be at least 11 for server.aggregation 'krum' with server.byzantine 4, got 10",
+        ),
+        (
+            {"server": {"aggregation": "trimmed_mean", "trim": 0.05}},
+            r"cohort_size must be at least 20 for server.aggregation 'trimmed_mean' with server.trim 0.05, got 10",
+        ),
+        (
+            {"server": {"aggregation": "median"}, "cohort_size": 2},
+            r"cohort_size must be at least 3 for server.aggregation 'median', got 2",
+        ),
         ({"max_rounds": 81, "total_rounds": 80}, r"total_rounds must be at least max_rounds \(81\), got 80"),
         ({"tuners": ["asha", "asha"]}, r"tuners must name one tuner or more, each once"),
         ({"tuners": []}, r"tuners must name one tuner or more, each once, got \[\]"),
@@ -59,6 +78,20 @@ def test_bad_settings_are_one_line(layer, message):
     with pytest.raises(InputError, match=message) as caught:
         resolve([BASE, layer])
     assert "\n" not in str(caught.value)
+
+
+def test_the_digest_of_a_run_whose_settings_had_no_aggregation_is_as_before():
+    """The digest in the journals of run_of_format_3, from which a run is resumed."""
+    settings = resolve([read_settings(Path(__file__).parent / "run_of_format_3" / "settings.toml")])
+    assert digest(settings) == "6c68864d212a1fba"
+    robust = [
+        {"aggregation": "median"},
+        {"aggregation": "krum", "byzantine": 1},
+        {"aggregation": "krum", "byzantine": 2},
+    ]
+    digests = [digest(resolve([BASE, {"server": server}])) for server in [{}, {"trim": 0.2}, *robust]]
+    assert digests[0] == digests[1]  # the mean does not use it
+    assert len(set(digests)) == 4
 
 
 def test_missing_data_is_named():

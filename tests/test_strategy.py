@@ -376,6 +376,17 @@ def test_a_round_without_a_usable_update_changes_nothing(grid, initial, case):
     assert strategy.policy.state.rounds == theta["rounds"][0] + 1  # the next one goes on as if nothing had been
 
 
+def test_fewer_usable_updates_than_the_aggregation_needs_change_nothing_and_are_counted(grid, initial):
+    replies = {0: failed, 1: lambda message: answer(message, 1, torch.full_like(initial, math.nan))}
+    median = {"aggregation": "median"}  # of three updates or more
+    strategy, _, _ = aggregate(grid, initial, {0: failed}, settings=median)
+    assert not np.array_equal(strategy.policy.state.log_theta[0], fedex.init(POOL).log_theta[0])
+    strategy, weights, metrics = aggregate(grid, initial, replies, settings=median)
+    assert torch.equal(weights, initial)
+    assert np.array_equal(strategy.policy.state.log_theta[0], fedex.init(POOL).log_theta[0])
+    assert (metrics["cohort"], metrics["lost"], metrics["dropped"], metrics["clipped"]) == (4, 1, 3, 0)
+
+
 def test_the_order_of_the_replies_changes_no_bit(grid, initial):
     def outcome(order):
         strategy = make_strategy(baseline="leave_one_out")

@@ -133,9 +133,7 @@ def _notes(summary: pd.DataFrame, max_rounds: int) -> list[str]:
     if unrecorded := [name for name in (*FAULTS, "dropped_jobs") if summary[name].isna().all()]:
         notes.insert(0, f"Not recorded by the version of fedtune that wrote this run: {', '.join(unrecorded)}.")
     if faults := [f"{row['tuner']} {counts}" for row in rows if (counts := describe_counts(row, FAULTS))]:
-        meanings = (
-            "dropped (rejected: not finite), clipped (too large), lost (failed), late (stragglers), left (dropouts)"
-        )
+        meanings = "dropped (rejected), clipped (too large), lost (failed), late (stragglers), left (dropouts)"
         notes.insert(0, f"Updates and clients {meanings}: {'; '.join(faults)}.")
     if jobs := [f"{row['tuner']} {row['dropped_jobs']:,.0f}" for row in rows if row["dropped_jobs"] > 0]:
         notes.insert(

@@ -18,8 +18,9 @@ from flwr.serverapp.strategy import Strategy
 from fedtune import rng
 from fedtune.client.tasks import Metrics
 from fedtune.errors import InputError
-from fedtune.server import fedavg, optimizers
 from fedtune.server import messages as protocol
+from fedtune.server import optimizers
+from fedtune.server.aggregation import aggregate
 from fedtune.server.flower_compat import fill, pack
 from fedtune.server.metrics import column, evaluation_means, finite_mean
 from fedtune.server.replies import evaluation_ranges, good_answers, metrics_in, training_ranges, update_in
@@ -43,7 +44,7 @@ class RoundOutcome(NamedTuple):
 
     cohort: int  # clients that were sent a message
     failed: int  # clients without a reply, with a bad one, or whose program raised
-    rejected: int  # updates that were not finite
+    rejected: int  # updates that did not count
     clipped: int  # updates that were scaled down
     error: float  # mean validation error after local training, over the clients whose error is finite; NaN if none is
     loss: float  # likewise
@@ -134,7 +135,7 @@ class FedTuneStrategy(Strategy):
         updates = [update.weights for update in answers.values()]
         # Move the weights and the policy.
         num_train = column(metrics, "num_train").astype(np.int64)
-        mean = fedavg.average(sent.weights, updates, num_train, self.settings.clip_factor)
+        mean = aggregate(sent.weights, updates, num_train, self.settings)
         weights = sent.weights
         if mean.weights is not None:
             state = self.optimizer_state or optimizers.init(sent.weights)

@@ -44,7 +44,7 @@ class RoundRecord:
     unavailable: int  # clients that were drawn and could not be asked
     cohort: int  # clients in time: the clients asked, without stragglers and dropouts
     failed: int = field(metadata=_in_files("lost", total=3, fault=3))  # clients whose program raised
-    rejected: int = field(metadata=_in_files("dropped", total=4, fault=1))  # updates that were not finite
+    rejected: int = field(metadata=_in_files("dropped", total=4, fault=1))  # updates that did not count
     clipped: int = field(metadata=_in_files(total=5, fault=2))  # updates that were scaled down
     client_updates: int = field(metadata=_in_files(total=1))  # clients that answered
     bytes: int = field(metadata=_in_files(total=2))  # weights moved, to the clients and back
