@@ -1,7 +1,7 @@
 """Krum and Multi-Krum: the updates that lie closest to their neighbours, by Euclidean distance.
 
 Source: Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, 2017, section 4. For
-vectors V_1 ... V_n of which f may be arbitrary, with 2 f + 2 < n:
+vectors V_1 ... V_n of which f may be arbitrary, with 2 f + 2 < n (the lines are numbered here, not in the source):
 
     1  i -> j means that V_j belongs to the n - f - 2 closest vectors to V_i, with i != j
     2  s(i) = sum of ||V_i - V_j||^2 over i -> j, the score of worker i
@@ -11,8 +11,7 @@ vectors V_1 ... V_n of which f may be arbitrary, with 2 f + 2 < n:
 Symbols: V_i -> a row of `rows`, f -> `num_byzantine`, m -> `num_selected`, s -> `score`. Departures: V_i is a client's
 clipped weights after local training, in the source a gradient; distances are the same, since all clients start from the
 same weights. As in the source every client counts the same, whatever number of training examples it reports. The
-source leaves m open; here it is n - f - 2, the most for which El Mhamdi et al. (Fast and Robust Distributed Learning in
-High Dimension, 2019) prove that Multi-Krum is resilient.
+source leaves m open; here it is n - f - 2, the default of the library calicarpa/krum.
 """
 
 from collections.abc import Sequence
