@@ -41,7 +41,7 @@ COLOURS = dict(zip(AGGREGATIONS, ("#999999", "#000000", "#0072B2", "#56B4E9", "#
 SMALLEST = {
     "groups": ["everybody"],
     "attacks": ["collude"],
-    "shares": [0.0, 0.4],
+    "shares": [0.4],
     "aggregations": ["mean", "krum"],
     "rounds": 1,
     "seeds": 1,
