@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedtune.layers import resolve_settings
@@ -21,6 +21,7 @@ ROBUST = [
 ]
 ALL = [ServerSettings(), *ROBUST]
 NEEDS = {"mean": 1, "median": 3, "trimmed_mean": 5, "krum": 5, "multi_krum": 5}
+SIZES = (2.0, 5.0, 9.0, 30.0, 100.0, 1e4)
 by_name = pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.aggregation)
 robust = pytest.mark.parametrize("settings", ROBUST, ids=lambda settings: settings.aggregation)
 
@@ -75,6 +76,23 @@ def test_an_exploded_update_counts_with_its_clipped_weights(settings, size):
 
 
 @robust
+def test_clipping_and_rejection_go_together(settings):
+    """Six of nine updates explode and the first one is rejected, so each robust aggregation uses clipped weights."""
+    base = make_updates(9)
+    sent = [
+        torch.full_like(W, float("nan")),
+        *base[:3],
+        *(W + size * (update - W) for size, update in zip(SIZES, base[3:], strict=True)),
+    ]
+    tight = settings.model_copy(update={"clip_factor": 0.5})
+    norms = [float((update - W).norm()) for update in sent[1:]]
+    bound = 0.5 * float(np.median(norms))
+    clipped = [W + min(1.0, bound / norm) * (update - W) for norm, update in zip(norms, sent[1:], strict=True)]
+    expected = aggregate(W, clipped, ones(clipped), settings.model_copy(update={"clip_factor": 0.0}))
+    torch.testing.assert_close(aggregate(W, sent, ones(sent), tight).weights, expected.weights)
+
+
+@robust
 def test_every_client_counts_the_same_whatever_number_of_examples_it_reports(settings):
     updates = make_updates(7)
     expected = aggregate(W, updates, ones(updates), settings).weights
@@ -105,6 +123,7 @@ def test_updates_and_weights_are_left_alone(settings):
 
 
 @given(st.integers(1, 500), st.integers(1, 499))
+@example(100, 290)  # 0.29 * 100 is a little less than 29
 def test_the_trimmed_share_is_rounded_down_in_decimals(num_updates, thousandths):
     settings = ServerSettings(aggregation="trimmed_mean", trim=thousandths / 1000)
     assert settings.num_trimmed(num_updates) == num_updates * thousandths // 1000
