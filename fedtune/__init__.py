@@ -192,7 +192,8 @@ def resume(
     """
     from fedtune.runs.recorded import check_begun_with, check_places
     from fedtune.runs.run_folder import settings_path
-    from fedtune.settings import read_settings, resolve
+    from fedtune.settings import resolve
+    from fedtune.settings_text import read_settings
 
     folder = Path(folder)
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}

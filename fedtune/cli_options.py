@@ -100,7 +100,7 @@ class RunOptions:
 
 def assigned(assignments: list[str] | None) -> list[dict[str, Any]]:
     """A layer of settings for each `--set`."""
-    from fedtune.settings import parse_assignment
+    from fedtune.settings_text import parse_assignment
 
     return [parse_assignment(text) for text in assignments or []]
 

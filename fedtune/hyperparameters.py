@@ -6,9 +6,9 @@ from typing import Any
 
 from fedtune import plugins
 from fedtune.errors import UnknownNameError
+from fedtune.overlay import FIXED
 from fedtune.server import optimizers
 from fedtune.settings import Settings, client_program_name
-from fedtune.space_layers import FIXED
 from fedtune.tuning.domains import Domain, parse_domain
 from fedtune.tuning.space import Config, SearchSpace, check_space
 

@@ -66,7 +66,7 @@ def tune_settings(what: str | Path, tuner: str, num_configs: int | None, *layers
     If the tuner ends after n configurations and the user sets no `total_rounds`, the budget is n times `max_rounds`,
     the most that n configurations can use. So n and `max_rounds` are all that a user must give (thesis, section 3.5.1).
     """
-    from fedtune.settings import merge
+    from fedtune.overlay import merge
     from fedtune.tuning.tuners import TUNERS
 
     own: dict[str, Any] = {"tuners": [tuner]}
@@ -87,7 +87,8 @@ def data_table(file: Path, *layers: Mapping[str, Any]) -> dict[str, Any]:
     """
     from fedtune import plugins
     from fedtune.errors import InputError
-    from fedtune.settings import merge, read_settings
+    from fedtune.overlay import merge
+    from fedtune.settings_text import read_settings
 
     given = [read_settings(file), *layers]
     name = _name_in(merge(given), "data")
@@ -102,14 +103,14 @@ def layers_of(what: str | Path, given: Tables, origin: str = "arguments") -> Lay
 
     The settings of a run stand alone: they hold all that was shipped.
     """
-    from fedtune import plugins, settings
+    from fedtune import plugins, settings_text
 
     name: Any = str(what)
     layers = [Layer(origin, table) for table in given]
     if name.endswith(".toml"):
-        file = settings.read_settings(Path(what))
+        file = settings_text.read_settings(Path(what))
         layers.insert(0, Layer(name, file))
-        if settings.are_of_a_run(file):
+        if settings_text.are_of_a_run(file):
             return Layers([], layers, of_a_run=True)
         name = _name_in(file, "data")
     # A file without a data set's name, or with something else in its place, is an error that `resolve` names.

@@ -6,8 +6,8 @@ from typing import Any
 
 from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.layers import Layers
-from fedtune.settings import client_program_name, merge
-from fedtune.space_layers import FIXED, dimensions
+from fedtune.overlay import FIXED, dimensions, merge
+from fedtune.settings import client_program_name
 from fedtune.tuning.space import Number
 
 

@@ -1,22 +1,19 @@
 """What a user can set, in TOML. An unknown key or an impossible value is one clear line.
 
 Settings come in layers. A later layer overrides an earlier one: the defaults below, the settings that the data set
-ships, a file, the command line. `fedtune.space_layers` says what that means for the search space.
+ships, a file, the command line. `fedtune.overlay` lays them over each other.
 """
 
 import hashlib
 import json
 import math
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.space_layers import FIXED, lay_over
+from fedtune.overlay import FIXED, lay_over, merge
 
 DEFAULT_CLIENT = "local_sgd"
 NOT_IN_DIGEST = {
@@ -32,27 +29,6 @@ NOT_IN_DIGEST = {
     "lost_clients",
     "watch",
 }
-# The settings that every version of fedtune has written into a run folder, also those that the user left out.
-IN_EVERY_RUN = {
-    "tuners",
-    "seeds",
-    "seed",
-    "max_rounds",
-    "total_rounds",
-    "cohort_size",
-    "parallel_trials",
-    "workers",
-    "device",
-    "executor",
-    "data",
-    "model",
-    "client",
-    "server",
-    "space",
-    "tuner",
-    "evaluation",
-}
-
 # Settings that older runs lack. With these values they are not in the digest, so that older runs can be resumed.
 LATER: dict[str, Any] = {
     "fixed_first": False,
@@ -322,84 +298,6 @@ def resolve(layers: Iterable[Mapping[str, Any]], shipped: Iterable[Mapping[str, 
     except ValidationError as error:
         raise input_error(error, Settings, "setting") from None
     return settings.model_copy(update={"space": SpaceSettings.model_validate(lay_over(below, given))})
-
-
-def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One table of settings, not yet checked; a later layer overrides an earlier one, key by key."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge_into(merged, layer)
-    return merged
-
-
-def are_of_a_run(table: Mapping[str, Any]) -> bool:
-    """Whether the settings are those of a run folder: `write_settings` wrote them, of any version of fedtune."""
-    return table.keys() >= IN_EVERY_RUN
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, which may begin with a byte order mark."""
-    try:
-        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
-            raise OSError("it is no file")
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"settings file {path} cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, tables within tables
-        raise InputError(f"settings file {path} is not TOML: {error}") from None
-    if any(abs(number) >= 2**63 for number in _whole_numbers(tables)):
-        raise InputError(f"settings file {path} must have whole numbers of 64 bits, as TOML has, got a longer one")
-    return tables
-
-
-def write_settings(settings: Settings) -> str:
-    """TOML text from which `resolve` makes the same settings again."""
-    tables = settings.model_dump(exclude_none=True)
-    # Without this line the data set's own number would override "all" when the settings are read again.
-    tables["evaluation"].setdefault("clients", "all")
-    return tomli_w.dumps(tables)
-
-
-def parse_assignment(text: str) -> dict[str, Any]:
-    """The layer of one `--set a.b=value`; the value is TOML, and a bare word is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise InputError(f"--set must be key=value, for example client.learning_rate=0.1, got {text!r}")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    for part in reversed(_split_key(key)):
-        parsed = {part: parsed}
-    return parsed  # type: ignore[no-any-return]
-
-
-def _whole_numbers(value: Any) -> Iterator[int]:
-    """Every whole number within a value from TOML."""
-    if isinstance(value, int):
-        yield value
-    elif isinstance(value, dict | list):
-        for member in value.values() if isinstance(value, dict) else value:
-            yield from _whole_numbers(member)
-
-
-def _split_key(key: str) -> list[str]:
-    return [part.strip().strip("\"'") for part in key.split(".")]
-
-
-def _merge_into(target: dict[str, Any], layer: Mapping[str, Any], in_space: bool = False) -> None:
-    for key, value in layer.items():
-        # A domain of the search space counts as one value: {uniform = ...} replaces {log_uniform = ...}.
-        if isinstance(value, Mapping):
-            if not isinstance(target.get(key), dict) or (in_space and _is_domain(value)):
-                target[key] = {}
-            _merge_into(target[key], value, in_space or key == "space")
-        else:
-            target[key] = value
-
-
-def _is_domain(value: Mapping[str, Any]) -> bool:
-    return len(value) == 1 and isinstance(next(iter(value.values())), list)
 
 
 def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> InputError:

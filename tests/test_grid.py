@@ -17,8 +17,9 @@ from fedtune.server.flower_compat import pack
 from fedtune.server.messages import CLIENT_ERROR
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.settings import ServerSettings, write_settings
+from fedtune.settings import ServerSettings
 from fedtune.settings import resolve as resolve_settings
+from fedtune.settings_text import write_settings
 from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Trial

@@ -26,9 +26,9 @@ def test_import_datasets_from_the_root_gives_hugging_faces_package():
 FLOORS = [
     {"errors", "printable"},
     {"files", "rng"},
-    {"events", "data", "tuning", "space_layers"},
+    {"events", "data", "tuning", "overlay"},
     {"data.formats", "settings", "options"},
-    {"data.__init__", "tuning.__init__"},
+    {"data.__init__", "tuning.__init__", "settings_text"},
     {"client"},
     {"server", "plugins"},
     {"hyperparameters", "initial_weights", "layers", "testing"},

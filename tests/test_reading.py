@@ -17,7 +17,7 @@ import fedtune
 from fedtune.data import find_problems, reading
 from fedtune.data.formats.tables import read_columns
 from fedtune.errors import InputError
-from fedtune.settings import read_settings
+from fedtune.settings_text import read_settings
 
 TABLE = {"client": "user", "label": "likes"}
 

@@ -18,7 +18,8 @@ from fedtune.server.flower_compat import pack
 from fedtune.server.messages import run_settings
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.server_app import app, nodes_by_client
-from fedtune.settings import resolve, write_settings
+from fedtune.settings import resolve
+from fedtune.settings_text import write_settings
 from fedtune.simulation.grid import ExecutorGrid
 from fedtune.study_tuners import make_draw, tuner_settings
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings

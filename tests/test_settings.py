@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.settings import digest, parse_assignment, read_settings, resolve, write_settings
+from fedtune.settings import digest, resolve
+from fedtune.settings_text import parse_assignment, read_settings, write_settings
 
 BASE = {"data": {"name": "digits"}}
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from fedtune.data.formats.tables import read_columns
 from fedtune.errors import InputError
-from fedtune.settings import read_settings
+from fedtune.settings_text import read_settings
 from fedtune.simulation.records import FAULTS, RECORD_COLUMNS
 
 ERRORS = (

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.data.problems import Problem
+from fedtune.overlay import FIXED
 from fedtune.printable import printable
 from fedtune.report.frames import READINGS, lead_line
 from fedtune.simulation.records import FAULTS
-from fedtune.space_layers import FIXED
 from fedtune.tuning.tuners import tuner_kind
 
 MISSING = "–"

@@ -10,7 +10,8 @@ from fedtune.files import replacing, sync
 from fedtune.runs.replay import Replay
 from fedtune.runs.result_files import FILES
 from fedtune.runs.run_folder import locked, settings_path
-from fedtune.settings import ExtensionSettings, Settings, read_settings, resolve, write_settings
+from fedtune.settings import ExtensionSettings, Settings, resolve
+from fedtune.settings_text import read_settings, write_settings
 from fedtune.study_tuners import tuner_settings
 
 

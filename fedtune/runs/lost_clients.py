@@ -15,7 +15,8 @@ from fedtune.files import replacing
 from fedtune.runs.journal import Journal
 from fedtune.runs.run_folder import settings_path
 from fedtune.runs.trial_store import TrialStore
-from fedtune.settings import read_settings, resolve, write_settings
+from fedtune.settings import resolve
+from fedtune.settings_text import read_settings, write_settings
 
 
 class LostClients:

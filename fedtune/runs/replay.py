@@ -23,7 +23,8 @@ from fedtune.runs.recorded import recorded_hyperparameters
 from fedtune.runs.results import trial_rows
 from fedtune.runs.run_folder import settings_path
 from fedtune.runs.study import JobAttempt, Study
-from fedtune.settings import Settings, read_settings, resolve
+from fedtune.settings import Settings, resolve
+from fedtune.settings_text import read_settings
 from fedtune.simulation.records import record_as_row
 from fedtune.study_tuners import resolve_tuners, study_tuner
 from fedtune.tuning.trial import Job, Score, Trial

@@ -11,7 +11,8 @@ from pathlib import Path
 from fedtune.errors import InputError
 from fedtune.files import make_folder, replacing
 from fedtune.runs.environment import write_environment
-from fedtune.settings import Settings, write_settings
+from fedtune.settings import Settings
+from fedtune.settings_text import write_settings
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # how a file system says that it has none
 

@@ -1,4 +1,4 @@
-"""The search space of a run: the user's `[space]`, laid over the shipped one dimension by dimension.
+"""How tables of settings are laid over each other: key by key, and the search space one dimension at a time.
 
 A dimension is one hyperparameter, such as client.momentum. It is searched if it has a domain and the user does not fix
 it. The user can fix it in three ways: the word "fixed" in place of its domain, a list `space.only` that does not name
@@ -13,6 +13,14 @@ from fedtune.errors import InputError, UnknownNameError
 FIXED = "fixed"  # stands in place of a domain
 PARTS = ("client", "server")
 Tables = Mapping[str, Any]
+
+
+def merge(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One table of settings, not yet checked; a later layer overrides an earlier one, key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge_into(merged, layer)
+    return merged
 
 
 class Dimension(NamedTuple):
@@ -61,3 +69,18 @@ def _check_only(only: Iterable[str], found: Mapping[str, Dimension]) -> None:
             raise UnknownNameError("dimension in space.only", key, found)
         if found[key].fixed_by:
             raise InputError(f'space.only must name what is searched, got {key!r}, and space.{key} = "{FIXED}"')
+
+
+def _merge_into(target: dict[str, Any], layer: Mapping[str, Any], in_space: bool = False) -> None:
+    for key, value in layer.items():
+        # A domain of the search space counts as one value: {uniform = ...} replaces {log_uniform = ...}.
+        if isinstance(value, Mapping):
+            if not isinstance(target.get(key), dict) or (in_space and _is_domain(value)):
+                target[key] = {}
+            _merge_into(target[key], value, in_space or key == "space")
+        else:
+            target[key] = value
+
+
+def _is_domain(value: Mapping[str, Any]) -> bool:
+    return len(value) == 1 and isinstance(next(iter(value.values())), list)

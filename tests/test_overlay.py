@@ -1,7 +1,7 @@
 import pytest
 
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.space_layers import lay_over
+from fedtune.overlay import lay_over
 
 RATE, WIDER, MOMENTUM, SERVER = (
     {"log_uniform": [1e-4, 1.0]},
