@@ -113,6 +113,8 @@ def layers_of(what: str | Path, given: Tables, origin: str = "arguments") -> Lay
         if settings_text.are_of_a_run(file):
             return Layers([], layers, of_a_run=True)
         name = _name_in(file, "data")
+    else:
+        _check_same_name(name, given)
     # A file without a data set's name, or with something else in its place, is an error that `resolve` names.
     if not isinstance(name, str):
         return Layers([], layers)
@@ -168,6 +170,15 @@ def _client_name(layers: Sequence[Layer]) -> str:
         given = _name_in(layer.table, "client")
         name = given if isinstance(given, str) else name
     return name
+
+
+def _check_same_name(name: str, given: Tables) -> None:
+    """Raises InputError if the user also gives another name in `[data]`: its settings would be those of `name`."""
+    from fedtune.errors import InputError
+
+    for other in (_name_in(table, "data") for table in given):
+        if other not in (None, name):
+            raise InputError(f"data.name must be {name!r}, the data set that is asked for, got {other!r}")
 
 
 def _name_in(settings: Mapping[str, Any], table: str) -> Any:

@@ -322,8 +322,8 @@ def input_error(error: ValidationError, model: type[BaseModel], kind: str) -> In
     return InputError(f"{name} {message.replace('should', 'must')}, got {first['input']!r}")
 
 
-def digest(settings: Settings) -> str:
-    """A fingerprint of the settings that decide a study's numbers; its budget does not count."""
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide a study's numbers, as they are written to JSON; its budget does not count."""
     fields = settings.model_dump(mode="json", exclude=NOT_IN_DIGEST)
     for name, default in LATER.items():
         table, _, key = name.rpartition(".")
@@ -332,7 +332,12 @@ def digest(settings: Settings) -> str:
             del held[key]
     if settings.batches_clients:
         fields["batched"] = True
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return fields
+
+
+def digest(settings: Settings) -> str:
+    """A fingerprint of the settings that decide a study's numbers."""
+    return hashlib.sha256(json.dumps(deciding(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def client_program_name(settings: Settings) -> str:

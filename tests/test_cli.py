@@ -152,6 +152,10 @@ def test_list_names_what_is_installed():
         (["train", "digits", "--set", "max_round=3"], "; did you mean max_rounds?"),
         (["train", "digits", "--set", "client.learning_rat=1"], "; did you mean client.learning_rate?"),
         (["train", ""], "a data set must have a name, got ''"),
+        (
+            ["train", "digits", "--set", "data.name=mnist"],
+            "data.name must be 'digits', the data set that is asked for, got 'mnist'",
+        ),
         (["train", "digits", "--set", "data.seed=-1"], "seed must be a whole number >= 0, got -1"),
         (
             ["train", "digits", "--set", f"client.batch_size={'9' * 20}"],

@@ -7,6 +7,7 @@ import pytest
 
 from fedtune.errors import InputError
 from fedtune.runs.journal import FORMAT, DamagedJournalError, Journal, JournalEnds
+from fedtune.settings import deciding, digest, resolve
 from fedtune.simulation.records import KEY_TYPES, Evaluation
 
 
@@ -169,11 +170,13 @@ def test_bytes_that_are_no_text_are_damage(path):
 @pytest.mark.parametrize("earlier", [3, FORMAT])
 def test_a_study_that_has_begun_keeps_its_format(path, earlier):
     journal = Journal(path)
-    journal.decide("study", format=earlier, tuner="asha", seed=0, settings="")
+    settings = resolve([{"data": {"name": "digits"}}])
+    begun = {"settings": digest(settings)} | ({"deciding": deciding(settings)} if earlier > 3 else {})
+    journal.decide("study", format=earlier, tuner="asha", seed=0, **begun)
     journal.close()
     again = Journal(path)
     assert again.format == earlier
-    again.begin("asha", 0, "")
+    again.begin("asha", 0, settings)
     again.close()
     assert len(path.read_text().splitlines()) == 1
 

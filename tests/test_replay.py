@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -352,11 +353,23 @@ def test_a_journal_that_was_edited_without_its_checksums(copy):
 def test_settings_that_were_edited(copy):
     path = copy / "settings.toml"
     path.write_text(path.read_text().replace("cohort_size = 1", "cohort_size = 2"))
-    begun = lines_of(journal(copy, "asha"))[0]["settings"]
+    refused(
+        only(copy, "asha"),
+        f"{path} must have the settings with which the run was begun, got cohort_size = 2; "
+        f"{journal(copy, 'asha')} has cohort_size = 1",
+    )
+
+
+def test_settings_of_format_3_that_were_edited(tmp_path):
+    """Their journal has a digest only."""
+    folder = shutil.copytree(Path(__file__).parent / "run_of_format_3", tmp_path / "run")
+    path = folder / "settings.toml"
+    path.write_text(path.read_text().replace("cohort_size = 3", "cohort_size = 4"))
+    begun = lines_of(folder / "fedex-seed1" / "journal.jsonl")[0]["settings"]
     with pytest.raises(InputError) as caught:
-        fedtune.replay(only(copy, "asha"))
+        fedtune.replay(folder)
     start, _, end = str(caught.value).partition(", got other ones (digest ")
-    assert start == f"{path} must hold the settings of {journal(copy, 'asha')} (digest {begun})"
+    assert start == f"{path} must hold the settings of {folder / 'fedex-seed1' / 'journal.jsonl'} (digest {begun})"
     assert end.endswith(
         "): one of the two was edited, or the executor now batches clients and did not before, or the other way round"
     )

@@ -151,10 +151,16 @@ def test_a_pool_without_the_searched_hyperparameters_is_one_line(copy, pool):
 def test_resume_compares_the_settings_before_it_runs_code(copy):
     path = copy / "settings.toml"
     path.write_text(path.read_text().replace("cohort_size = 1", "cohort_size = 2"))
-    with pytest.raises(InputError, match=r"settings\.toml must hold the settings of .*journal\.jsonl \(digest"):
+    with pytest.raises(
+        InputError,
+        match=r"settings\.toml must have .* got cohort_size = 2; .* has cohort_size = 1$",
+    ):
         fedtune.resume(copy)
     path.write_text('tuners = ["asha"]\n' + path.read_text().partition("]\n")[2])
-    with pytest.raises(InputError, match=r"settings\.toml must hold the settings of .*journal\.jsonl \(digest"):
+    with pytest.raises(
+        InputError,
+        match=r"settings\.toml must have .* got cohort_size = 2; .* has cohort_size = 1$",
+    ):
         fedtune.extend(copy, total_rounds=18)
 
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.runs.appended_file import AppendedFile
 from fedtune.runs.journal_lines import LINES, NOTES, Order
-from fedtune.settings import input_error
+from fedtune.settings import Settings, deciding, digest, input_error
 
 FORMAT = 4  # of the lines that are written
 # The formats that can be read and resumed. A study of format 3 has the same lines and other rules: see Ledger.
@@ -67,17 +67,19 @@ class Journal:
             self._read(num_lines)
         self._file = None if read_only else AppendedFile(path, self._good_bytes)
 
-    def begin(self, tuner: str, seed: int, settings: str) -> None:
-        """Writes the first decision: the tuner and the seed of the study, and the digest of its settings."""
+    def begin(self, tuner: str, seed: int, settings: Settings) -> None:
+        """Writes the first decision: the tuner and the seed of the study, and the settings that decide its numbers.
+
+        Raises InputError if the study was begun with other settings.
+        """
+        first = {"format": self.format, "tuner": tuner, "seed": seed, "settings": digest(settings)}
+        if self.format > 3:
+            first["deciding"] = deciding(settings)
         if self._decisions:
             _, line = self._decisions[0]
-            if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != settings:
-                raise InputError(
-                    f"{self.path.parent.parent / 'settings.toml'} must hold the settings of {self.path} (digest "
-                    f"{line.get('settings')}), got other ones (digest {settings}): one of the two was edited, or "
-                    "the executor now batches clients and did not before, or the other way round"
-                )
-        self.decide("study", format=self.format, tuner=tuner, seed=seed, settings=settings)
+            if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != first["settings"]:
+                raise self._other_settings(line, first)
+        self.decide("study", **first)
 
     def decide(self, event: str, **fields: Any) -> None:
         """Writes a decision. If the journal holds one here already, raises InputError unless the two are the same."""
@@ -138,6 +140,22 @@ class Journal:
     def misfit(self, line_number: int, expected: str, found: str) -> InputError:
         """The error to raise if a line of the past differs from the tuner's decision."""
         return InputError(f"{self.path}, line {line_number}, does not fit the tuner: expected {expected}, got {found}")
+
+    def _other_settings(self, begun: dict[str, Any], now: dict[str, Any]) -> InputError:
+        """The error to raise if the settings are not those with which the study was begun."""
+        file = self.path.parent.parent / "settings.toml"
+        before, after = dict(_leaves(begun.get("deciding", {}))), dict(_leaves(now.get("deciding", {})))
+        for name in {**before, **after}:
+            if name != "batched" and not same(before.get(name), after.get(name)):
+                return InputError(
+                    f"{file} must have the settings with which the run was begun, got {name} = {after.get(name)!r}; "
+                    f"{self.path} has {name} = {before.get(name)!r}"
+                )
+        return InputError(
+            f"{file} must hold the settings of {self.path} (digest {begun.get('settings')}), got other ones (digest "
+            f"{now['settings']}): one of the two was edited, or the executor now batches clients and did not before, "
+            "or the other way round"
+        )
 
     def close(self) -> None:
         """Closes the file."""

@@ -14,8 +14,11 @@ _Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _fields(**kinds: Any) -> type[BaseModel]:
-    """A pydantic model with exactly these fields, all required, of these types."""
-    definitions: Any = {name: (_Whole if kind is int else kind, ...) for name, kind in kinds.items()}
+    """A pydantic model with exactly these fields of these types; a pair of a type and a default may be left out."""
+    definitions: Any = {
+        name: kind if isinstance(kind, tuple) else (_Whole if kind is int else kind, ...)
+        for name, kind in kinds.items()
+    }
     model: type[BaseModel] = create_model("Fields", __config__=ConfigDict(strict=True, extra="forbid"), **definitions)
     return model
 
@@ -27,6 +30,7 @@ LINES = {  # by event
         tuner=str,
         seed=int,
         settings=str,
+        deciding=(dict[str, Any] | None, None),
     ),
     "ask": _fields(
         event=str,

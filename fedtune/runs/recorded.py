@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.errors import InputError
 from fedtune.hyperparameters import Hyperparameters, fixed_client_values, with_client_values
 from fedtune.runs.journal import Journal, JournalEnds
-from fedtune.settings import Settings, digest
+from fedtune.settings import Settings
 from fedtune.tuning.space import Config, Number, checked_number
 from fedtune.tuning.tuners import tuner_kind
 
@@ -35,7 +35,7 @@ def check_begun_with(settings: Settings, folder: Path) -> None:
     for name, seed in settings.studies:
         journal = Journal(folder / f"{name}-seed{seed}" / "journal.jsonl", read_only=True, num_lines=1)
         with contextlib.suppress(JournalEnds):  # the study was not begun
-            journal.begin(name, seed, digest(settings))
+            journal.begin(name, seed, settings)
 
 
 def recorded_hyperparameters(settings: Settings, journal: Journal) -> Hyperparameters:

@@ -18,7 +18,7 @@ from fedtune.runs.history import TrialHistory
 from fedtune.runs.journal import Journal
 from fedtune.runs.journal_lines import trial_as_json
 from fedtune.runs.ledger import AttemptsFailed, Ledger
-from fedtune.settings import ExtensionSettings, Settings, digest
+from fedtune.settings import ExtensionSettings, Settings
 from fedtune.simulation.event_loop import Attempt, EventLoop, OnDrop
 from fedtune.tuning.trial import Job, Score, Trial, Tuner
 from fedtune.tuning.tuner_kind import TunerSettings
@@ -93,7 +93,7 @@ class Study:
 
     def steps(self) -> Generator[None, None, None]:
         """Runs the study to its end, and then through each extension. A study that was stopped is resumed."""
-        self._journal.begin(self.name, self.seed, digest(self._settings))
+        self._journal.begin(self.name, self.seed, self._settings)
         yield from self._loop.run()
         yield from self._end()
         for extension in self._settings.extensions:
