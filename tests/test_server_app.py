@@ -326,7 +326,7 @@ def client_number(value):
         (lambda sent: [good(sent, arrays=None, metrics=None)], "the reply of node 4 is bad: it must hold the records "),
         (lambda sent: [good(sent, arrays=None)], "the reply of node 4 is bad: client must be a whole number in "),
         (with_error(1, None), "node 4: failed and gave no reason"),
-        (with_error(1000, "no\n\x1b[2Jreason"), "no  [2Jreason"),
+        (with_error(1000, "no\n\x1b[2Jreason"), r"no\n\x1b[2Jreason"),
         (lambda sent: [], "node 4 did not answer"),
     ],
 )

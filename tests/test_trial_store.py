@@ -100,7 +100,7 @@ def test_only_one_trial_stays_at_the_end(store, tmp_path):
     train(store, 0, 2)
     train(store, 1, 1)
     (tmp_path / "checkpoints" / "trial-0-round-9.safetensors.tmp").write_bytes(b"half")
-    store.keep_only(0)
+    store.keep_only(0, 1)
     assert kept(tmp_path) == {0: {1, 2}}
 
 

@@ -42,6 +42,7 @@ class TrialStore:
         self._folder = folder
         self.past_rounds = PastRounds(journal)
         self._latest = {line["trial"]: int(line["round"]) for line in journal.notes("checkpoint")}
+        self._noted = dict(self._latest)  # also of trials whose checkpoints were removed
         self._saved_at: dict[int, float] = {}  # the real time of each trial's latest checkpoint
         self._reported: dict[int, int] = {}  # the round at the end of each trial's last reported job
         reported = {line["trial"]: int(line["rounds"]) for line in journal.decisions("tell")}
@@ -56,8 +57,8 @@ class TrialStore:
         return time.monotonic() >= self._saved_at.get(trial, -math.inf) + SECONDS_BETWEEN
 
     def checkpoints(self) -> dict[int, int]:
-        """The round of each trial's latest checkpoint, by trial."""
-        return dict(self._latest)
+        """The round of each trial's latest checkpoint, by trial, also of checkpoints that were removed since."""
+        return dict(self._noted)
 
     def write(self, trial: int, record: RoundRecord, arrays: Mapping[str, np.ndarray] | None) -> None:
         """Notes a round; with the arrays of the federation's state, writes a checkpoint of that round."""
@@ -116,7 +117,7 @@ class TrialStore:
     def _save(self, trial: int, server_round: int, arrays: Mapping[str, np.ndarray]) -> None:
         checkpoint.save(self._path(trial, server_round), arrays)
         self._journal.note("checkpoint", trial=trial, round=server_round)
-        self._latest[trial] = server_round
+        self._latest[trial] = self._noted[trial] = server_round
         self._saved_at[trial] = time.monotonic()
 
     def _path(self, trial: int, server_round: int) -> Path:
