@@ -153,7 +153,7 @@ def settings_with(**changes):
         ({"tuners": ["ashaa"]}, UnknownNameError, "unknown tuner 'ashaa'; known: asha, asha\\+fedex, .*manual"),
         ({"tuner": {"ashaa": {}}}, UnknownNameError, "unknown tuner 'ashaa'"),
         ({"tuner": {"asha": {"eta": 3}}}, UnknownNameError, "unknown option of tuner asha 'eta'; known: .*reduction_f"),
-        ({"data": {"name": "digit"}}, UnknownNameError, "unknown data set 'digit'; known: digits"),
+        ({"data": {"name": "digit"}}, InputError, "data.name must be 'digits', the data set that is asked for, got 'd"),
         ({"data": {"clients": 3}}, UnknownNameError, "unknown setting of the data set 'digits' 'data.clients'; known"),
         ({"model": {"name": "resnet"}}, UnknownNameError, "unknown model 'resnet'; known: cnn, logistic"),
         ({"model": {"name": "mlp", "width": 3}}, UnknownNameError, "'model.width'; known: model.hidden"),
