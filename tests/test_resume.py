@@ -27,7 +27,7 @@ from fedtune.tuning.fedex import FedExPolicy
 NAMES = ("manual", "asha", "fedex", "asha+fedex")
 SETTINGS = {"max_rounds": 9, "total_rounds": 36, "seeds": 1, "tuners": list(NAMES)}
 COMMAND = ["compare", "digits", "--tuners", ",".join(NAMES), "--max-rounds", "9", "--total-rounds", "36"]
-NUM_KILLS = 20
+NUM_KILLS = 12
 
 
 @pytest.fixture(autouse=True)

@@ -75,6 +75,7 @@ def main() -> None:
                     "seed": arguments.seed,
                     "seeds": arguments.seeds,
                     "workers": arguments.workers,
+                    "executor": "serial" if arguments.workers == 1 else "auto",
                 }
                 run(folder, settings)
     # Rows of runs that are not in the folder stay as they are.

@@ -69,6 +69,7 @@ COLOURS = {"Flower on Ray": "#D55E00", "pfl": "#009E73", "plain": "#666666"}
 SMALLEST = {
     "cases": ["cnn:2"],  # all engines have the CNN
     "repeats": 1,
+    "without": ["plain, threads", "pfl, threads"],  # the same scripts as without threads
     "flute_rounds": 2,
     "out": Path("runs/smallest/engine_speed"),
 }
@@ -97,13 +98,15 @@ class Measured(NamedTuple):
 ROUND, START, MEMORY, FLUTE = "milliseconds a round", "seconds to the first round", "GiB", "seconds"
 
 
-def measure_rounds(model: str, cohort_sizes: list[int], repeats: int, plans: Path) -> Iterator[Measured]:
+def measure_rounds(
+    model: str, cohort_sizes: list[int], without: list[str], repeats: int, plans: Path
+) -> Iterator[Measured]:
     """The milliseconds of a round; the engines take turns. Raises unless one round leads all to the same weights."""
     with ExitStack() as stack:
         running = {
             name: stack.enter_context(RunningEngine(engine, model, plans))
             for name, engine in ENGINES.items()
-            if model in ONLY_FOR.get(name, MODELS) and installed(engine)
+            if model in ONLY_FOR.get(name, MODELS) and installed(engine) and name not in without
         }
         for cohort_size in cohort_sizes:
             check_equal_work(model, cohort_size, running, plans)
@@ -246,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each engine (default 5)")
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, help="models and cohort sizes")
+    parser.add_argument("--without", nargs="+", default=[], choices=list(ENGINES), help="engines to leave out")
     parser.add_argument("--flute-rounds", type=int, default=100, help="rounds of FLUTE's job (default 100)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and figures/")
     parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
@@ -265,7 +269,7 @@ def main() -> None:
         folder = Path(temporary)
         write_plans({cohort_size for of_model in sizes.values() for cohort_size in of_model}, folder)
         measurements = [
-            *(measure_rounds(*case, repeats, folder) for case in sizes.items()),
+            *(measure_rounds(*case, arguments.without, repeats, folder) for case in sizes.items()),
             *(measure_starts(model, sizes[model][0], repeats, folder) for model in STARTED if model in sizes),
             measure_flute_job(arguments.flute_rounds, repeats, folder),
         ]

@@ -24,7 +24,7 @@ from fedtune.runs.run_folder import claim_folder
 
 FOLDER = Path(__file__).parent
 POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000)
-SMALLEST = {"populations": [1_000, 2_000], "repeats": 1, "out": Path("runs/smallest/scale")}
+SMALLEST = {"populations": [1_000], "repeats": 1, "out": Path("runs/smallest/scale")}
 EXAMPLES, FEATURES, NUM_CLASSES = 8, 16, 10  # EXAMPLES is the number of a client's examples
 EVALUATED = 300  # clients
 ROUNDS = {10: 41, 1_000: 7}  # of one run, by cohort; the model is evaluated in every fourth and the last

@@ -35,7 +35,7 @@ SPACE = SearchSpace(
     {},
 )
 SEARCHES = ("random", "sha", "asha", "hyperband", "async_hyperband", "pbt", "bohb")
-SMALLEST = {"repeats": 2, "out": Path("runs/smallest/searches")}
+SMALLEST = {"repeats": 1, "out": Path("runs/smallest/searches")}
 OPTIONS = {"async_hyperband": {"reduction_factor": 3}}  # the same as the other searches
 COLOURS = dict(
     zip(SEARCHES, ("#777777", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"), strict=True)
