@@ -394,6 +394,16 @@ def test_a_run_of_format_3_is_resumed_and_replayed_by_its_rule(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("lost", ["asha", "fedex"])
+def test_a_study_that_a_run_of_format_3_had_not_begun_gets_its_rules(tmp_path, lost):
+    folder = shutil.copytree(Path(__file__).parent / "run_of_format_3", tmp_path / "run")
+    shutil.rmtree(folder / f"{lost}-seed1")
+    (folder / "results.csv").unlink()
+    fedtune.resume(folder, executor="serial")
+    assert {lines_of(path)[0]["format"] for path in folder.glob("*/journal.jsonl")} == {3}
+    assert all(study.finished for study in fedtune.replay(folder))
+
+
 def test_a_larger_budget_than_the_run_had(copy):
     """The budget is not in the digest: the tuner then asks for a job more than it did."""
     path = copy / "settings.toml"

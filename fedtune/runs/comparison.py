@@ -26,6 +26,7 @@ from fedtune.runs.journal import Journal
 from fedtune.runs.journal_lines import pool_as_json
 from fedtune.runs.ledger import Ledger
 from fedtune.runs.lost_clients import LostClients, keep_lost_clients
+from fedtune.runs.recorded import run_format
 from fedtune.runs.result_files import write_frames
 from fedtune.runs.results import StudyResult, round_rows, trial_rows
 from fedtune.runs.run_folder import locked
@@ -119,6 +120,7 @@ class Comparison:
         self, executor: Executor, folder: Path, listener: Listener
     ) -> tuple[dict[Key, StudyResult], dict[Key, float]]:
         """The result of each study and the seconds it took. `parallel_studies` of them run at a time."""
+        journal_format = run_format(self.settings, folder)
         waiting = deque(self.settings.studies)
         running: dict[Key, RunningStudy] = {}
         results: dict[Key, StudyResult] = {}
@@ -130,7 +132,7 @@ class Comparison:
                 name, seed = waiting.popleft()
                 share = for_study(executor, self.settings, name)
                 running[name, seed] = RunningStudy(
-                    self._study(name, seed, share, folder, listener), time.perf_counter()
+                    self._study(name, seed, share, folder, journal_format, listener), time.perf_counter()
                 )
             # Let each study decide and submit until it waits for the executor.
             num_ended = 0
@@ -150,7 +152,7 @@ class Comparison:
         return results, seconds
 
     def _study(
-        self, name: str, seed: int, executor: Executor, folder: Path, listener: Listener
+        self, name: str, seed: int, executor: Executor, folder: Path, journal_format: int, listener: Listener
     ) -> Generator[None, None, StudyResult]:
         """Runs a study to its end. Yields whenever it waits for the executor."""
 
@@ -160,7 +162,7 @@ class Comparison:
         tuner = self.tuners[name]
         study_folder = folder / f"{name}-seed{seed}"
         make_folder(study_folder, exist_ok=True)
-        with contextlib.closing(Journal(study_folder / "journal.jsonl")) as journal:
+        with contextlib.closing(Journal(study_folder / "journal.jsonl", new_format=journal_format)) as journal:
             ledger = Ledger(self.settings, format_3=journal.format == 3)
             ledger.personalised = past_personalised(journal)
             store = TrialStore(journal, study_folder / "checkpoints")

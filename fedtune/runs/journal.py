@@ -9,6 +9,7 @@ journal, and the rounds that were computed before are read from the journal. So 
 which it stopped, and ends with the same numbers as a study that was never stopped.
 """
 
+import itertools
 import json
 import zlib
 from collections import defaultdict, deque
@@ -24,7 +25,8 @@ from fedtune.runs.journal_lines import LINES, NOTES, Order
 from fedtune.settings import Settings, deciding, digest, input_error
 
 FORMAT = 4  # of the lines that are written
-# The formats that can be read and resumed. A study of format 3 has the same lines and other rules: see Ledger.
+# The formats that can be read and resumed. A study of format 3 has other rules (see Ledger), and its first line has no
+# `deciding`.
 FORMATS = (3, 4)
 SYNCED = ("tell", "end")  # the decisions after which checkpoints are removed
 
@@ -52,12 +54,14 @@ class Journal:
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
     come as they are computed, by several federations at once. With `read_only` nothing is written: decisions are
     compared with the past, and JournalEnds is raised after its last one. `num_lines` is how many lines are read; None
-    means all.
+    means all. A study that has not begun gets the format `new_format`.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, num_lines: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, read_only: bool = False, num_lines: int | None = None, new_format: int = FORMAT
+    ) -> None:
         self.path = path
-        self.format = FORMAT  # of the study: of its first line, if it has begun
+        self.format = new_format  # of the study: of its first line, if it has begun
         self._checksum = 0
         self._good_bytes = 0  # that all lines so far take
         self._order = Order()
@@ -170,14 +174,17 @@ class Journal:
 
     def _read(self, num_lines: int | None) -> None:
         """Takes in the whole lines."""
-        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1][:num_lines], start=1):
-            line = self._parse(text.decode(errors="replace"), number)
-            event = line["event"]
-            if event in NOTES:
-                self._notes[event].append(line)
-            else:
-                self._decisions.append((number, line))
-            self._good_bytes += len(text) + 1
+        with self.path.open("rb") as file:
+            for number, text in enumerate(itertools.islice(file, num_lines), start=1):
+                if not text.endswith(b"\n"):
+                    return  # a torn last line
+                line = self._parse(text[:-1].decode(errors="replace"), number)
+                event = line["event"]
+                if event in NOTES:
+                    self._notes[event].append(line)
+                else:
+                    self._decisions.append((number, line))
+                self._good_bytes += len(text)
 
     def _parse(self, text: str, number: int) -> dict[str, Any]:
         """The line, after every check that needs no tuner."""

@@ -1,6 +1,7 @@
 """What a run folder itself says about its run: no code that the settings name is needed, so none is imported."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,20 @@ def check_begun_with(settings: Settings, folder: Path) -> None:
 
     It reads the first line of each journal only.
     """
-    for name, seed in settings.studies:
-        journal = Journal(folder / f"{name}-seed{seed}" / "journal.jsonl", read_only=True, num_lines=1)
+    for (name, seed), journal in zip(settings.studies, _beginnings(settings, folder), strict=True):
         with contextlib.suppress(JournalEnds):  # the study was not begun
             journal.begin(name, seed, settings)
+
+
+def run_format(settings: Settings, folder: Path) -> int:
+    """The format of the run's journals. A study that has not begun gets it too, so one rule holds for all studies."""
+    return min(journal.format for journal in _beginnings(settings, folder))
+
+
+def _beginnings(settings: Settings, folder: Path) -> Iterator[Journal]:
+    """The journal of each study of the run, of which only the first line was read."""
+    for name, seed in settings.studies:
+        yield Journal(folder / f"{name}-seed{seed}" / "journal.jsonl", read_only=True, num_lines=1)
 
 
 def recorded_hyperparameters(settings: Settings, journal: Journal) -> Hyperparameters:
