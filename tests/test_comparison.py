@@ -198,7 +198,7 @@ def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
     (folder / "results.csv").write_text("old")
     claim_folder(folder, settings, force=True)
     assert {path.name for path in folder.iterdir()} == {"settings.toml", "environment.json"}
-    (folder / "settings.toml").unlink()
+    (folder / "settings.toml").rename(folder / "notes.toml")
     with pytest.raises(InputError, match="exists and is not a run folder"):
         claim_folder(folder, settings, force=True)
 

@@ -1,5 +1,6 @@
 """A run folder that another process uses, or whose disk is full, or whose files were lost."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -13,7 +14,9 @@ import pytest
 
 import fedtune
 from fedtune.errors import InputError
-from fedtune.runs.run_folder import locked
+from fedtune.runs.run_folder import claim_folder, locked
+from fedtune.settings import resolve
+from fedtune.settings_text import read_settings
 
 SETTINGS = {
     **{"tuners": ["random"], "max_rounds": 3, "total_rounds": 9, "executor": "serial", "cohort_size": 1},
@@ -66,6 +69,43 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(in_use):
     fedtune.resume(folder, executor="serial")
     results = [name for name in before if name.suffix in (".csv", ".parquet") and name.stem != "timings"]
     assert {name: name.read_bytes() for name in results} == {name: before[name] for name in results}
+
+
+@contextlib.contextmanager
+def dying_after(number, monkeypatch):
+    """Within it, this process ends in place of the operation on files after so many of them."""
+
+    def until_it_dies(function):
+        def called(*arguments, **keywords):
+            nonlocal number
+            if number == 0:
+                raise SystemExit
+            number -= 1
+            return function(*arguments, **keywords)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir", "mkdir", "replace"):
+            patched.setattr(os, name, until_it_dies(getattr(os, name)))
+        yield
+
+
+def test_a_run_folder_can_be_overwritten_after_a_process_died_while_it_overwrote_it(finished, tmp_path, monkeypatch):
+    settings = resolve([read_settings(finished / "settings.toml")])
+    dead = 0
+    while True:
+        folder = shutil.copytree(finished, tmp_path / f"run {dead}")
+        try:
+            with dying_after(dead, monkeypatch):
+                claim_folder(folder, settings, force=True)
+        except SystemExit:
+            dead += 1
+        else:
+            break
+        claim_folder(folder, settings, force=folder.exists())
+        assert {path.name for path in folder.iterdir()} == {"settings.toml", "environment.json"}
+    assert dead > len(list(finished.rglob("*")))  # each file and folder was removed, and then others were made
 
 
 @pytest.mark.parametrize("limit", [600, 3000, 6000])

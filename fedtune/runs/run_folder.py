@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import InputError
-from fedtune.files import make_folder, replacing
+from fedtune.files import UNFINISHED, make_folder, replacing
 from fedtune.runs.environment import write_environment
 from fedtune.settings import Settings
 from fedtune.settings_text import write_settings
@@ -51,15 +51,16 @@ def locked(folder: Path) -> Iterator[None]:
 def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
     """Makes a run folder with its settings and environment. With `force` an older run there is deleted first.
 
-    Raises InputError if the folder exists and `force` is not given, or if it exists and is no run folder.
+    Raises InputError if the folder exists and `force` is not given, or if it holds something else than a run. A process
+    that ends in here leaves a folder that `force` still deletes.
     """
     if folder.exists():
         if not force:
             raise InputError(f"--out {folder} exists; choose another, or give --force to overwrite it")
-        if not (folder / "settings.toml").is_file():
+        if not _may_be_deleted(folder):
             raise InputError(f"--out {folder} exists and is not a run folder; it is not overwritten even with --force")
         with locked(folder):
-            shutil.rmtree(folder)
+            _remove_run(folder)
     try:
         make_folder(folder)
     except OSError as error:
@@ -72,3 +73,22 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
     except InputError:  # there are no locks here
         folder.rmdir()
         raise
+
+
+def _may_be_deleted(folder: Path) -> bool:
+    """Whether the folder has the settings of a run, or no more than it has before they are written."""
+    if not folder.is_dir():
+        return False
+    return (folder / "settings.toml").is_file() or all(
+        path.name == "environment.json" or path.name.endswith(UNFINISHED) for path in folder.iterdir()
+    )
+
+
+def _remove_run(folder: Path) -> None:
+    """Removes a run folder, its settings last: until then it is a run folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "settings.toml":
+            path.unlink()
+    shutil.rmtree(folder)
