@@ -37,6 +37,19 @@ def test_the_record_is_complete(recorded, tuner):
     assert asked, "attempts must fail in this run, so that their lines are among the places where it is stopped"
 
 
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_the_journal_is_on_the_disk_when_a_checkpoint_is_removed(recorded, tuner):
+    """So a power cut can't bring back a journal that still needs the checkpoint."""
+    on_disk, removed = True, 0
+    for operation in recorded(tuner).operations:
+        if operation.path.endswith("journal.jsonl") and operation.kind in ("write", "sync"):
+            on_disk = operation.kind == "sync"
+        elif operation.kind == "unlink" and operation.path.endswith(".safetensors"):
+            assert on_disk
+            removed += 1
+    assert removed > 0
+
+
 def test_killed_at_some_operations(recorded, tmp_path):
     run = recorded("asha")
     states = crash_states(Disk(), run.operations)

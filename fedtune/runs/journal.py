@@ -1,8 +1,8 @@
 """The journal of a study: every ask, round, checkpoint and tell, one JSON object a line.
 
 A decision is written before the study acts on it. Rounds and checkpoints are written as they are computed. A line
-outlives the process as soon as it is written. It outlives a power cut once it is on the disk: `sync` brings it there,
-and so does each decision after which checkpoints are removed (SYNCED).
+outlives the process as soon as it is written. It outlives a power cut once it is on the disk: `sync` brings it there.
+The decisions after which checkpoints are always removed do so themselves (SYNCED).
 
 A study that is resumed runs the same event loop from the start. Each decision that it takes again is compared with the
 journal, and the rounds that were computed before are read from the journal. So the study continues at the point at
@@ -28,7 +28,7 @@ FORMAT = 4  # of the lines that are written
 # The formats that can be read and resumed. A study of format 3 has other rules (see Ledger), and its first line has no
 # `deciding`.
 FORMATS = (3, 4)
-SYNCED = ("tell", "end")  # the decisions after which checkpoints are removed
+SYNCED = ("tell", "end")  # the decisions after which checkpoints are always removed
 
 
 class JournalEnds(Exception):

@@ -75,8 +75,10 @@ class TrainedJobs:
         if not attempt.failed:
             self._running[attempt] = self._train(attempt)
             self._train_on(attempt)
-        self._ended |= set(attempt.job.given_up)
-        self._remove_ended()
+        if attempt.job.given_up:
+            self._ended |= set(attempt.job.given_up)
+            self._journal.sync()  # the copies' checkpoints must be in it when the checkpoints of their parents are gone
+            self._remove_ended()
 
     def ready(self, attempt: JobAttempt) -> bool:
         """Whether the job is trained. Every federation whose ticket is finished is trained on first."""

@@ -8,8 +8,8 @@ The store keeps a trial's latest checkpoint. It also keeps the checkpoint at the
 if that checkpoint is older. Finished trials, and trials that the tuner gave up, keep no checkpoint, except the best
 trial. So a live trial takes the disk space of two checkpoints at most, whatever the number of rounds.
 
-A checkpoint is on the disk before its line is in the journal, and that line is on the disk before the checkpoint before
-it is removed. So after a power cut the latest checkpoint that the journal names is there.
+A checkpoint is on the disk before its line is in the journal, and all lines are on the disk before a checkpoint is
+removed. So after a power cut each checkpoint is there that the journal's lines still need.
 """
 
 import math
