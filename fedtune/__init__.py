@@ -191,14 +191,10 @@ def resume(
         fedtune.resume("runs/compared")
     """
     from fedtune.runs.recorded import check_begun_with, check_places
-    from fedtune.runs.run_folder import settings_path
-    from fedtune.settings import resolve
-    from fedtune.settings_text import read_settings
 
     folder = Path(folder)
-    where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
     # The run folder's settings are complete. Nothing that they name is imported before the journals confirm them.
-    settings = resolve([read_settings(settings_path(folder)), where])
+    settings = _settings_of(folder, workers, executor)
     check_places(settings, folder)
     if repair:
         from fedtune.runs.repair import repair_run
@@ -222,6 +218,8 @@ def extend(
     *,
     num_configs: int | None = None,
     total_rounds: int | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
     **keywords: Any,
 ) -> "Run":
     """The finished run in a folder, extended: each study draws up to `num_configs` configurations in all.
@@ -233,8 +231,9 @@ def extend(
     """
     from fedtune.runs.extension import extend_run
 
+    _settings_of(Path(folder), workers, executor)  # raises InputError before anything is changed
     extend_run(Path(folder), num_configs, total_rounds)
-    return resume(folder, **keywords)
+    return resume(folder, workers=workers, executor=executor, **keywords)
 
 
 def replay(folder: str | Path) -> "list[ReplayedStudy]":
@@ -277,6 +276,16 @@ def new_folder(settings: "Settings") -> Path:
 
     name = Path(settings.data["name"].partition(":")[0]).stem
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _settings_of(folder: Path, workers: int | None, executor: str | None) -> "Settings":
+    """The settings of the run in a folder; `workers` and `executor` override them unless they are None."""
+    from fedtune.runs.run_folder import settings_path
+    from fedtune.settings import resolve
+    from fedtune.settings_text import read_settings
+
+    where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
+    return resolve([read_settings(settings_path(folder)), where])
 
 
 def _start_workers_early(settings: "Settings") -> None:

@@ -52,6 +52,14 @@ def test_what_was_there_stays_and_more_comes(finished, extended):
     assert (spent <= 54).all()
 
 
+@pytest.mark.parametrize("keywords", [{"executor": "parallel"}, {"workers": -1}])
+def test_an_extension_that_can_not_be_computed_there_changes_nothing(finished, tmp_path, keywords):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    with pytest.raises(InputError, match=r"^(executor|workers) must be "):
+        fedtune.extend(folder, total_rounds=54, **keywords)
+    assert contents(folder) == contents(finished.folder)
+
+
 def test_an_extended_run_is_the_run_of_its_settings(extended, tmp_path):
     again = fedtune.compare(extended.folder / "settings.toml", out=tmp_path / "again", executor="serial")
     assert contents(again.folder) == contents(extended.folder)
