@@ -360,6 +360,17 @@ def test_settings_that_were_edited(copy):
     )
 
 
+def test_a_later_setting_that_was_edited(copy):
+    """While it has its default, the journal does not hold it."""
+    path = copy / "settings.toml"
+    path.write_text(path.read_text().replace("max_examples = 1000000000", "max_examples = 1000"))
+    refused(
+        only(copy, "asha"),
+        f"{path} must have the settings with which the run was begun, got server.max_examples = 1000; "
+        f"{journal(copy, 'asha')} has server.max_examples = 1000000000",
+    )
+
+
 def test_settings_of_format_3_that_were_edited(tmp_path):
     """Their journal has a digest only."""
     folder = shutil.copytree(Path(__file__).parent / "run_of_format_3", tmp_path / "run")

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from fedtune.errors import InputError, UnknownNameError
 from fedtune.runs.appended_file import AppendedFile
 from fedtune.runs.journal_lines import LINES, NOTES, Order
-from fedtune.settings import Settings, deciding, digest, input_error
+from fedtune.settings import LATER, Settings, deciding, digest, input_error
 
 FORMAT = 4  # of the lines that are written
 # The formats that can be read and resumed. A study of format 3 has other rules (see Ledger), and its first line has no
@@ -148,7 +148,7 @@ class Journal:
     def _other_settings(self, begun: dict[str, Any], now: dict[str, Any]) -> InputError:
         """The error to raise if the settings are not those with which the study was begun."""
         file = self.path.parent.parent / "settings.toml"
-        before, after = dict(_leaves(begun.get("deciding", {}))), dict(_leaves(now.get("deciding", {})))
+        before, after = LATER | dict(_leaves(begun.get("deciding", {}))), LATER | dict(_leaves(now.get("deciding", {})))
         for name in {**before, **after}:
             if name != "batched" and not same(before.get(name), after.get(name)):
                 return InputError(

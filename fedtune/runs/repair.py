@@ -1,6 +1,7 @@
 """The repair of journals that a power cut damaged: what follows the last good line is cut off.
 
-What was cut is computed again when the run is resumed, with the same results.
+What was cut is computed again when the run is resumed, with the same results. Only if it names a lost client, the
+client is lost anew: from the latest checkpoint before the cut on.
 """
 
 import os
