@@ -111,6 +111,14 @@ def test_a_run_without_a_client_is_the_same_in_the_pool(stopped, finished, tmp_p
     assert contents(folder) == contents(finished.folder)
 
 
+def test_a_cohort_that_is_lost_in_the_first_round_does_not_end_the_run(tmp_path):
+    """The user gave these clients up, so their failures do not show that the client program is at fault."""
+    data = {"num_clients": 2}
+    few = {**SETTINGS, "max_rounds": 3, "total_rounds": 3, "cohort_size": 2, "data": data, "lost_clients": ["0", "1"]}
+    run = fedtune.train("digits", out=tmp_path / "run", executor="serial", **{**few, "tuners": ["manual"]})
+    assert run.rounds["lost"].tolist() == [2, 2, 2]
+
+
 def test_only_a_client_that_there_is_can_be_lost(stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

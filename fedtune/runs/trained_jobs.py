@@ -159,12 +159,14 @@ class TrainedJobs:
     def _write(self, federation: Federation, record: RoundRecord, *, ends_job: bool) -> None:
         """Writes a new round down, with the federation's state if the round was evaluated and a checkpoint is due.
 
-        Raises InputError if every client failed in the first round of trial 0: then the client program is at fault.
+        Raises InputError if every client failed in the first round of trial 0, and the user had given up none of them:
+        then the client program is at fault.
         """
         trial = federation.trial.number
         outcome = federation.strategy.outcome
         reasons = outcome.failures if outcome is not None else []
-        if (trial, record.round) == (0, 1) and 0 < record.cohort == record.failed:
+        all_failed = 0 < record.cohort == record.failed
+        if (trial, record.round) == (0, 1) and all_failed and not self._setup.lost_clients.in_round(trial, 1):
             raise InputError(f"every client failed in the first round, the first with: {reasons[0]}")
         saved = record.evaluation is not None and (ends_job or self._store.due(trial))
         self._store.write(trial, record, federation.arrays() if saved else None)
