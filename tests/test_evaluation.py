@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 
+from fedtune.client.tasks import Failure
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import RunStopped
 from fedtune.simulation.evaluation import (
     STREAM_EXAMPLES,
     combine,
     evaluation_clients,
     evaluation_tasks,
+    flatten,
     standard_error,
     tail_mean,
 )
@@ -102,3 +105,8 @@ def test_the_standard_error_is_how_much_the_mean_varies_between_draws_of_clients
         means.append(errors @ sizes / sizes.sum())
         found.append(standard_error(errors, sizes))
     assert np.mean(found) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_an_evaluation_that_fails_stops_the_run():
+    with pytest.raises(RunStopped, match=r"^evaluation failed: clients 0 to 1: ValueError: no$"):
+        flatten([[{"validation_error": 0.5}], Failure("clients 0 to 1: ValueError: no")])

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from fedtune import rng
 from fedtune.client.tasks import EvaluateTask, Failure, Metrics, Result
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import RunStopped
 from fedtune.server.metrics import column, evaluation_means
 from fedtune.simulation.records import Evaluation
 from fedtune.tuning.trial import TAIL
@@ -64,11 +65,14 @@ def standard_error(errors: Float[np.ndarray, "client"], sizes: Float[np.ndarray,
 
 
 def flatten(results: Sequence[Result]) -> list[Metrics]:
-    """The metrics in evaluation results. Raises RuntimeError if a client failed: all must be evaluated."""
+    """The metrics in evaluation results. Raises RunStopped if a task failed: all clients must be evaluated.
+
+    Without some of the clients, the errors of two rounds or trials could not be compared.
+    """
     metrics: list[Metrics] = []
     for result in results:
         if isinstance(result, Failure):
-            raise RuntimeError(f"evaluation failed: {result.message}")
+            raise RunStopped(f"evaluation failed: {result.message}")
         assert isinstance(result, list)
         metrics += result
     return metrics
