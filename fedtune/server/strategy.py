@@ -134,8 +134,7 @@ class FedTuneStrategy(Strategy):
         metrics = [update.metrics for update in answers.values()]
         updates = [update.weights for update in answers.values()]
         # Move the weights and the policy.
-        num_train = column(metrics, "num_train").astype(np.int64)
-        mean = aggregate(sent.weights, updates, num_train, self.settings)
+        mean = aggregate(sent.weights, updates, column(metrics, "num_train"), self.settings)
         weights = sent.weights
         if mean.weights is not None:
             state = self.optimizer_state or optimizers.init(sent.weights)
