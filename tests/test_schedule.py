@@ -60,6 +60,12 @@ def test_training_costs_the_examples_and_the_steps_of_all_epochs(dataset, kind):
     assert task_cost(kind(0, {}, 1), dataset) == num_train + STEP_COST
 
 
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_every_task_costs_something(dataset, epochs):
+    """The range of a program's own `epochs` may begin at 0. The speed of a chunk without a cost could not be told."""
+    assert task_cost(TrainTask(0, {"epochs": epochs}, 1), dataset) == 1
+
+
 def test_an_evaluation_costs_the_validation_and_the_test_parts(dataset):
     assert task_cost(EvaluateTask((0, 2)), dataset) == EVALUATION_COST * (4 + 4 + 1 + 1)
 

@@ -43,14 +43,14 @@ Load = deque[list[Piece]]  # the chunks that a worker has not answered; the work
 
 
 def task_cost(task: Task, dataset: FederatedDataset) -> float:
-    """About how long the task takes, in units of the time for one training example."""
+    """About how long the task takes, in units of the time for one training example; at least 1."""
     if isinstance(task, EvaluateTask):
         bounds = dataset.ranges[list(task.clients), 1:]  # of the validation and the test parts
-        return EVALUATION_COST * float((bounds[..., 1] - bounds[..., 0]).sum())
+        return max(1.0, EVALUATION_COST * float((bounds[..., 1] - bounds[..., 0]).sum()))
     start, stop = dataset.ranges[task.client, 0]
     num_train = int(stop - start)
     num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
-    return float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps))
+    return max(1.0, float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps)))
 
 
 class Schedule:
