@@ -25,6 +25,7 @@ from fedtune import plugins
 from fedtune.client.flat_model import FlatModel
 from fedtune.data.spec import DatasetSpec
 from fedtune.errors import InputError
+from fedtune.files import replacing
 from fedtune.hyperparameters import resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
 from fedtune.printable import printable
@@ -80,7 +81,8 @@ def main(grid: Grid, context: Context) -> None:
     if out is not None:
         trained = FlatModel(plugins.make_model(settings.model, spec)).state_dict(weights)
         # safetensors refuses tensors that share memory.
-        save_file({name: tensor.clone() for name, tensor in trained.items()}, out)
+        with replacing(out) as temporary:
+            save_file({name: tensor.clone() for name, tensor in trained.items()}, temporary)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
 

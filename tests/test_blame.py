@@ -7,7 +7,7 @@ import pytest
 from fedtune.executors.blame import is_crash, why_it_stopped
 
 
-@pytest.mark.parametrize("exit_code", [0, 1, 3, 255, -6, -11, -7, -8, -4])
+@pytest.mark.parametrize("exit_code", [0, 1, 3, 255, -6, -11, -7, -8, -4, -5, -31])
 def test_an_exit_and_a_crash_are_the_tasks_fault(exit_code):
     assert is_crash(exit_code)
 

@@ -10,7 +10,15 @@ import signal
 from fedtune.client.tasks import EvaluateTask, Task, describe
 from fedtune.data.federated_dataset import FederatedDataset
 
-CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+CRASHES = (
+    signal.SIGSEGV,
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+)
 
 
 def is_crash(exit_code: int | None) -> bool:
