@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from fedtune.client.compiled_model import CompiledModel
 from fedtune.client.objectives import OBJECTIVES
 from fedtune.errors import InputError
 
@@ -23,8 +24,11 @@ class FlatModel:
 
     `module` is the torch module, `flat` the tensor of its `num_weights` numbers, and `parameters` are the parameters
     that can be trained. `loss(outputs, y)` is the objective's mean loss, on which the model is trained, and
-    `measure(outputs, y)` gives a loss and an error for each example.
+    `measure(outputs, y)` gives a loss and an error for each example. `compiled` is the model's compiled form, if the
+    run uses one.
     """
+
+    compiled: CompiledModel | None = None
 
     def __init__(
         self, module: nn.Module, device: str | torch.device = "cpu", objective: str = "classification"

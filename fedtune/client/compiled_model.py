@@ -1,0 +1,34 @@
+"""The interface of a compiled model: local SGD and measuring in compiled code, on a CPU in float32.
+
+A client program that can compile a model has a function `compile_model(model: FlatModel) -> CompiledModel | str`. The
+string says why this model can't be compiled here: it completes the sentence "clients train in torch: ...".
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from fedtune.tuning.space import Config
+
+if TYPE_CHECKING:  # programs are looked for by commands that do not need torch
+    import numpy as np
+    from torch import Tensor
+
+    from fedtune.client.examples import Examples, StoredExamples
+    from fedtune.client.objectives import Measures
+
+
+class CompiledModel(Protocol):
+    """A model in compiled form."""
+
+    digest: str  # of the compiled code: its source, its compiler and the compiler's flags
+
+    def train(
+        self,
+        weights: "Tensor",
+        examples: "Examples | StoredExamples",
+        config: Config,
+        rng: "np.random.Generator",
+    ) -> "Tensor":
+        """The flat weights after local SGD from `weights`: the memory of `model.flat`, until the model is next used."""
+
+    def measure(self, weights: "Tensor", examples: "StoredExamples") -> "Measures":
+        """The loss and the error of the weights on each example, in evaluation mode."""
