@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.client.examples import Examples, StoredExamples
+from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.program import ClientProgram
 from fedtune.data.checks import check
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.data.spec import DatasetSpec
 from fedtune.tuning.space import Config, Hyperparameter, Number
 
 __all__ = ["check_client", "check_dataset"]
@@ -45,7 +44,7 @@ def check_client(program: ClientProgram) -> None:
     """Passes if training depends on its arguments alone, does not change them, and takes all values in their ranges.
 
     `program` is a client program's module. It trains a small network on a few examples, with each hyperparameter at its
-    default and at the bounds of its range. If it has `train_together`, that must give the bits that `train` gives.
+    default and at the bounds of its range.
     """
     broken = [
         f"HYPERPARAMETERS[{name!r}] must be a Hyperparameter, got {value!r}"
@@ -95,39 +94,6 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
             trained({**defaults, name: bound})
         except Exception as error:
             yield f"train must take {name} = {bound}, which is in its range; it raised {error!r}"
-    if hasattr(program, "train_together"):
-        yield from _faults_together(program, model, weights, defaults)
-
-
-def _faults_together(program: Any, model: FlatModel, weights: torch.Tensor, defaults: Config) -> Iterator[str]:
-    if not hasattr(program, "num_together"):
-        yield "a program with train_together must have num_together too"
-
-    # Three clients of unequal sizes. The first one has one value that is not the default, if a bound names one.
-    x, y = np.arange(120, dtype=np.uint8).reshape(20, 6) % 50, np.arange(20) % 3
-    untouched = x.copy(), y.copy()
-    spec = DatasetSpec((6,), "real", 3, 1 / 16)
-    stored = [StoredExamples(x[-size:], y[-size:], spec, "cpu") for size in (20, 1, 9)]
-    configs = [defaults, defaults, defaults]
-    for name, bound in _bounds(program):
-        if bound != defaults[name]:
-            configs[0] = {**defaults, name: bound}
-
-    # What `train` gives each of them is what they must get together.
-    rngs = [_generator(seed) for seed in range(3)]
-    try:
-        together = [row.clone() for row in program.train_together(model, weights.clone(), stored, configs, rngs)]
-    except Exception as error:
-        yield f"train_together must take several clients; it raised {error!r}"
-        return
-    alone = [
-        program.train(model, weights.clone(), examples.all(), config, _generator(seed)).clone()
-        for seed, (examples, config) in enumerate(zip(stored, configs, strict=True))
-    ]
-    if len(together) != 3 or not all(map(torch.equal, together, alone)):
-        yield "train_together must give each client the bits that train gives it"
-    if not (np.array_equal(x, untouched[0]) and np.array_equal(y, untouched[1])):
-        yield "train_together must not change the examples"
 
 
 def _bounds(program: ClientProgram) -> list[tuple[str, Number]]:

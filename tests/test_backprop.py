@@ -6,7 +6,7 @@ from torch import nn
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune_clients import local_sgd
-from fedtune_clients.backprop import Backprop, Block, Client, Dropout, Flatten, Linear, ReLU
+from fedtune_clients.backprop import Backprop, Block, Dropout, Flatten, Linear, ReLU
 from fedtune_clients.hyperparameters import complete
 from fedtune_clients.sgd_step import SGDStep
 
@@ -126,10 +126,10 @@ def train(model, config, *, written_out, objective="classification"):
             layer.p = config["dropout"]
     torch.manual_seed(3)
     backprop = Backprop(model, written_out=written_out)
-    client = Client(SGDStep(model.slices(model.flat), config), config["dropout"])
+    sgd_step = SGDStep(model.slices(model.flat), config)
     examples = make_examples(objective)
     for rows in [*torch.arange(len(examples.y)).split(4)] * 2:
-        backprop.step([examples.take(rows)], [client])
+        backprop.step(examples.take(rows), sgd_step)
     return model.flat.clone()
 
 
@@ -175,8 +175,7 @@ def test_a_hook_of_the_only_layer_is_called():
 def test_the_examples_stay_as_they_are():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=False), nn.Linear(16, 3)))
     examples, untouched = make_examples(), make_examples()
-    client = Client(SGDStep(model.slices(model.flat), complete({})))
-    Backprop(model).step([examples], [client])
+    Backprop(model).step(examples, SGDStep(model.slices(model.flat), complete({})))
     assert torch.equal(examples.x, untouched.x)
 
 

@@ -276,7 +276,7 @@ def test_parts_larger_than_a_batch_are_measured_in_several(monkeypatch):
     model = make_model(MODELS["mlp"], DATASET.spec)
     weights = torch.stack([model.flat * (1 + client) for client in ALL])
     parts = [[(client, "train"), (client, "test")] for client in ALL]
-    expected = measure.measure_side_by_side(model, list(weights), DATASET, parts)
+    expected = [measure.measure_alone(model, row, DATASET, own) for row, own in zip(weights, parts, strict=True)]
     monkeypatch.setattr(measure, "EVALUATION_BATCH", 7)
     measured = measure.measure_batched(model, weights, DATASET, parts)
     np.testing.assert_allclose(measured, expected, atol=1e-5)

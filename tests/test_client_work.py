@@ -1,5 +1,3 @@
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -8,9 +6,9 @@ from torch.nn.functional import cross_entropy
 
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
-from fedtune.client.measure import measure_alone, measure_side_by_side
+from fedtune.client.measure import measure_alone
 from fedtune.client.tasks import PersonaliseTask, TrainTask
-from fedtune.client.work import evaluate_clients, train_alone, train_and_measure
+from fedtune.client.work import evaluate_clients, train_and_measure
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 from fedtune_clients import local_sgd
@@ -48,8 +46,7 @@ def no_training(model, weights, examples, config, rng):
 
 def do(model, weights, dataset, task, program=local_sgd.train):
     """The task's result."""
-    (result,) = train_and_measure(functools.partial(train_alone, program), model, weights, dataset, [task])
-    return result
+    return train_and_measure(program, model, weights, dataset, task)
 
 
 @pytest.mark.parametrize("client", range(3))
@@ -115,24 +112,18 @@ def test_the_clients_beside_it_do_not_matter_to_a_client(model, dataset):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, EVALUATION_BATCH])
-def test_measuring_several_weights_gives_the_bits_of_measuring_each_alone(model, dataset, batch_size, monkeypatch):
-    monkeypatch.setattr("fedtune.client.measure.EVALUATION_BATCH", batch_size)
-    weights = torch.randn(3, model.num_weights)
-    parts = [[(0, "test")], [(2, "validation"), (1, "train")], [(1, "validation"), (1, "test")]]
-    alone = [measure_alone(model, row, dataset, each) for row, each in zip(weights, parts, strict=True)]
-    assert measure_side_by_side(model, list(weights), dataset, parts) == alone
-
-
-def test_outputs_are_measured_as_they_come(model, dataset, monkeypatch):
+def test_outputs_are_measured_a_batch_at_a_time(model, dataset, monkeypatch):
     sizes = []
     measure_outputs = model.measure
     monkeypatch.setattr(model, "measure", lambda outputs, y: sizes.append(len(y)) or measure_outputs(outputs, y))
     monkeypatch.setattr("fedtune.client.measure.EVALUATION_BATCH", 20)
-    num = dataset.num_examples("train")[[0, 0, 2]].tolist()
-    measure_side_by_side(model, [model.flat.clone()] * 3, dataset, [[(0, "train")], [(0, "train")], [(2, "train")]])
-    assert sum(sizes) == sum(num)
-    assert max(sizes) < 40
+    weights, parts = model.flat.clone(), [(0, "train"), (2, "train")]
+    measured = measure_alone(model, weights, dataset, parts)
+    num = sum(dataset.num_examples("train")[[0, 2]].tolist())
+    assert sizes == [20] * (num // 20) + [num % 20]
+    for (client, part), (error, loss) in zip(parts, measured, strict=True):
+        expected = means(model, weights, dataset, client, part)
+        assert (error, loss) == pytest.approx((expected["error"], expected["loss"]), rel=1e-5)
 
 
 def test_a_client_without_examples_cannot_be_measured(model, dataset):
@@ -140,7 +131,7 @@ def test_a_client_without_examples_cannot_be_measured(model, dataset):
     with pytest.raises(
         InputError, match=r"^to be measured, clients must have examples in \[\(1, 'validation'\)\], got none$"
     ):
-        measure_side_by_side(model, [model.flat.clone()] * 2, dataset, [[(0, "validation")], [(1, "validation")]])
+        measure_alone(model, model.flat.clone(), dataset, [(1, "validation")])
 
 
 def test_measuring_neither_drops_units_nor_moves_the_weights(dataset):

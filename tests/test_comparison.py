@@ -275,8 +275,8 @@ def test_a_share_of_a_tuner_that_is_not_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"executor": "pool", "workers": 2}, "clients train in 2 worker processes, up to 16 together"),
-        ({"executor": "pool", "workers": 1}, "clients train in 1 worker process, up to 16 together"),
+        ({"executor": "pool", "workers": 2}, "clients train in 2 worker processes"),
+        ({"executor": "pool", "workers": 1}, "clients train in 1 worker process"),
         ({"executor": "serial", "precision": "bf16"}, "clients train in this process"),
         ({"workers": 1, "model": {"name": "cnn"}}, "clients train in this process"),
         ({"executor": "batched"}, "clients train in one tensor program on cpu"),

@@ -3,49 +3,23 @@
 The written-out form has none of autograd's overhead, which is most of a small layer's time. It also saves memory
 traffic: the gradient of a linear layer's weight is a product of two matrices, and it is added to the weight while the
 product is computed. Autograd would write the product to memory first.
-
-If all layers of a model are written out, several clients can take a step together, each with weights of its own. An
-operation that works row by row is done on the rows of all clients at once. A matrix product is done for each client as
-if the client were alone. So every client gets the bits that it would get by itself.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.nn.utils.rnn import pad_sequence
 
 from fedtune.client import Examples, FlatModel
 from fedtune_clients.sgd_step import SGDStep
 
-ALIGNMENT = 16  # floats in 64 bytes; where memory begins can decide how a matrix product is computed
-
-
-class Client(NamedTuple):
-    """A client that takes a step: the SGD step on its weights, and its dropout."""
-
-    sgd_step: SGDStep
-    dropout: float = 0.0
-    generator: torch.Generator | None = None  # None is torch's own
-
-
-class Rows(NamedTuple):
-    """A batch between two layers: the rows of each client, as views of `whole` if there are several clients."""
-
-    per_client: list[Shaped[Tensor, "example ..."]]
-    whole: Shaped[Tensor, "client example ..."] | None = None  # all clients filled up to one number of examples
-
 
 class Backprop:
-    """A model as blocks that follow each other. A block's weights are stepped as soon as their gradients are known.
-
-    `takes_several` is True if `step` can be given more than one client.
-    """
+    """A model as blocks that follow each other. A block's weights are stepped as soon as their gradients are known."""
 
     def __init__(self, model: FlatModel, *, written_out: bool = True) -> None:
         """If `written_out` is False, everything is left to autograd."""
@@ -61,42 +35,29 @@ class Backprop:
         first = next(place for place, block in enumerate(blocks) if block.numbers)
         for block in blocks[: first + 1]:
             block.needs_input_gradient = False
-        self.takes_several = self._is_cross_entropy and all(type(block) is not Block for block in blocks)
         self._blocks, self._trained = blocks, blocks[first:]
 
-    def step(self, batches: Sequence[Examples], clients: Sequence[Client]) -> None:
-        """Steps each client's weights on the client's batch."""
-        rows = Rows([batch.x for batch in batches])
+    def step(self, batch: Examples, sgd_step: SGDStep) -> None:
+        """Steps the weights of `sgd_step`, which must be the model's own, on the batch."""
+        outputs = batch.x
         for block in self._blocks:
-            rows = block.forward(rows, clients)
-        gradient = self._loss_gradient(rows, [batch.y for batch in batches])
+            outputs = block.forward(outputs, sgd_step)
+        gradient = self._loss_gradient(outputs, batch.y)
         for block in reversed(self._trained):
-            gradient = block.backward(gradient, clients)
+            gradient = block.backward(gradient, sgd_step)
 
-    def _loss_gradient(self, outputs: Rows, labels: list[Tensor]) -> Rows:
-        logits = outputs.per_client[0] if outputs.whole is None else outputs.whole  # ([client], example, class)
-        if not self._is_cross_entropy or logits.ndim > 2 + (outputs.whole is not None):
-            (only,) = outputs.per_client
-            only = only.detach().requires_grad_()
-            return Rows([torch.autograd.grad(self._loss(only, labels[0]), only)[0]])
-        # The labels in the shape of the logits' first axes, and each client's number of examples.
-        sizes = [y.size(0) for y in labels]
-        size: int | Tensor = sizes[0]
-        if outputs.whole is None:
-            (y,) = labels
-        elif min(sizes) == size == max(sizes):
-            y = torch.stack(labels)
-        else:
-            y = pad_sequence(labels, batch_first=True)  # (client, example)
-            size = torch.tensor(sizes, dtype=torch.float32, device=logits.device)[:, None, None]
+    def _loss_gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The gradient of the loss with respect to the outputs."""
+        if not self._is_cross_entropy or outputs.ndim > 2:
+            outputs = outputs.detach().requires_grad_()
+            return torch.autograd.grad(self._loss(outputs, y), outputs)[0]
         # The softmax minus the one-hot labels, over the number of examples.
         index = y.unsqueeze(-1)
-        gradient = logits.softmax(-1).scatter_add_(-1, index, self._minus_one.expand(index.shape)).div_(size)
-        return Rows([gradient]) if outputs.whole is None else _apart(gradient, sizes)
+        return outputs.softmax(-1).scatter_add_(-1, index, self._minus_one.expand(index.shape)).div_(y.size(0))
 
 
 class Block:
-    """Layers that are left to autograd, for one client. It is also the base class of the layers that are written out.
+    """Layers that are left to autograd. It is also the base class of the layers that are written out.
 
     `forward` stores what `backward` needs.
     """
@@ -110,115 +71,94 @@ class Block:
         self.parameters = [parameter for parameter in parameters if parameter in numbers]
         self.numbers = [numbers[parameter] for parameter in self.parameters]
 
-    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+    def forward(self, inputs: Tensor, sgd_step: SGDStep) -> Tensor:
         """The outputs in training mode."""
-        (x,) = inputs.per_client
-        self._source = x
+        self._source = x = inputs
         if self.needs_input_gradient:
-            self._source = x.detach().requires_grad_()
+            self._source = inputs.detach().requires_grad_()
             x = self._source.clone()  # a layer may work in place, which torch forbids on the tensor itself
         for module in self.modules:
             x = module(x)
         self._result = x
-        return Rows([x.detach()])
+        return x.detach()
 
-    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+    def backward(self, gradient: Tensor, sgd_step: SGDStep) -> Tensor:
         """The gradient of the loss with respect to the inputs, if it is needed. Steps the weights.
 
         `gradient` is the gradient of the loss with respect to the outputs.
         """
         sources = [*self.parameters, self._source] if self.needs_input_gradient else self.parameters
         if self._result.requires_grad or not self.needs_input_gradient:
-            gradients = torch.autograd.grad(self._result, sources, gradient.per_client[0], materialize_grads=True)
+            gradients = torch.autograd.grad(self._result, sources, gradient, materialize_grads=True)
         else:  # a layer lets no gradient through
             gradients = tuple(map(torch.zeros_like, sources))
         for number, by_weight in zip(self.numbers, gradients, strict=False):
-            clients[0].sgd_step.along(number, by_weight)
-        return Rows([gradients[-1]])
+            sgd_step.along(number, by_weight)
+        return gradients[-1]
 
 
 class Linear(Block):
     """nn.Linear."""
 
-    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+    def forward(self, inputs: Tensor, sgd_step: SGDStep) -> Tensor:
         """The inputs times the transposed weight, plus the bias if there is one."""
         self._inputs = inputs
-        weights = [[client.sgd_step.weights[number] for number in self.numbers] for client in clients]
-        if len(clients) == 1:
-            return Rows([linear(inputs.per_client[0], *weights[0])])
-        return _products(
-            [(x, weight.t(), *bias) for x, (weight, *bias) in zip(inputs.per_client, weights, strict=True)]
-        )
+        return linear(inputs, *[sgd_step.weights[number] for number in self.numbers])
 
-    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+    def backward(self, gradient: Tensor, sgd_step: SGDStep) -> Tensor:
         """The gradient times the weight as it was in `forward`. Steps the weight and the bias."""
-        by_inputs = gradient
-        if self.needs_input_gradient:
-            weights = [client.sgd_step.weights[self.numbers[0]] for client in clients]
-            if len(clients) == 1:
-                by_inputs = Rows([gradient.per_client[0].matmul(weights[0])])
-            else:
-                by_inputs = _products(list(zip(gradient.per_client, weights, strict=True)))
-        for rows, x, client in zip(gradient.per_client, self._inputs.per_client, clients, strict=True):
-            columns = _matrix(rows).t()  # (output, example)
-            client.sgd_step.along_product(self.numbers[0], columns, _matrix(x))
-            for number in self.numbers[1:]:
-                client.sgd_step.along_product(number, columns, _ones(columns.size(1), columns.device))
+        weight, *bias = self.numbers
+        by_inputs = gradient.matmul(sgd_step.weights[weight]) if self.needs_input_gradient else gradient
+        columns = _matrix(gradient).t()  # (output, example)
+        sgd_step.along_product(weight, columns, _matrix(self._inputs))
+        for number in bias:
+            sgd_step.along_product(number, columns, _ones(columns.size(1), columns.device))
         return by_inputs
 
 
 class ReLU(Block):
     """nn.ReLU."""
 
-    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+    def forward(self, inputs: Tensor, sgd_step: SGDStep) -> Tensor:
         """max(inputs, 0)."""
         (module,) = self.modules
-        self._outputs = _map(torch.relu_ if module.inplace else torch.relu, inputs)
+        self._outputs = torch.relu_(inputs) if module.inplace else torch.relu(inputs)
         return self._outputs
 
-    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+    def backward(self, gradient: Tensor, sgd_step: SGDStep) -> Tensor:
         """The gradient, with 0 at the places at which the output is 0."""
-        return _map(_relu_backward, gradient, self._outputs)
-
-
-def _relu_backward(gradient: Tensor, outputs: Tensor) -> Tensor:
-    by_inputs: Tensor = torch.ops.aten.threshold_backward(gradient, outputs, 0)
-    return by_inputs
+        by_inputs: Tensor = torch.ops.aten.threshold_backward(gradient, self._outputs, 0)
+        return by_inputs
 
 
 class Dropout(Block):
     """nn.Dropout, with the random numbers that it would draw."""
 
-    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
-        """The inputs times random factors: 0 with the client's dropout probability p, otherwise 1 / (1 - p)."""
-        self._factors = None
-        if any(client.dropout > 0 for client in clients):
-            self._factors = _map(torch.ones_like, inputs)
-            for factors, client in zip(self._factors.per_client, clients, strict=True):
-                if client.dropout > 0:
-                    retained = 1 - client.dropout
-                    factors.bernoulli_(retained, generator=client.generator).div_(retained)
+    def forward(self, inputs: Tensor, sgd_step: SGDStep) -> Tensor:
+        """The inputs times random factors: 0 with the layer's dropout probability p, otherwise 1 / (1 - p)."""
+        p = cast(nn.Dropout, self.modules[0]).p
+        self._factors = torch.ones_like(inputs).bernoulli_(1 - p).div_(1 - p) if p > 0 else None
         return self._times_factors(inputs)
 
-    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+    def backward(self, gradient: Tensor, sgd_step: SGDStep) -> Tensor:
         """The gradient times the factors of `forward`."""
         return self._times_factors(gradient)
 
-    def _times_factors(self, rows: Rows) -> Rows:
-        return rows if self._factors is None else _map(torch.mul, rows, self._factors)
+    def _times_factors(self, batch: Tensor) -> Tensor:
+        return batch if self._factors is None else batch * self._factors
 
 
 class Flatten(Block):
     """nn.Flatten of all axes after the first."""
 
-    def forward(self, inputs: Rows, clients: Sequence[Client]) -> Rows:
+    def forward(self, inputs: Tensor, sgd_step: SGDStep) -> Tensor:
         """The inputs, each example as one row of numbers."""
-        self._shape = inputs.per_client[0].shape[1:]
-        return _map(lambda x: x.flatten(-len(self._shape)), inputs)
+        self._shape = inputs.shape[1:]
+        return inputs.flatten(1)
 
-    def backward(self, gradient: Rows, clients: Sequence[Client]) -> Rows:
+    def backward(self, gradient: Tensor, sgd_step: SGDStep) -> Tensor:
         """The gradient in the shape of the inputs."""
-        return _map(lambda by_outputs: by_outputs.unflatten(-1, self._shape), gradient)
+        return gradient.reshape(gradient.size(0), *self._shape)
 
 
 WRITTEN_OUT: dict[type[nn.Module], type[Block]] = {
@@ -229,46 +169,13 @@ WRITTEN_OUT: dict[type[nn.Module], type[Block]] = {
 }
 
 
-def _products(factors: Sequence[tuple[Tensor, ...]]) -> Rows:
-    """The rows of each client times the client's matrix, plus the client's bias if there is one."""
-    x, matrix = factors[0][:2]
-    products = _zeros([x.size(0) for x, *_ in factors], (*x.shape[1:-1], matrix.size(1)), x)
-    for (x, matrix, *bias), product in zip(factors, products.per_client, strict=True):
-        if bias:
-            torch.addmm(bias[0], _matrix(x), matrix, out=_matrix(product))
-        else:
-            torch.mm(_matrix(x), matrix, out=_matrix(product))
-    return products
-
-
-def _matrix(rows: Tensor) -> Tensor:
-    return rows if rows.ndim == 2 else rows.flatten(0, -2)
+def _matrix(batch: Tensor) -> Float[Tensor, "row feature"]:
+    return batch if batch.ndim == 2 else batch.flatten(0, -2)
 
 
 @functools.lru_cache
 def _ones(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, device=device)
-
-
-def _zeros(sizes: list[int], shape: tuple[int, ...], like: Tensor) -> Rows:
-    """Rows to be filled. The rows of each client start at an aligned place in memory."""
-    multiple = ALIGNMENT // math.gcd(ALIGNMENT, math.prod(shape))
-    return _apart(like.new_zeros(len(sizes), -(-max(sizes) // multiple) * multiple, *shape), sizes)
-
-
-def _apart(whole: Shaped[Tensor, "client example ..."], sizes: list[int]) -> Rows:
-    most = max(sizes)
-    views = whole[:, :most].unbind()
-    return Rows([rows if size == most else rows[:size] for rows, size in zip(views, sizes, strict=True)], whole)
-
-
-def _map(function: Callable[..., Tensor], *rows: Rows) -> Rows:
-    """The results of the function on the rows; the function must work row by row."""
-    wholes = [argument.whole for argument in rows]
-    if any(whole is None for whole in wholes):
-        tensors = zip(*[argument.per_client for argument in rows], strict=True)
-        return Rows([function(*of_client) for of_client in tensors])
-    return _apart(function(*wholes), [of_client.size(0) for of_client in rows[0].per_client])
 
 
 def _blocks(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[Block]:

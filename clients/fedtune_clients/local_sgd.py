@@ -14,9 +14,9 @@ E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dro
 Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
 
 `client_update` is the algorithm in its readable form: it defines what local SGD means. Runs use faster forms: `train`
-and `train_together` (in `fedtune_clients.together`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests check
-that the weights of `train` and of `client_update` are equal within 1e-5: the fast form adds and multiplies the same
-numbers in another order. The bits are equal under two conditions:
+(in `fedtune_clients.fast_sgd`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests check that the weights of
+`train` and of `client_update` are equal within 1e-5: the fast form adds and multiplies the same numbers in another
+order. The bits are equal under two conditions:
 - `train` leaves all of backpropagation to autograd, as it does under autocast;
 - there is neither weight decay nor a proximal term.
 On a GPU the two forms may draw different numbers for dropout.
@@ -29,18 +29,10 @@ from torch import Tensor
 
 from fedtune.client import Config, Examples, FlatModel
 from fedtune_clients.batched_sgd import train_batched
+from fedtune_clients.fast_sgd import prepare, train
 from fedtune_clients.hyperparameters import HYPERPARAMETERS, SPACE, complete
-from fedtune_clients.together import num_together, prepare, train, train_together
 
-__all__ = [
-    "HYPERPARAMETERS",
-    "SPACE",
-    "client_update",
-    "num_together",
-    "train",
-    "train_batched",
-    "train_together",
-]
+__all__ = ["HYPERPARAMETERS", "SPACE", "client_update", "train", "train_batched"]
 
 
 def client_update(

@@ -1,7 +1,6 @@
 """A model's mean error and mean loss on the validation and test parts of clients.
 
 - `measure_alone` measures one set of weights.
-- `measure_side_by_side` measures several sets of weights, with less overhead. The results are the same to the bit.
 - `measure_batched` measures a set of weights for each client in one tensor program. The results differ by rounding.
 """
 
@@ -17,7 +16,6 @@ from torch.func import vmap
 
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
-from fedtune.client.objectives import Measures
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 
@@ -38,38 +36,17 @@ def measure_alone(
     model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[ClientPart]
 ) -> list[Measured]:
     """The mean error and mean loss of the weights on each of the parts. The model then holds the weights."""
-    (measured,) = measure_side_by_side(model, [weights], dataset, [parts])
-    return measured
-
-
-def measure_side_by_side(
-    model: FlatModel,
-    weights: Sequence[Float[Tensor, "weight"]],
-    dataset: FederatedDataset,
-    parts: Sequence[Sequence[ClientPart]],
-) -> list[list[Measured]]:
-    """For each i, the results of `measure_alone` for `weights[i]` and `parts[i]`, with the same bits."""
-    measures: list[Measures] = []
-    waiting: list[tuple[Tensor, Tensor]] = []  # outputs and labels that are not measured yet
-    sizes: list[int] = []
+    stored = [dataset.examples(*part) for part in parts]
+    sizes = sizes_of(stored)
+    if not any(sizes):
+        raise InputError(f"to be measured, clients must have examples in {list(parts)}, got none")
+    model.load(weights)
     model.module.eval()
     with torch.inference_mode():
-        for row, row_parts in zip(weights, parts, strict=True):
-            model.load(row)
-            stored = [dataset.examples(*part) for part in row_parts]
-            sizes += sizes_of(stored)
-            if not any(sizes_of(stored)):
-                raise InputError(f"to be measured, clients must have examples in {list(row_parts)}, got none")
-            for examples in _batches(stored, dataset, model.flat.device):
-                waiting.append((model.module(examples.x), examples.y))
-                # Outputs wait until they fill a batch: measuring a few costs as much as measuring many.
-                if sum(len(labels) for _, labels in waiting) >= EVALUATION_BATCH:
-                    measures.append(_measure_all(model, waiting))
-                    waiting = []
-        if waiting:
-            measures.append(_measure_all(model, waiting))
+        batches = _batches(stored, dataset, model.flat.device)
+        measures = [model.measure(model.module(batch.x), batch.y) for batch in batches]
     losses, errors = (torch.cat(values) for values in zip(*measures, strict=True))
-    return _grouped(_means(losses, errors, sizes), map(len, parts))
+    return _means(losses, errors, sizes)
 
 
 def measure_batched(
@@ -123,11 +100,6 @@ def _batches(stored: Sequence[Arrays], dataset: FederatedDataset, device: torch.
     for start in range(0, len(y), EVALUATION_BATCH):
         batch = slice(start, start + EVALUATION_BATCH)
         yield StoredExamples(x[batch], y[batch], dataset.spec, device).all()
-
-
-def _measure_all(model: FlatModel, waiting: list[tuple[Tensor, Tensor]]) -> Measures:
-    outputs, labels = map(torch.cat, zip(*waiting, strict=True))
-    return model.measure(outputs, labels)
 
 
 def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[Measured]:

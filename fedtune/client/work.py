@@ -3,7 +3,6 @@
 Training itself is in the client program, for example `fedtune_clients.local_sgd`. This module calls it:
 
 - `train_alone` trains one client at a time.
-- `train_side_by_side` trains several clients of a small model, with less overhead. The results are the same to the bit.
 - `train_batched` trains many clients in one tensor program. The results differ by rounding.
 """
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import FlatModel
-from fedtune.client.measure import ClientPart, Measured, joined, measure_alone, measure_side_by_side, sizes_of
+from fedtune.client.measure import ClientPart, Measured, joined, measure_alone, sizes_of
 from fedtune.client.tasks import ClientTask, Metrics, PersonaliseTask, Result, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
@@ -24,34 +23,25 @@ from fedtune.tuning.space import Config
 
 # The functions of a client program; `ClientProgram` says what they are given and return.
 Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]
-TrainTogether = Callable[
-    [FlatModel, Tensor, Sequence[StoredExamples], Sequence[Config], Sequence[np.random.Generator]], list[Tensor]
-]
 TrainBatched = Callable[
     [FlatModel, Tensor, Examples, Sequence[int], Sequence[Config], Sequence[np.random.Generator]], Tensor
 ]
 
-# `train_alone` or `train_side_by_side` with its first argument bound.
-TrainTasks = Callable[[FlatModel, Tensor, FederatedDataset, Sequence[ClientTask]], list[Tensor]]
-
 
 def train_and_measure(
-    train: TrainTasks,
+    train: Train,
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    tasks: Sequence[ClientTask],
-) -> list[Result]:
-    """The result of each task after training from `weights`. Its weights are valid until the model is next used."""
-    before = [
-        measure_alone(model, weights, dataset, parts_of(task))[0]
-        if isinstance(task, TrainTask) and task.error_before
-        else None
-        for task in tasks
-    ]
-    trained = train(model, weights, dataset, tasks)
-    after = measure_side_by_side(model, trained, dataset, list(map(parts_of, tasks)))
-    return [result(dataset, *values) for values in zip(tasks, trained, after, before, strict=True)]
+    task: ClientTask,
+) -> Result:
+    """The task's result after training from `weights`. Its weights are valid until the model is next used."""
+    before = None
+    if isinstance(task, TrainTask) and task.error_before:
+        (before,) = measure_alone(model, weights, dataset, parts_of(task))
+    trained = train_alone(train, model, weights, dataset, task)
+    after = measure_alone(model, trained, dataset, parts_of(task))
+    return result(dataset, task, trained, after, before)
 
 
 def parts_of(task: ClientTask) -> list[ClientPart]:
@@ -105,34 +95,14 @@ def train_alone(
     model: FlatModel,
     weights: Float[Tensor, "weight"],
     dataset: FederatedDataset,
-    tasks: Sequence[ClientTask],
-) -> list[Float[Tensor, "weight"]]:
-    """The weights of the client of the only task, after training from `weights`. The model then holds them."""
-    (task,) = tasks
+    task: ClientTask,
+) -> Float[Tensor, "weight"]:
+    """The weights of the task's client after training from `weights`: `model.flat`."""
     examples = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device).all()
     # The program gets a copy of the weights: others train from the same ones.
     trained = train(model, weights.clone(), examples, dict(task.config), generator(task.seed))
     model.load(_checked("train", trained, (model.num_weights,)))
-    return [model.flat]
-
-
-def train_side_by_side(
-    train_together: TrainTogether,
-    model: FlatModel,
-    weights: Float[Tensor, "weight"],
-    dataset: FederatedDataset,
-    tasks: Sequence[ClientTask],
-) -> list[Float[Tensor, "weight"]]:
-    """The weights of each task's client after training from `weights`, with the same bits as from `train_alone`."""
-    stored = [dataset.examples(task.client, "train") for task in tasks]
-    examples = [StoredExamples(*arrays, dataset.spec, model.flat.device) for arrays in stored]
-    configs, rngs = [dict(task.config) for task in tasks], [generator(task.seed) for task in tasks]
-    trained = list(train_together(model, weights.clone(), examples, configs, rngs))
-    if len(trained) != len(tasks):
-        raise InputError(f"train_together must return weights for each of {len(tasks)} clients, got {len(trained)}")
-    rows = [_checked("train_together, for each client,", row, (model.num_weights,)) for row in trained]
-    # The model's own weights change as soon as it is used.
-    return [row.clone() if _share_memory(row, model.flat) else row for row in rows]
+    return model.flat
 
 
 def train_batched(
@@ -180,7 +150,3 @@ def _evaluation_metrics(dataset: FederatedDataset, client: int, validation: Meas
         metrics[f"{part}_loss"] = measured.loss
         metrics[f"num_{part}"] = len(dataset.examples(client, part)[1])
     return metrics
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -56,7 +56,7 @@ class BatchedMachine:
     def run_all(self, weights: Tensor, tasks: Sequence[Task]) -> list[Result]:
         """The results in the order of the tasks. Each update owns the memory of its weights."""
         if self._train is None:
-            return self._machine.run_alone(weights, tasks)
+            return self._machine.run_all(weights, tasks)
         # Train the clients in chunks. A chunk that did not fit gives no results and is tried again, halved.
         batchable = [(index, task) for index, task in enumerate(tasks) if not isinstance(task, EvaluateTask)]
         results: dict[int, Result] = {}
@@ -67,7 +67,7 @@ class BatchedMachine:
             batchable = batchable[len(computed) :]
         # Then evaluate.
         rest = [index for index in range(len(tasks)) if index not in results]
-        results.update(zip(rest, self._machine.run_alone(weights, [tasks[index] for index in rest]), strict=True))
+        results.update(zip(rest, self._machine.run_all(weights, [tasks[index] for index in rest]), strict=True))
         return [results[index] for index in range(len(tasks))]
 
     def _run_chunk(self, train: TrainBatched, weights: Tensor, tasks: Sequence[ClientTask]) -> list[Result]:
@@ -80,7 +80,7 @@ class BatchedMachine:
                 device = self._machine.device
                 raise InputError(f"{describe(tasks[0])} must fit the memory of {device}: {reason}") from None
         except (Exception, SystemExit) as error:
-            results = self._machine.run_alone(weights, tasks)
+            results = self._machine.run_all(weights, tasks)
             # If no client fails alone, `train_batched` is at fault.
             if not any(isinstance(result, Failure) for result in results):
                 self._say_once(_first_sentence(error))

@@ -28,12 +28,12 @@ from fedtune.client.tasks import Failure, Result, Task, Ticket, TrainTask, Updat
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import ClientStopped, InputError
 from fedtune.executors.blame import client_id, is_crash, name, why_it_stopped
-from fedtune.executors.machine import MachineSettings, side_by_side
+from fedtune.executors.machine import MachineSettings
 from fedtune.executors.processes import start_forkserver, start_process
 from fedtune.executors.schedule import Piece, Schedule, task_cost
 from fedtune.executors.shared_memory import SharedArray, share
 from fedtune.executors.watch import NO_WATCH, Warn, next_look, warn_of
-from fedtune.executors.worker import Answer, Chunk, main
+from fedtune.executors.worker import READY, Answer, Chunk, main
 from fedtune.executors.workers import Worker, Workers
 from fedtune.settings import WatchSettings
 
@@ -74,16 +74,13 @@ class PoolExecutor:
         self._free_blocks: list[int] = []
         self._watch = watch
         self._warn = warn
-        self._num_together: int | None = None  # clients that a worker trains at a time; known once one is ready
         arguments = main, os.getcwd(), settings, dataset.spec, data
         self._workers = Workers(functools.partial(start_process, *arguments), num_workers)
 
     def describe(self) -> str:
-        """Where clients train. It waits until a worker is ready: only a ready worker knows `num_together`."""
-        while self._num_together is None:
-            self._wait()
+        """Where clients train."""
         count = len(self._workers.now)
-        return f"in {count} worker process{'es' * (count > 1)}{side_by_side(self._num_together)}"
+        return f"in {count} worker process{'es' * (count > 1)}"
 
     def for_study(self, share: float) -> "StudyExecutor":
         """The pool for a study, which gets workers in proportion to its share while others have work too."""
@@ -198,9 +195,8 @@ class PoolExecutor:
             return
         if isinstance(message, Failure):
             raise InputError(f"a worker process can't start: {message.message}")
-        if isinstance(message, int):
+        if message == READY:
             self._workers.note_ready(worker)
-            self._num_together = message
         else:
             self._take_answer(worker.load.popleft(), message)
             self._start_watch(worker)

@@ -1,11 +1,10 @@
 """A worker process of the pool: reads tasks, writes updates into shared memory, answers with metrics."""
 
-import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -19,6 +18,7 @@ from fedtune.data.spec import DatasetSpec
 from fedtune.executors.machine import Machine, MachineSettings
 from fedtune.executors.shared_memory import receive
 
+READY = "ready"  # the message of a worker that can work
 NewBlock = int  # a block's number; its memory follows
 Chunk = list[tuple[int, int, Task]]  # block, row for the update, task
 
@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Does what the parent sends, in `folder`, until the parent is gone.
 
-    The first message to the parent is the machine's `num_together`, or a Failure that says why it can't be made.
+    The first message to the parent is READY, or a Failure that says why the machine can't be made.
     """
     blocks: dict[int, torch.Tensor] = {}
     chunks: SimpleQueue[Chunk] = SimpleQueue()
@@ -51,15 +51,11 @@ def main(
     except Exception as error:
         connection.send(Failure(f"{type(error).__name__}: {error}"))
         return
-    connection.send(machine.num_together)
+    connection.send(READY)
     while True:
         chunk = chunks.get()
         started = time.perf_counter()
-        results = [
-            result
-            for block, pieces in itertools.groupby(chunk, lambda piece: piece[0])
-            for result in _run(machine, blocks[block], [piece[1:] for piece in pieces])
-        ]
+        results = [_run(machine, blocks[block], row, task) for block, row, task in chunk]
         connection.send(Answer(time.perf_counter() - started, results))
 
 
@@ -89,13 +85,10 @@ def _receive(connection: Connection) -> np.ndarray:
         raise
 
 
-def _run(
-    machine: Machine, rows: torch.Tensor, pieces: Sequence[tuple[int, Task]]
-) -> Iterator[Metrics | Failure | list[Metrics]]:
-    results = machine.run_each(rows[0], [task for _, task in pieces])
-    for (row, _), result in zip(pieces, results, strict=True):
-        if isinstance(result, Update):
-            rows[row].copy_(result.weights)
-            yield result.metrics
-        else:
-            yield result
+def _run(machine: Machine, rows: torch.Tensor, row: int, task: Task) -> Metrics | Failure | list[Metrics]:
+    """The task's result. An update's weights are written into its row of the block."""
+    result = machine.run(rows[0], task)
+    if isinstance(result, Update):
+        rows[row].copy_(result.weights)
+        return result.metrics
+    return result
