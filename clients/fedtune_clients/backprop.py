@@ -197,7 +197,7 @@ def _blocks(module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> Iterator[
 
 
 def _is_written_out(layer: nn.Module) -> bool:
-    if type(layer) not in WRITTEN_OUT or _has_hooks(layer):
+    if type(layer) not in WRITTEN_OUT or has_hooks(layer):
         return False
     # Weights that a user added to the layer must decay, even if nothing uses them: autograd does this.
     known = {"weight", "bias"} if type(layer) is nn.Linear else set()
@@ -209,7 +209,7 @@ def _is_written_out(layer: nn.Module) -> bool:
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
     # A hook sees or changes what passes, so a module with a hook is called as a whole. So is an nn.Sequential that has
     # weights of its own in addition to its layers.
-    hooked = any(_has_hooks(inner) for inner in module.modules())
+    hooked = any(has_hooks(inner) for inner in module.modules())
     has_own_weights = any(True for _ in module.parameters(recurse=False))
     if type(module) is nn.Sequential and not hooked and not has_own_weights:
         for layer in module:
@@ -218,6 +218,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a function sees or changes what passes through the module."""
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     return any(getattr(module, f"_{kind}_hooks") for kind in kinds)

@@ -1,6 +1,7 @@
-"""The fast form of `fedtune_clients.local_sgd.client_update`, for one client at a time.
+"""The fast forms of `fedtune_clients.local_sgd.client_update`, for one client at a time.
 
-Backpropagation is written out (`fedtune_clients.backprop`), and so is the step of SGD (`fedtune_clients.sgd_step`). The
+If the model carries a compiled form, the kernel trains it (`fedtune_clients.compiled`). Otherwise torch does, with
+backpropagation written out (`fedtune_clients.backprop`), and so is the step of SGD (`fedtune_clients.sgd_step`). The
 numbers at the ends of lines are the line numbers of ClientUpdate.
 """
 
@@ -11,23 +12,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedtune.client import Config, Examples, FlatModel
+from fedtune.client import Config, Examples, FlatModel, StoredExamples
 from fedtune_clients.backprop import Backprop
 from fedtune_clients.hyperparameters import complete
 from fedtune_clients.sgd_step import SGDStep
 
 
 def train(
-    model: FlatModel, weights: Float[Tensor, "weight"], examples: Examples, config: Config, rng: np.random.Generator
+    model: FlatModel,
+    weights: Float[Tensor, "weight"],
+    examples: Examples | StoredExamples,
+    config: Config,
+    rng: np.random.Generator,
 ) -> Float[Tensor, "weight"]:
     """The weights after local SGD from `weights` on `examples`: `model.flat`, valid until the model is next used.
 
     They depend on the arguments alone, not on what the model did before. What `config` leaves out keeps its default.
     """
     values = complete(config)
+    autocasts = torch.is_autocast_enabled(model.flat.device.type)
+    if model.compiled is not None and not autocasts:
+        return model.compiled.train(weights, examples, values, rng)
     prepare(model.module, values["dropout"], seed=int(rng.integers(2**63)))
     model.load(weights)
-    backprop = _backprop(model, autocasts=torch.is_autocast_enabled(model.flat.device.type))
+    backprop = _backprop(model, autocasts)
     sgd_step = SGDStep(model.slices(model.flat), values)
     for _ in range(int(values["epochs"])):  # 1
         order = torch.from_numpy(rng.permutation(examples.num_examples))

@@ -14,10 +14,12 @@ E is epochs, B batch_size, eta learning_rate, P_k examples. Added: momentum, dro
 Line 4 follows the gradient of l(w; b) + weight_decay/2 |w|^2 + proximal_mu/2 |w - w0|^2, where w0 is the weights sent.
 
 `client_update` is the algorithm in its readable form: it defines what local SGD means. Runs use faster forms: `train`
-(in `fedtune_clients.fast_sgd`) and `train_batched` (in `fedtune_clients.batched_sgd`). Tests check that the weights of
-`train` and of `client_update` are equal within 1e-5: the fast form adds and multiplies the same numbers in another
-order. The bits are equal under two conditions:
-- `train` leaves all of backpropagation to autograd, as it does under autocast;
+(in `fedtune_clients.fast_sgd`), in a compiled kernel (`fedtune_clients.compiled`) or in torch, and `train_batched` (in
+`fedtune_clients.batched_sgd`). Tests check that the weights of `train` and of `client_update` are equal within 1e-5 of
+the way that training goes: the fast forms add and multiply the same numbers in another order. The bits are equal under
+three conditions:
+- `train` trains in torch;
+- it leaves all of backpropagation to autograd, as it does under autocast;
 - there is neither weight decay nor a proximal term.
 On a GPU the two forms may draw different numbers for dropout.
 """
@@ -27,16 +29,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedtune.client import Config, Examples, FlatModel
+from fedtune.client import Config, Examples, FlatModel, StoredExamples
 from fedtune_clients.batched_sgd import train_batched
+from fedtune_clients.compiled import compile_model
 from fedtune_clients.fast_sgd import prepare, train
 from fedtune_clients.hyperparameters import HYPERPARAMETERS, SPACE, complete
 
-__all__ = ["HYPERPARAMETERS", "SPACE", "client_update", "train", "train_batched"]
+__all__ = ["HYPERPARAMETERS", "SPACE", "client_update", "compile_model", "train", "train_batched"]
 
 
 def client_update(
-    model: FlatModel, weights: Float[Tensor, "weight"], examples: Examples, config: Config, rng: np.random.Generator
+    model: FlatModel,
+    weights: Float[Tensor, "weight"],
+    examples: Examples | StoredExamples,
+    config: Config,
+    rng: np.random.Generator,
 ) -> Float[Tensor, "weight"]:
     """The weights after local SGD from `weights` on `examples`: `model.flat`, valid until the model is next used."""
     values = complete(config)

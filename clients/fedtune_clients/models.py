@@ -64,10 +64,12 @@ def lstm(spec: DatasetSpec, *, embedding: int = 8, hidden: int = 256, layers: in
         )
     for option, value in {"embedding": embedding, "hidden": hidden, "layers": layers}.items():
         _check_width(f"model.{option}", value)
-    return _LSTM(spec.num_classes, embedding, hidden, layers)
+    return StackedLSTM(spec.num_classes, embedding, hidden, layers)
 
 
-class _LSTM(nn.Module):
+class StackedLSTM(nn.Module):
+    """What `lstm` makes. `fedtune_clients.layer_table` describes it to the compiled kernel."""
+
     def __init__(self, num_classes: int, embedding: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_classes, embedding)
@@ -78,6 +80,7 @@ class _LSTM(nn.Module):
         self.output = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of the token that follows each row of tokens."""
         states = self.embedding(x)
         for layer, dropout in zip(self.layers[:-1], self.dropouts[:-1], strict=True):
             states = dropout(layer(states)[0])

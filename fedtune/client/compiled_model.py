@@ -1,7 +1,9 @@
 """The interface of a compiled model: local SGD and measuring in compiled code, on a CPU in float32.
 
-A client program that can compile a model has a function `compile_model(model: FlatModel) -> CompiledModel | str`. The
-string says why this model can't be compiled here: it completes the sentence "clients train in torch: ...".
+A client program that can compile models has a function `compile_model(model: FlatModel, spec: DatasetSpec)`. It returns
+a CompiledModel, or a string that says why this model can't be compiled here. The string completes the sentence "clients
+train in torch: ...". `train` of such a program calls the model's `compiled` form if there is one, and may be given
+StoredExamples in the place of Examples.
 """
 
 from typing import TYPE_CHECKING, Protocol

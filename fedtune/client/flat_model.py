@@ -55,7 +55,8 @@ class FlatModel:
 
     def load(self, weights: Float[Tensor, "weight"]) -> None:
         """Copies the weights into the module."""
-        self.flat.copy_(weights)
+        if weights.data_ptr() != self.flat.data_ptr():
+            self.flat.copy_(weights)
         for buffer, first in self._integers.values():
             buffer.copy_(first)
 

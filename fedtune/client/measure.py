@@ -35,11 +35,14 @@ class Measured(NamedTuple):
 def measure_alone(
     model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[ClientPart]
 ) -> list[Measured]:
-    """The mean error and mean loss of the weights on each of the parts. The model then holds the weights."""
+    """The mean error and mean loss of the weights on each of the parts."""
     stored = [dataset.examples(*part) for part in parts]
     sizes = sizes_of(stored)
     if not any(sizes):
         raise InputError(f"to be measured, clients must have examples in {list(parts)}, got none")
+    if model.compiled is not None:
+        examples = StoredExamples(*joined(stored), dataset.spec, model.flat.device)
+        return _means(*model.compiled.measure(weights, examples), sizes)
     model.load(weights)
     model.module.eval()
     with torch.inference_mode():

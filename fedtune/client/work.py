@@ -22,7 +22,7 @@ from fedtune.errors import InputError
 from fedtune.tuning.space import Config
 
 # The functions of a client program; `ClientProgram` says what they are given and return.
-Train = Callable[[FlatModel, Tensor, Examples, Config, np.random.Generator], Tensor]
+Train = Callable[[FlatModel, Tensor, Examples | StoredExamples, Config, np.random.Generator], Tensor]
 TrainBatched = Callable[
     [FlatModel, Tensor, Examples, Sequence[int], Sequence[Config], Sequence[np.random.Generator]], Tensor
 ]
@@ -97,12 +97,15 @@ def train_alone(
     dataset: FederatedDataset,
     task: ClientTask,
 ) -> Float[Tensor, "weight"]:
-    """The weights of the task's client after training from `weights`: `model.flat`."""
-    examples = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device).all()
+    """The weights of the task's client after training from `weights`, valid until the model is next used.
+
+    A client program that can compile models gets the examples as they are stored.
+    """
+    stored = StoredExamples(*dataset.examples(task.client, "train"), dataset.spec, model.flat.device)
+    examples = stored.all() if model.compiled is None else stored
     # The program gets a copy of the weights: others train from the same ones.
     trained = train(model, weights.clone(), examples, dict(task.config), generator(task.seed))
-    model.load(_checked("train", trained, (model.num_weights,)))
-    return model.flat
+    return _checked("train", trained, (model.num_weights,))
 
 
 def train_batched(
