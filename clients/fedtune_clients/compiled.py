@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from fedtune.client import Config, Examples, FlatModel, StoredExamples
 from fedtune.client.flat_model import EVALUATION_BATCH
-from fedtune.client.objectives import Measures
 from fedtune.data.spec import LABEL_DTYPES, DatasetSpec
 from fedtune.errors import InputError
 from fedtune_clients.kernel_library import Job, Library, load_library
@@ -60,13 +59,16 @@ class CompiledModel:
             for place, layer in enumerate(layers)
             if layer.kind == DROPOUT
         ]
-        self._memory = torch.empty(0)
+        # How many numbers an example and its label have.
+        self._sizes = math.prod(spec.input_shape), (1 if spec.objective == "classification" else spec.num_outputs)
+        self._label_dtype = np.dtype(LABEL_DTYPES[spec.objective])
+        self._memory, self._memory_size = torch.empty(0), 0
         self._generator = torch.Generator()
         self._job = Job(
             layers=self._table.ctypes.data,
             num_layers=len(layers),
             num_weights=model.num_weights,
-            width=math.prod(spec.input_shape),
+            width=self._sizes[0],
             objective=OBJECTIVES_OF_KERNEL.index(spec.objective),
             sgemm=library.sgemm,
         )
@@ -111,27 +113,27 @@ class CompiledModel:
                 self._run(self._library.functions.kernel_train, batch, arrays)
         return flat
 
-    def measure(self, weights: Float[Tensor, "weight"], examples: StoredExamples) -> Measures:
-        """The loss and the error of the weights on each example."""
+    def measure(
+        self, weights: Float[Tensor, "weight"], examples: StoredExamples
+    ) -> tuple[Float32[np.ndarray, "example"], Float32[np.ndarray, "example"]]:
+        """The losses and the errors of the weights, one of each for every example."""
         _use_one_thread()
         arrays = self._give_examples(examples)
-        losses, errors = torch.empty(2, examples.num_examples)
+        losses, errors = np.empty((2, examples.num_examples), np.float32)
         job = self._job
-        job.weights, job.losses, job.errors = weights.data_ptr(), losses.data_ptr(), errors.data_ptr()
+        job.weights, job.losses, job.errors = weights.data_ptr(), _start(losses), _start(errors)
         job.batch_size = EVALUATION_BATCH if self._steps == 1 else SEQUENCES
         job.velocity = job.sent = job.kept = None
         self._run(self._library.functions.kernel_measure, np.arange(examples.num_examples), arrays)
-        return Measures(losses, errors)
+        return losses, errors
 
     def _give_examples(self, examples: Examples | StoredExamples) -> tuple[np.ndarray, np.ndarray]:
         """Puts the examples into the job. Returns their arrays, which must live until the job is done."""
         x, y, scale = _arrays(examples)
         job, spec = self._job, self._spec
-        dtypes, sizes = (x.dtype.name, y.dtype.name), (x[:1].size, y[:1].size)
-        y_size = 1 if spec.objective == "classification" else self._num_outputs
-        if x.dtype not in STORED or y.dtype != LABEL_DTYPES[spec.objective] or sizes != (job.width, y_size):
-            shapes = f"shapes {spec.input_shape} and {spec.target_shape}"
-            raise InputError(f"examples must have {shapes}, got {dtypes} of {x.shape[1:]} and {y.shape[1:]}")
+        if x.dtype not in STORED or y.dtype != self._label_dtype or (x[:1].size, y[:1].size) != self._sizes:
+            got = f"{x.dtype} of shape {x.shape[1:]} and {y.dtype} of shape {y.shape[1:]}"
+            raise InputError(f"examples must have shapes {spec.input_shape} and {spec.target_shape}, got {got}")
         job.num_examples, job.scale = len(y), scale
         job.x, job.x_stored, job.x_stride = _start(x), STORED[x.dtype], x.strides[0]
         job.y = _start(y)
@@ -149,9 +151,9 @@ class CompiledModel:
         job, functions = self._job, self._library.functions
         job.rows, job.num_rows = _start(rows), len(rows)
         size = functions.kernel_memory(job)
-        if size > len(self._memory):
-            self._memory = torch.empty(size)  # torch aligns it to 64 bytes
-        job.memory, job.memory_size = self._memory.data_ptr(), len(self._memory)
+        if size > self._memory_size:
+            self._memory, self._memory_size = torch.empty(size), size  # torch aligns it to 64 bytes
+            job.memory, job.memory_size = self._memory.data_ptr(), size
         status = function(job)
         if status == BAD_LABEL:
             raise _out_of_range("labels", arrays[1], self._num_outputs)

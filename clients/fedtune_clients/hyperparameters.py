@@ -1,5 +1,7 @@
 """The hyperparameters of local SGD, and the ranges that are searched by default. README.md says what each one means."""
 
+import functools
+
 from fedtune.client import Config, Hyperparameter, Number
 from fedtune.errors import UnknownNameError
 
@@ -30,6 +32,17 @@ def complete(config: Config) -> dict[str, Number]:
 
     Raises an InputError if a name is unknown or a value is outside its range.
     """
+    # Many clients of a round have the same configuration, which is checked once. 1 and True are different values.
+    items, types = tuple(config.items()), tuple(map(type, config.values()))
+    try:
+        return dict(_checked(items, types))
+    except TypeError:  # a value that can't be hashed is none that is allowed, and is not remembered
+        return _checked.__wrapped__(items, types)
+
+
+@functools.lru_cache(maxsize=1024)
+def _checked(items: tuple[tuple[str, Number], ...], types: tuple[type, ...]) -> dict[str, Number]:
+    config = dict(items)
     for name in config:
         if name not in HYPERPARAMETERS:
             raise UnknownNameError("client hyperparameter", name, HYPERPARAMETERS)

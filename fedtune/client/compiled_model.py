@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # programs are looked for by commands that do not need torch
     from torch import Tensor
 
     from fedtune.client.examples import Examples, StoredExamples
-    from fedtune.client.objectives import Measures
 
 
 class CompiledModel(Protocol):
@@ -32,5 +31,5 @@ class CompiledModel(Protocol):
     ) -> "Tensor":
         """The flat weights after local SGD from `weights`: the memory of `model.flat`, until the model is next used."""
 
-    def measure(self, weights: "Tensor", examples: "StoredExamples") -> "Measures":
-        """The loss and the error of the weights on each example, in evaluation mode."""
+    def measure(self, weights: "Tensor", examples: "StoredExamples") -> "tuple[np.ndarray, np.ndarray]":
+        """The losses and the errors of the weights, one of each for every example, in evaluation mode."""

@@ -5,12 +5,13 @@
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.func import vmap
 
@@ -48,7 +49,7 @@ def measure_alone(
     with torch.inference_mode():
         batches = _batches(stored, dataset, model.flat.device)
         measures = [model.measure(model.module(batch.x), batch.y) for batch in batches]
-    losses, errors = (torch.cat(values) for values in zip(*measures, strict=True))
+    losses, errors = (torch.cat(values).cpu().numpy() for values in zip(*measures, strict=True))
     return _means(losses, errors, sizes)
 
 
@@ -82,7 +83,7 @@ def measure_batched(
             outputs = vmap(model.outputs)(row_weights, examples.x[index])  # (row, example, ...)
             measures = model.measure(outputs.flatten(0, 1), examples.y[index].flatten(0, 1))  # (row · example,)
         losses[index.flatten()], errors[index.flatten()] = measures
-    return _grouped(_means(losses, errors, sizes_of(stored)), map(len, parts))
+    return _grouped(_means(losses.cpu().numpy(), errors.cpu().numpy(), sizes_of(stored)), map(len, parts))
 
 
 def sizes_of(stored: Sequence[Arrays]) -> list[int]:
@@ -105,11 +106,20 @@ def _batches(stored: Sequence[Arrays], dataset: FederatedDataset, device: torch.
         yield StoredExamples(x[batch], y[batch], dataset.spec, device).all()
 
 
-def _means(losses: Float[Tensor, "example"], errors: Float[Tensor, "example"], sizes: list[int]) -> list[Measured]:
-    """The means over the first `sizes[0]` examples, over the next `sizes[1]`, and so on."""
-    stops = np.cumsum(sizes)[:-1]
-    parts = [np.split(values.cpu().numpy().astype(np.float64), stops) for values in (errors, losses)]
-    return [Measured(float(error.mean()), float(loss.mean())) for error, loss in zip(*parts, strict=True)]
+def _means(losses: np.ndarray, errors: np.ndarray, sizes: list[int]) -> list[Measured]:
+    """The means over the first `sizes[0]` examples, over the next `sizes[1]`, and so on: in float64."""
+    losses, errors = losses.astype(np.float64), errors.astype(np.float64)
+    measured, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        measured.append(Measured(_mean(errors[part]), _mean(losses[part])))
+        start += size
+    return measured
+
+
+def _mean(values: Float64[np.ndarray, "example"]) -> float:
+    """Like `values.mean()` without its overhead; NaN without values."""
+    return float(np.add.reduce(values)) / len(values) if len(values) else math.nan
 
 
 def _grouped(values: Iterable[T], counts: Iterable[int]) -> list[list[T]]:
