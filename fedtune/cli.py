@@ -220,6 +220,19 @@ def list_names() -> None:
         typer.echo(f"{title + ':':<17}{', '.join(sorted(names))}")
 
 
+@app.command(cls=Command)
+def doctor() -> None:
+    """Show what this machine offers to a run: the engine, BLAS, cores, GPUs, versions, downloaded data sets.
+
+    Example:
+      fedtune doctor
+    """
+    from fedtune.doctor import doctor_lines
+
+    for line in doctor_lines():
+        typer.echo(printable(line))
+
+
 def main() -> None:
     """The entry point: a bad input is one line and exit code 2."""
     try:

@@ -35,7 +35,7 @@ FLOORS = [
     {"study_tuners", "search_space"},
     {"executors", "simulation"},
     {"runs", "report"},
-    {"server_app", "__init__"},
+    {"server_app", "__init__", "doctor"},
     {"server.app", "cli_options"},
     {"cli_data"},
     {"cli"},
