@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import InputError, RunStopped
+from fedtune.errors import InputError, NoKernelError, RunStopped
 from fedtune.events import Listener
 from fedtune.layers import compare_settings, resolve_settings, tune_settings
 
@@ -166,7 +166,7 @@ def run(
     comparison = prepare(settings)
     folder = Path(out) if out is not None else new_folder(settings)
     with _mirrored(listener, optuna, comparison, folder) as listener:
-        claim_folder(folder, settings, force=force)
+        claim_folder(folder, comparison.settings, force=force)
         comparison.run(folder, listener)
     return _draw(folder)
 
@@ -190,7 +190,7 @@ def resume(
 
         fedtune.resume("runs/compared")
     """
-    from fedtune.runs.recorded import check_begun_with, check_places
+    from fedtune.runs.recorded import check_begun_with, check_places, other_kernel_advice
 
     folder = Path(folder)
     # The run folder's settings are complete. Nothing that they name is imported before the journals confirm them.
@@ -207,7 +207,10 @@ def resume(
     _start_workers_early(settings)
     from fedtune.runs.prepare import prepare
 
-    comparison = prepare(settings)
+    try:
+        comparison = prepare(settings)
+    except NoKernelError as error:
+        raise InputError(f"{error}; {other_kernel_advice(folder)}") from None
     with _mirrored(listener, optuna, comparison, folder) as listener:
         comparison.run(folder, listener)
     return _draw(folder)

@@ -8,6 +8,13 @@ class InputError(ValueError):
     """Something the user gave is not allowed; the command line prints it as one line and exits with code 2."""
 
 
+class NoKernelError(InputError):
+    """The settings require that clients train in a compiled kernel, and here they can't."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"engine must be 'torch' here, got 'compiled': {reason}")
+
+
 class RunStopped(RuntimeError):
     """What stopped a run is no setting, for example a process that was killed. The run can be resumed.
 

@@ -31,6 +31,7 @@ NOT_IN_DIGEST = {
 }
 # Settings that older runs lack. With these values they are not in the digest, so that older runs can be resumed.
 LATER: dict[str, Any] = {
+    "engine": "torch",
     "fixed_first": False,
     "server.max_examples": 10**9,
     "server.aggregation": "mean",
@@ -190,6 +191,10 @@ class Settings(Table):
     `precision` bf16, clients train with torch's autocast to bfloat16, which changes the numbers. Weights, means of
     weights and all errors stay float32.
 
+    With `engine` "auto", clients train in the compiled kernel of their client program if that is possible here, else in
+    torch; "compiled" requires the kernel, and "torch" does without it. The results of the two differ by rounding. A run
+    decides once, and its settings.toml says "torch" or "compiled".
+
     The clients whose ids are in `lost_clients` fail in every round that is trained from now on, and in every evaluation
     after local training.
     """
@@ -208,6 +213,7 @@ class Settings(Table):
     device: str = "cpu"
     executor: Literal["auto", "serial", "pool", "batched"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "torch", "compiled"] = "auto"
     data: dict[str, Any]
     model: dict[str, Any] = {"name": "mlp"}
     client: dict[str, Any] = {}

@@ -33,7 +33,10 @@ IN_EVERY_RUN = {
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, which may begin with a byte order mark."""
+    """The tables of a TOML file, which may begin with a byte order mark.
+
+    The settings of a run that was written before there was the setting `engine` get "torch": its clients trained there.
+    """
     try:
         if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise OSError("it is no file")
@@ -44,7 +47,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"settings file {path} is not TOML: {error}") from None
     if any(abs(number) >= 2**63 for number in _whole_numbers(tables)):
         raise InputError(f"settings file {path} must have whole numbers of 64 bits, as TOML has, got a longer one")
-    return tables
+    return {"engine": "torch", **tables} if are_of_a_run(tables) else tables
 
 
 def write_settings(settings: Settings) -> str:

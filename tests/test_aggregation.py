@@ -149,8 +149,9 @@ def test_a_run_with_a_robust_aggregation_has_the_same_bits_in_every_executor(tmp
                     "server": {"aggregation": aggregation, "trim": 0.2},
                 },
             )
-            claim_folder(folder, settings, force=False)
-            prepare(settings).run(folder, lambda event: None)
+            prepared = prepare(settings)
+            claim_folder(folder, prepared.settings, force=False)
+            prepared.run(folder, lambda event: None)
             found[aggregation, executor] = (folder / "rounds.parquet").read_bytes()
         assert found[aggregation, "serial"] == found[aggregation, "pool"]
     assert len(set(found.values())) == 4  # so each aggregation was in effect

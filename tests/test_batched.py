@@ -439,8 +439,9 @@ def compare(folder, executor):
     }
     settings = resolve_settings("digits", changes)
     events = []
-    claim_folder(folder, settings, force=False)
-    prepare(settings).run(folder, events.append)  # without the figures that a command draws
+    prepared = prepare(settings)
+    claim_folder(folder, prepared.settings, force=False)
+    prepared.run(folder, events.append)  # without the figures that a command draws
     assert "warning" not in {event["event"] for event in events}
 
 

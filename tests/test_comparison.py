@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,6 @@ import fedtune
 from fedtune import cli, rng
 from fedtune.client.examples import StoredExamples
 from fedtune.errors import InputError, UnknownNameError
-from fedtune.runs import comparison
 from fedtune.runs.prepare import prepare
 from fedtune.runs.run_folder import claim_folder
 from fedtune.simulation import federation
@@ -129,13 +129,11 @@ def test_shuffling_the_test_labels_changes_no_decision(tmp_path, monkeypatch):
     for client in range(plain.dataset.num_clients):
         start, stop = plain.dataset.ranges[client, 2]
         labels[start:stop] = (labels[start:stop] + 1) % 10
-    spoilt = comparison.Comparison(
-        settings, type(plain.dataset)(**{**vars(plain.dataset), "y": labels}), plain.hyperparameters, plain.tuners
-    )
+    spoilt = replace(plain, dataset=type(plain.dataset)(**{**vars(plain.dataset), "y": labels}))
     frames = []
     for name, each in (("plain", plain), ("spoilt", spoilt)):
         folder = tmp_path / name
-        claim_folder(folder, settings, force=False)
+        claim_folder(folder, each.settings, force=False)
         each.run(folder, lambda event: None)
         frames.append(pd.read_parquet(folder / "rounds.parquet"))
     decided = frames[0].columns.drop(["test_error", "test_loss"])
@@ -275,19 +273,19 @@ def test_a_share_of_a_tuner_that_is_not_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"executor": "pool", "workers": 2}, "clients train in 2 worker processes"),
-        ({"executor": "pool", "workers": 1}, "clients train in 1 worker process"),
-        ({"executor": "serial", "precision": "bf16"}, "clients train in this process"),
-        ({"workers": 1, "model": {"name": "cnn"}}, "clients train in this process"),
-        ({"executor": "batched"}, "clients train in one tensor program on cpu"),
+        ({"executor": "pool", "workers": 2}, "in torch, in 2 worker processes"),
+        ({"executor": "pool", "workers": 1}, "in torch, in 1 worker process"),
+        ({"executor": "serial", "precision": "bf16"}, "in torch, in this process"),
+        ({"workers": 1, "model": {"name": "cnn"}}, "in torch, in this process"),
+        ({"executor": "batched"}, "in torch, in one tensor program on cpu"),
     ],
     ids=str,
 )
 def test_a_run_says_where_its_clients_train(tmp_path, settings, line):
     said = []
-    settings = {"cohort_size": 2, "evaluation": {"clients": 2}} | settings
+    settings = {"cohort_size": 2, "evaluation": {"clients": 2}, "engine": "torch"} | settings
     fedtune.train("digits", 1, out=tmp_path / "run", listener=said.append, **settings)
-    assert [event["message"] for event in said if event["event"] == "executor"] == [line]
+    assert [event["message"] for event in said if event["event"] == "executor"] == [f"clients train {line}"]
 
 
 def test_only_a_comparison_begins_every_search_with_the_fixed_values(tmp_path, monkeypatch):

@@ -33,8 +33,9 @@ FILES = ("results.csv", "rounds.parquet", "trials.parquet")
 def run(folder, listener=lambda event: None, **settings):
     """The run in the folder, without figures."""
     resolved = fedtune.resolve_settings("digits", SETTINGS | settings)
-    claim_folder(folder, resolved, force=False)
-    prepare(resolved).run(folder, listener)
+    prepared = prepare(resolved)
+    claim_folder(folder, prepared.settings, force=False)
+    prepared.run(folder, listener)
     return fedtune.read_run(folder)
 
 

@@ -64,8 +64,9 @@ def test_the_batched_form_trains_in_bf16_too(dataset):
 def compare(folder, **changes):
     """A finished run, without the figures that a command draws."""
     settings = resolve_settings("digits", {"max_rounds": 2, "total_rounds": 2, "tuners": ["manual"]} | changes)
-    claim_folder(folder, settings, force=False)
-    prepare(settings).run(folder, lambda event: None)
+    prepared = prepare(settings)
+    claim_folder(folder, prepared.settings, force=False)
+    prepared.run(folder, lambda event: None)
     return fedtune.read_run(folder)
 
 

@@ -41,8 +41,9 @@ SETTINGS = {
 def finished(folder, **settings):
     """The run, without figures."""
     resolved = fedtune.resolve_settings("digits", settings)
-    claim_folder(folder, resolved, force=False)
-    prepare(resolved).run(folder, lambda event: None)
+    prepared = prepare(resolved)
+    claim_folder(folder, prepared.settings, force=False)
+    prepared.run(folder, lambda event: None)
     return fedtune.read_run(folder)
 
 

@@ -54,7 +54,7 @@ def test_a_million_clients_take_few_bytes_each_and_rounds_read_only_who_takes_pa
         prepared = prepare(settings)
         x, y = (Rows.of(array) for array in (prepared.dataset.x, prepared.dataset.y))
         folder = tmp_path / "run"
-        claim_folder(folder, settings, force=False)
+        claim_folder(folder, prepared.settings, force=False)
         replace(prepared, dataset=replace(prepared.dataset, x=x, y=y)).run(folder, lambda event: None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -6,7 +6,7 @@ train in torch: ...". `train` of such a program calls the model's `compiled` for
 StoredExamples in the place of Examples.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from fedtune.tuning.space import Config
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # programs are looked for by commands that do not need torch
     from fedtune.client.examples import Examples, StoredExamples
 
 
+@runtime_checkable
 class CompiledModel(Protocol):
     """A model in compiled form."""
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class BatchedMachine:
     """
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset, say: Callable[[str], None]) -> None:
-        self._machine = Machine(settings, dataset)
+        self._machine = Machine(replace(settings, engine="torch"), dataset)
         self.at_work = self._machine.at_work
         self._say = say
         self._has_said = False

@@ -5,12 +5,12 @@ import functools
 from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.executors.batched import BatchedMachine
-from fedtune.executors.machine import Machine, MachineSettings
+from fedtune.executors.machine import Machine, machine_settings
 from fedtune.executors.pool import PoolExecutor
 from fedtune.executors.processes import num_workers
 from fedtune.executors.serial import SerialExecutor
 from fedtune.executors.watch import Warn
-from fedtune.settings import Settings, client_program_name
+from fedtune.settings import Settings
 
 
 def make_executor(settings: Settings, dataset: FederatedDataset, warn: Warn) -> Executor:
@@ -19,7 +19,7 @@ def make_executor(settings: Settings, dataset: FederatedDataset, warn: Warn) -> 
     `auto` is the pool on a CPU if there is more than one worker or a limit of `[watch]`, serial if there is one worker,
     and batched on another device.
     """
-    machine = MachineSettings(settings.model, client_program_name(settings), settings.device, settings.precision)
+    machine = machine_settings(settings)
     workers = num_workers(settings.workers)
     several = workers > 1 or settings.watch.limit is not None
     if settings.executor == "pool" or (settings.executor == "auto" and several and settings.device == "cpu"):

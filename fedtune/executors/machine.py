@@ -12,7 +12,10 @@ from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import EvaluateTask, Failure, Result, Task, Update, describe
 from fedtune.client.work import evaluate_clients, train_and_measure
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.errors import NoKernelError
+from fedtune.executors.engine import compile_model
 from fedtune.executors.watch import AtWork
+from fedtune.settings import Settings, client_program_name
 
 ALONE = "in this process"  # where the clients of a machine train
 
@@ -25,10 +28,20 @@ class MachineSettings:
     client: str  # the client program's name
     device: str
     precision: str = "fp32"  # of training: fp32 or bf16
+    engine: str = "torch"  # in which clients train: torch or compiled, which is then required
+
+
+def machine_settings(settings: Settings) -> MachineSettings:
+    """What the machines of a run with these settings are made from."""
+    client = client_program_name(settings)
+    return MachineSettings(settings.model, client, settings.device, settings.precision, settings.engine)
 
 
 class Machine:
-    """Does tasks. A result depends on the weights and the task alone, not on other tasks."""
+    """Does tasks. A result depends on the weights and the task alone, not on other tasks.
+
+    Raises NoKernelError if the settings require a compiled kernel that can't be had here.
+    """
 
     def __init__(self, settings: MachineSettings, dataset: FederatedDataset) -> None:
         # Two threads add in another order than one thread: every executor uses one, so that their bits agree.
@@ -39,6 +52,11 @@ class Machine:
             plugins.make_model(settings.model, dataset.spec), settings.device, dataset.spec.objective
         )
         self.program = plugins.load_client_program(settings.client)
+        if settings.engine == "compiled":
+            compiled = compile_model(settings.client, self.model, dataset.spec, settings.device, settings.precision)
+            if isinstance(compiled, str):
+                raise NoKernelError(compiled)
+            self.model.compiled = compiled
         self._train = in_precision(settings, self.program.train)
         self.at_work = AtWork()
 

@@ -17,6 +17,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import ClientStopped, RunStopped
 from fedtune.events import Listener
 from fedtune.executors.choice import for_study, make_executor
+from fedtune.executors.engine import Engine
 from fedtune.files import make_folder, remove_unfinished
 from fedtune.hyperparameters import Hyperparameters, not_searched
 from fedtune.initial_weights import initial_weights
@@ -26,7 +27,7 @@ from fedtune.runs.journal import Journal
 from fedtune.runs.journal_lines import pool_as_json
 from fedtune.runs.ledger import Ledger
 from fedtune.runs.lost_clients import LostClients, keep_lost_clients
-from fedtune.runs.recorded import run_format
+from fedtune.runs.recorded import check_kernel, run_format
 from fedtune.runs.result_files import write_frames
 from fedtune.runs.results import StudyResult, round_rows, trial_rows
 from fedtune.runs.run_folder import locked
@@ -64,6 +65,7 @@ class Comparison:
     dataset: FederatedDataset
     hyperparameters: Hyperparameters
     tuners: Mapping[str, TunerSettings]
+    engine: Engine  # in which clients train; `settings` name it
     warning: str | None = None  # what the check of the data set found, if it found anything
 
     def run(self, folder: Path, listener: Listener) -> None:
@@ -76,6 +78,7 @@ class Comparison:
         with locked(folder):
             remove_unfinished(folder)
             check_versions(folder, listener)
+            check_kernel(self.settings, folder, self.engine.kernel)
             settings = self.settings
             ended = False
             while not ended:
@@ -146,7 +149,8 @@ class Comparison:
             # If all of them wait, let the executor compute.
             if num_ended == 0:
                 if not said_where_clients_train:  # not before: if the run can't be resumed, its error must come first
-                    listener({"event": "executor", "message": f"clients train {executor.describe()}"})
+                    message = f"clients train {self.engine.describe(executor.describe())}"
+                    listener({"event": "executor", "message": message})
                     said_where_clients_train = True
                 executor.step()
         return results, seconds
@@ -162,7 +166,8 @@ class Comparison:
         tuner = self.tuners[name]
         study_folder = folder / f"{name}-seed{seed}"
         make_folder(study_folder, exist_ok=True)
-        with contextlib.closing(Journal(study_folder / "journal.jsonl", new_format=journal_format)) as journal:
+        path, kernel = study_folder / "journal.jsonl", self.engine.kernel
+        with contextlib.closing(Journal(path, new_format=journal_format, new_kernel=kernel)) as journal:
             ledger = Ledger(self.settings, format_3=journal.format == 3)
             ledger.personalised = past_personalised(journal)
             store = TrialStore(journal, study_folder / "checkpoints")

@@ -11,6 +11,7 @@ which it stopped, and ends with the same numbers as a study that was never stopp
 
 import itertools
 import json
+import shlex
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -54,14 +55,22 @@ class Journal:
     dropped. Decisions (`decide`) come in an order that does not depend on the machine; rounds and checkpoints (`note`)
     come as they are computed, by several federations at once. With `read_only` nothing is written: decisions are
     compared with the past, and JournalEnds is raised after its last one. `num_lines` is how many lines are read; None
-    means all. A study that has not begun gets the format `new_format`.
+    means all. A study that has not begun gets the format `new_format`, and `new_kernel`: the digest of the kernel in
+    which its clients train, None if they train in torch.
     """
 
     def __init__(
-        self, path: Path, *, read_only: bool = False, num_lines: int | None = None, new_format: int = FORMAT
+        self,
+        path: Path,
+        *,
+        read_only: bool = False,
+        num_lines: int | None = None,
+        new_format: int = FORMAT,
+        new_kernel: str | None = None,
     ) -> None:
         self.path = path
         self.format = new_format  # of the study: of its first line, if it has begun
+        self.kernel = new_kernel  # the same
         self._checksum = 0
         self._good_bytes = 0  # that all lines so far take
         self._order = Order()
@@ -79,6 +88,8 @@ class Journal:
         first = {"format": self.format, "tuner": tuner, "seed": seed, "settings": digest(settings)}
         if self.format > 3:
             first["deciding"] = deciding(settings)
+        if self.kernel is not None:
+            first["kernel"] = self.kernel
         if self._decisions:
             _, line = self._decisions[0]
             if (line.get("tuner"), line.get("seed")) == (tuner, seed) and line.get("settings") != first["settings"]:
@@ -151,9 +162,10 @@ class Journal:
         before, after = LATER | dict(_leaves(begun.get("deciding", {}))), LATER | dict(_leaves(now.get("deciding", {})))
         for name in {**before, **after}:
             if name != "batched" and not same(before.get(name), after.get(name)):
+                advice = f"; {in_torch(file)}" if name == "engine" else ""
                 return InputError(
                     f"{file} must have the settings with which the run was begun, got {name} = {after.get(name)!r}; "
-                    f"{self.path} has {name} = {before.get(name)!r}"
+                    f"{self.path} has {name} = {before.get(name)!r}{advice}"
                 )
         return InputError(
             f"{file} must hold the settings of {self.path} (digest {begun.get('settings')}), got other ones (digest "
@@ -204,7 +216,7 @@ class Journal:
                     f"{self.path}, line {number}, must have format {' or '.join(map(str, FORMATS))}, "
                     f"got {line.get('format')}: another version of fedtune wrote it"
                 )
-            self.format = line["format"]
+            self.format, self.kernel = line["format"], line.get("kernel")
         if event not in list(LINES):
             raise self._damaged(number, str(UnknownNameError("event", str(event), LINES)))
         try:
@@ -217,6 +229,11 @@ class Journal:
 
     def _damaged(self, number: int, why: str) -> DamagedJournalError:
         return DamagedJournalError(self.path, number, self._good_bytes, why)
+
+
+def in_torch(settings: Path) -> str:
+    """The end of a message about the engine of the run with this settings.toml: how to repeat the run in torch."""
+    return f"to repeat the run in torch: fedtune compare {shlex.quote(str(settings))} --set engine=torch --out NEW"
 
 
 def same(one: object, other: object) -> bool:

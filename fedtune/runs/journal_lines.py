@@ -31,6 +31,7 @@ LINES = {  # by event
         seed=int,
         settings=str,
         deciding=(dict[str, Any] | None, None),
+        kernel=(str | None, None),
     ),
     "ask": _fields(
         event=str,

@@ -10,6 +10,7 @@ from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
 from fedtune.errors import InputError
+from fedtune.executors.engine import choose_engine
 from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
 from fedtune.runs.comparison import Comparison
@@ -23,7 +24,10 @@ from fedtune.tuning.tuners import tuner_kind
 
 
 def prepare(settings: Settings) -> Comparison:
-    """The comparison, after every check that needs no training. Raises InputError, one line; writes nothing."""
+    """The comparison, after every check that needs no training. Raises InputError, one line; writes nothing.
+
+    Its settings say in which engine its clients train: not "auto".
+    """
     hyperparameters = resolve_hyperparameters(settings)
     check_device(settings)
     tuners = resolve_tuners(settings, hyperparameters.space)
@@ -38,13 +42,17 @@ def prepare(settings: Settings) -> Comparison:
         )
     if unknown := [client for client in settings.lost_clients if client not in dataset.client_ids]:
         raise InputError(f"a lost client must be the id of a client of {settings.data['name']}, got {unknown[0]!r}")
-    check_model(settings, dataset)
+    engine = choose_engine(settings, checked_model(settings, dataset), dataset.spec)
     check_jobs(settings, dataset, hyperparameters)
-    return Comparison(settings, dataset, hyperparameters, tuners, first_of(problems) if problems else None)
+    settings = settings.model_copy(update={"engine": engine.name})
+    return Comparison(settings, dataset, hyperparameters, tuners, engine, first_of(problems) if problems else None)
 
 
-def check_model(settings: Settings, dataset: FederatedDataset) -> None:
-    """Raises InputError unless the model can be made, takes the data set's examples and returns what they need."""
+def checked_model(settings: Settings, dataset: FederatedDataset) -> FlatModel:
+    """The model, on the CPU.
+
+    Raises InputError unless it can be made, takes the data set's examples and returns what they need.
+    """
     spec, name = dataset.spec, settings.model["name"]
     stored_x, stored_y = dataset.examples(0, "train")
     x, y = StoredExamples(stored_x[:2], stored_y[:2], spec, "cpu").all()
@@ -60,6 +68,7 @@ def check_model(settings: Settings, dataset: FederatedDataset) -> None:
         except Exception as error:  # a model is anybody's code
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"model {name!r} can't take an example of data set {dataset.name!r}: {reason}") from None
+    return model
 
 
 def check_jobs(settings: Settings, dataset: FederatedDataset, hyperparameters: Hyperparameters) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.errors import InputError
 from fedtune.hyperparameters import Hyperparameters, fixed_client_values, with_client_values
-from fedtune.runs.journal import Journal, JournalEnds
+from fedtune.runs.journal import Journal, JournalEnds, in_torch
 from fedtune.settings import Settings
 from fedtune.tuning.space import Config, Number, checked_number
 from fedtune.tuning.tuners import tuner_kind
@@ -38,15 +38,34 @@ def check_begun_with(settings: Settings, folder: Path) -> None:
             journal.begin(name, seed, settings)
 
 
+def check_kernel(settings: Settings, folder: Path, kernel: str | None) -> None:
+    """Raises InputError unless every study in the run folder was begun with this kernel, or has not begun.
+
+    `kernel` is the digest of the kernel in which clients train now, None if they train in torch.
+    """
+    for journal in _beginnings(settings, folder, kernel):
+        if journal.kernel != kernel:
+            raise InputError(
+                f"the run must be resumed with the kernel with which it was begun, got kernel {kernel}; "
+                f"{journal.path} has kernel {journal.kernel}: {other_kernel_advice(folder)}"
+            )
+
+
+def other_kernel_advice(folder: Path) -> str:
+    """The end of a message: what to do if the run in the folder needs a kernel that is not here."""
+    return f"install the version of the client program that it was begun with, or, {in_torch(folder / 'settings.toml')}"
+
+
 def run_format(settings: Settings, folder: Path) -> int:
     """The format of the run's journals. A study that has not begun gets it too, so one rule holds for all studies."""
     return min(journal.format for journal in _beginnings(settings, folder))
 
 
-def _beginnings(settings: Settings, folder: Path) -> Iterator[Journal]:
+def _beginnings(settings: Settings, folder: Path, new_kernel: str | None = None) -> Iterator[Journal]:
     """The journal of each study of the run, of which only the first line was read."""
     for name, seed in settings.studies:
-        yield Journal(folder / f"{name}-seed{seed}" / "journal.jsonl", read_only=True, num_lines=1)
+        path = folder / f"{name}-seed{seed}" / "journal.jsonl"
+        yield Journal(path, read_only=True, num_lines=1, new_kernel=new_kernel)
 
 
 def recorded_hyperparameters(settings: Settings, journal: Journal) -> Hyperparameters:
