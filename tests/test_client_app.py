@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from kernel_in_torch import written
 
 from fedtune import plugins
 from fedtune.client.examples import StoredExamples
@@ -140,6 +141,32 @@ def test_clients_train_in_the_precision_of_the_settings(model, dataset):
     in_bf16 = machine.run(model.flat.clone(), TrainTask(2, CONFIG, seed=5)).weights.numpy()
     assert np.array_equal(reply.content.array_records["arrays"]["weights"].numpy(), in_bf16)
     assert not np.array_equal(in_bf16, trained(model, model.flat.clone(), dataset, 2).numpy())
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE, MessageType.QUERY])
+def test_a_node_without_the_runs_kernel_answers_why(model, tmp_path, message_type):
+    settings = f"engine = 'compiled'\n{SETTINGS}\n[client]\nname = '{written(tmp_path, 'it is not built')}'\n"
+    reply = app(message(message_type, model.flat), context(settings=settings))
+    assert reply.error.reason == (
+        "node 9: engine must be 'torch' here, got 'compiled': it is not built; mend that on the node, or start a new "
+        "run with engine = 'torch' in its settings"
+    )
+
+
+def test_clients_train_in_the_engine_of_the_settings(model, dataset, tmp_path):
+    """Without one they train in torch: nodes that choose for themselves could differ."""
+    client = written(tmp_path)
+    weights = {}
+    for engine in ("compiled", "torch", "auto"):
+        settings = f"engine = '{engine}'\n{SETTINGS}\n[client]\nname = '{client}'\n"
+        reply = app(message(MessageType.TRAIN, model.flat), context(settings=settings))
+        weights[engine] = reply.content.array_records["arrays"]["weights"].numpy().copy()
+    machine = Machine(MachineSettings({"name": "mlp", "hidden": [12]}, client, "cpu", engine="compiled"), dataset)
+    compiled = machine.run(model.flat.clone(), TrainTask(2, CONFIG, seed=5)).weights.numpy()
+    assert np.array_equal(weights["compiled"], compiled)
+    assert np.array_equal(weights["auto"], weights["torch"])
+    assert np.array_equal(weights["torch"], trained(model, model.flat.clone(), dataset, 2).numpy())
+    assert not np.array_equal(weights["compiled"], weights["torch"])
 
 
 @pytest.mark.parametrize("partition", [None, 6, -1, "2"])

@@ -1,7 +1,7 @@
 """The Flower ClientApp: what a client does in Flower's own engine, or on a SuperNode that runs on a device.
 
-It uses these settings of the run: [data], [model], `device`, `precision` and the name in [client]. The node's config
-says which client the node is ("partition-id"), unless the "config" of a message names another one ("client").
+It uses these settings of the run: [data], [model], `device`, `precision`, `engine` and the name in [client]. The node's
+config says which client the node is ("partition-id"), unless the "config" of a message names another one ("client").
 `fedtune.server.messages` describes the messages.
 """
 
@@ -11,10 +11,10 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune import plugins
-from fedtune.errors import InputError
-from fedtune.executors.machine import Machine, MachineSettings, detached_copy
+from fedtune.client.tasks import Failure
+from fedtune.errors import InputError, NoKernelError
+from fedtune.executors.machine import Machine, detached_copy, machine_settings
 from fedtune.server import messages as protocol
-from fedtune.settings import client_program_name
 
 app = ClientApp()
 
@@ -24,6 +24,8 @@ app = ClientApp()
 def work(message: Message, context: Context) -> Message:
     """The reply to a training or evaluation message, computed by the same machine as in a simulation."""
     machine = _machine(context)
+    if isinstance(machine, Failure):
+        return protocol.answer(message, machine)
     task = protocol.task(message, _client(protocol.config_of(message), context, machine.dataset.num_clients))
     return protocol.answer(message, detached_copy(machine.compute(protocol.weights(message), task)))
 
@@ -31,20 +33,27 @@ def work(message: Message, context: Context) -> Message:
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """A reply that says which client this node is, as the metric "client"."""
-    return protocol.answer(
-        message, [{"client": _client(ConfigRecord(), context, _machine(context).dataset.num_clients)}]
-    )
+    machine = _machine(context)
+    if isinstance(machine, Failure):
+        return protocol.answer(message, machine)
+    return protocol.answer(message, [{"client": _client(ConfigRecord(), context, machine.dataset.num_clients)}])
 
 
-def _machine(context: Context) -> Machine:
-    return _load(context.run_config.get("settings"))
+def _machine(context: Context) -> Machine | Failure:
+    """The machine of this node; a Failure if the run's settings require a kernel that this node does not have."""
+    try:
+        return _load(context.run_config.get("settings"))
+    except NoKernelError as error:
+        return Failure(
+            f"node {context.node_id}: {error}; mend that on the node, or start a new run with engine = 'torch' in its "
+            "settings"
+        )
 
 
 @functools.lru_cache(maxsize=1)
 def _load(text: object) -> Machine:
     settings = protocol.run_settings(text)
-    machine = MachineSettings(settings.model, client_program_name(settings), settings.device, settings.precision)
-    return Machine(machine, plugins.load_dataset(settings.data))
+    return Machine(machine_settings(settings), plugins.load_dataset(settings.data))
 
 
 def _client(config: ConfigRecord, context: Context, num_clients: int) -> int:

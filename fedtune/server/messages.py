@@ -27,14 +27,18 @@ CLIENT_ERROR = 1000  # the code in the reply of a client whose program raised; a
 
 
 def run_settings(text: object) -> Settings:
-    """The settings in `text`, the value of "settings" in the run's config; None if it has none. Raises InputError."""
+    """The settings in `text`, the value of "settings" in the run's config. Raises InputError.
+
+    `engine` "auto" becomes "torch": each node would decide for itself, and the nodes could differ.
+    """
     if not isinstance(text, str):
         raise InputError(f"the run's config must hold 'settings', the TOML text of a run's settings, got {text!r}")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"'settings' in the run's config is not TOML: {error}") from None
-    return resolve([table])
+    settings = resolve([table])
+    return settings.model_copy(update={"engine": "torch"}) if settings.engine == "auto" else settings
 
 
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
