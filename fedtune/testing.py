@@ -16,14 +16,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.client.examples import Examples
+from fedtune.client.compiled_model import CompiledModel
+from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.program import ClientProgram
 from fedtune.data.checks import check
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.data.spec import DatasetSpec
+from fedtune.tuning.domains import parse_domain
 from fedtune.tuning.space import Config, Hyperparameter, Number
 
 __all__ = ["check_client", "check_dataset"]
+
+TOLERANCE = 1e-4  # of a compiled model, relative to the distance that training goes
 
 
 def check_dataset(load: Callable[..., FederatedDataset], **options: Any) -> None:
@@ -44,7 +49,8 @@ def check_client(program: ClientProgram) -> None:
     """Passes if training depends on its arguments alone, does not change them, and takes all values in their ranges.
 
     `program` is a client program's module. It trains a small network on a few examples, with each hyperparameter at its
-    default and at the bounds of its range.
+    default and at the bounds of its range. If it has `compile_model`, the compiled network must train and measure as in
+    torch, except for rounding.
     """
     broken = [
         f"HYPERPARAMETERS[{name!r}] must be a Hyperparameter, got {value!r}"
@@ -94,6 +100,53 @@ def _faults_of(program: ClientProgram) -> Iterator[str]:
             trained({**defaults, name: bound})
         except Exception as error:
             yield f"train must take {name} = {bound}, which is in its range; it raised {error!r}"
+    if hasattr(program, "compile_model"):
+        yield from _faults_compiled(program, model, weights, defaults)
+
+
+def _faults_compiled(program: Any, model: FlatModel, weights: torch.Tensor, defaults: Config) -> Iterator[str]:
+    x, y = np.arange(120, dtype=np.uint8).reshape(20, 6) % 50, np.arange(20) % 3
+    spec = DatasetSpec((6,), "real", 3, 1 / 16)
+    compiled = program.compile_model(model, spec)
+    if isinstance(compiled, str):
+        return  # there is no kernel here, or none for this network
+    if not (isinstance(compiled, CompiledModel) and isinstance(compiled.digest, str) and compiled.digest):
+        yield f"compile_model must return a CompiledModel with a digest, or a str, got {type(compiled).__name__}"
+        return
+
+    def trained(engine: CompiledModel | None, examples: StoredExamples, config: Config) -> torch.Tensor:
+        model.compiled = engine
+        result: torch.Tensor = program.train(model, weights.clone(), examples.all(), config, _generator(1))
+        return result.clone()
+
+    # With the defaults, in the middle of what is searched, and at each bound, for clients of several sizes.
+    space = getattr(program, "SPACE", {})
+    middle = {name: parse_domain(name, table).from_unit(0.5) for name, table in space.items()}
+    configs = [defaults, {**defaults, **middle}, *({**defaults, name: bound} for name, bound in _bounds(program))]
+    for size in (20, 1, 9):
+        examples = StoredExamples(x[-size:], y[-size:], spec, "cpu")
+        for config in configs:
+            in_torch, in_kernel, again = (trained(engine, examples, config) for engine in (None, compiled, compiled))
+            if not _near(in_kernel, in_torch, TOLERANCE * float((in_torch - weights).norm())):
+                yield f"compiled, train must give the weights of torch for {size} examples with {dict(config)}"
+            if not torch.equal(in_kernel, again):
+                yield "compiled, train must give the same weights for the same arguments"
+
+        # The trained weights are measured as in torch.
+        model.load(in_torch)
+        model.module.eval()
+        with torch.no_grad():
+            expected = model.measure(model.module(examples.all().x), examples.all().y)
+        measured = compiled.measure(in_torch, examples)
+        if not all(_near(*pair, TOLERANCE * float(pair[1].norm())) for pair in zip(measured, expected, strict=True)):
+            yield f"compiled, measure must give the losses and errors of torch for {size} examples"
+
+
+def _near(one: torch.Tensor, other: torch.Tensor, distance: float) -> bool:
+    """Whether the two are at most so far apart, or neither is finite."""
+    if not torch.isfinite(other).all():
+        return not torch.isfinite(one).all()
+    return one.shape == other.shape and float((one - other).norm()) <= distance
 
 
 def _bounds(program: ClientProgram) -> list[tuple[str, Number]]:

@@ -1,7 +1,9 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.testing import check_client, check_dataset
@@ -69,3 +71,81 @@ def test_an_end_of_a_range_that_is_not_taken():
         AssertionError, match=r"^train must take learning_rate = 0\.0, which is in its range; it raised"
     ):
         check_client(broken)
+
+
+class Compiled:
+    """A compiled model that trains and measures in torch; `changes` replace its functions."""
+
+    digest = "kernel-1"
+
+    def __init__(self, model, **changes):
+        self._model = model
+        vars(self).update(changes)
+
+    def train(self, weights, examples, config, rng):
+        self._model.compiled = None
+        return local_sgd.train(self._model, weights, examples, config, rng)
+
+    def measure(self, weights, examples):
+        self._model.load(weights)
+        self._model.module.eval()
+        with torch.no_grad():
+            return self._model.measure(self._model.module(examples.all().x), examples.all().y)
+
+
+def compiling(compile_model):
+    """Local SGD with this compile_model."""
+
+    def train(model, *arguments):
+        return (model.compiled.train if model.compiled else partial(local_sgd.train, model))(*arguments)
+
+    return SimpleNamespace(
+        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, SPACE=local_sgd.SPACE, train=train, compile_model=compile_model
+    )
+
+
+def test_a_model_that_is_compiled_or_not_passes():
+    check_client(compiling(lambda model, spec: Compiled(model)))
+    check_client(compiling(lambda model, spec: "it has no such layer"))
+
+
+def trains(change):
+    """A compile_model whose trained weights are changed."""
+
+    def compile_model(model, spec):
+        plain = Compiled(model)
+        return Compiled(model, train=lambda weights, *rest: change(plain.train(weights, *rest), weights, rest[1]))
+
+    return compile_model
+
+
+@pytest.mark.parametrize(
+    ("compile_model", "message"),
+    [
+        (
+            lambda model, spec: None,
+            r"^compile_model must return a CompiledModel .* or a str, got NoneType$",
+        ),
+        (lambda model, spec: Compiled(model, digest=""), "must return a CompiledModel with a digest"),
+        (
+            trains(lambda trained, sent, config: trained + 2e-4 * (trained - sent)),
+            "the weights of torch for 20 examples",
+        ),
+        (trains(lambda trained, sent, config: trained * float("nan")), "the weights of torch for 1 examples"),
+        (
+            trains(lambda trained, sent, config: trained + (trained - sent) * (config["dropout"] > 0)),
+            r"^compiled, train must give the weights of torch for 20 examples with \{[^}]*'dropout': 0.25",
+        ),
+        (
+            trains(lambda trained, sent, config: trained + 1e-5 * np.random.default_rng().random() * (trained - sent)),
+            "^compiled, train must give the same weights for the same arguments",
+        ),
+        (
+            lambda model, spec: Compiled(model, measure=lambda *arguments: Compiled(model).measure(*arguments)[::-1]),
+            "compiled, measure must give the losses and errors of torch for 9 examples",
+        ),
+    ],
+)
+def test_a_model_that_is_compiled_wrongly_fails(compile_model, message):
+    with pytest.raises(AssertionError, match=message):
+        check_client(compiling(compile_model))
