@@ -48,7 +48,9 @@ def _blas() -> Row:
 
 
 def _cores(machine: Mapping[str, Any]) -> Iterator[Row]:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not have it
+    capabilities: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch do not have it
     bf16 = any(there for name, there in capabilities.items() if "bf16" in name)
     yield "processor", f"{machine['processor']}, {machine['torch']}, {_with_or_without(bf16)}"
     yield "cores", str(machine["cores"])

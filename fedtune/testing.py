@@ -137,7 +137,7 @@ def _faults_compiled(program: Any, model: FlatModel, weights: torch.Tensor, defa
         model.module.eval()
         with torch.no_grad():
             expected = model.measure(model.module(examples.all().x), examples.all().y)
-        measured = compiled.measure(in_torch, examples)
+        measured = map(torch.from_numpy, compiled.measure(in_torch, examples))
         if not all(_near(*pair, TOLERANCE * float(pair[1].norm())) for pair in zip(measured, expected, strict=True)):
             yield f"compiled, measure must give the losses and errors of torch for {size} examples"
 

@@ -90,7 +90,8 @@ class Compiled:
         self._model.load(weights)
         self._model.module.eval()
         with torch.no_grad():
-            return self._model.measure(self._model.module(examples.all().x), examples.all().y)
+            losses, errors = self._model.measure(self._model.module(examples.all().x), examples.all().y)
+        return losses.numpy(), errors.numpy()
 
 
 def compiling(compile_model):
