@@ -1,4 +1,4 @@
-"""Who is to blame if a worker process ends, and how messages name a task.
+"""Who is to blame if a worker process ends.
 
 A task is to blame if it ended its worker: its program exited, or it crashed (CRASHES). Any other signal comes from
 outside: SIGKILL from the kernel if the memory is full, SIGTERM from a person or a batch system. If the forkserver has
@@ -6,9 +6,6 @@ ended, nobody knows the exit code (None), and no task is to blame.
 """
 
 import signal
-
-from fedtune.client.tasks import EvaluateTask, Task, describe
-from fedtune.data.federated_dataset import FederatedDataset
 
 CRASHES = (
     signal.SIGSEGV,
@@ -35,16 +32,3 @@ def why_it_stopped(exit_code: int | None) -> str:
         how = f"was killed by signal {-exit_code}{names.get(-exit_code, '')}"
     guess = ": out of memory?" if exit_code == -signal.SIGKILL else ""
     return f"its worker process {how}, and again when the task was tried alone{guess}"
-
-
-def client_id(task: Task, dataset: FederatedDataset) -> str | None:
-    """The id of the task's client; None if the task evaluates several clients."""
-    return None if isinstance(task, EvaluateTask) else dataset.client_ids[task.client]
-
-
-def name(task: Task, dataset: FederatedDataset, place: str) -> str:
-    """The task's client by id and number, and its place in the run, for messages."""
-    who = describe(task)
-    if not isinstance(task, EvaluateTask):
-        who = f"client {dataset.client_ids[task.client]!r} (number {task.client})"
-    return f"{who}, {place}" if place else who

@@ -27,8 +27,9 @@ from torch import Tensor
 from fedtune.client.tasks import Failure, Result, Task, Ticket, TrainTask, Update, describe
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import ClientStopped, InputError
-from fedtune.executors.blame import client_id, is_crash, name, why_it_stopped
+from fedtune.executors.blame import is_crash, why_it_stopped
 from fedtune.executors.machine import MachineSettings
+from fedtune.executors.names import client_id, name
 from fedtune.executors.processes import start_forkserver, start_process
 from fedtune.executors.schedule import Piece, Schedule, task_cost
 from fedtune.executors.shared_memory import SharedArray, share

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from fedtune.client.tasks import Task
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.executors.blame import client_id, name
+from fedtune.executors.names import client_id, name
 from fedtune.settings import WatchSettings
 
 Warn = Callable[..., None]  # is called with a message and further fields of a warning
