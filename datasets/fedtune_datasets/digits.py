@@ -8,7 +8,7 @@ import numpy as np
 
 from fedtune.data import FederatedDataset, make_partition
 
-SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml").read_text())
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("digits.toml").read_text(encoding="utf-8"))
 
 
 def prepare() -> None:

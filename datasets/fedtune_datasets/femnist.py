@@ -28,7 +28,7 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune.files import new_folder, replacing
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
-SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml").read_text())
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("femnist.toml").read_text(encoding="utf-8"))
 CLASSES = {"all": 62, "digits": 10}
 SIDE = 28
 HUB_NAME = "flwrlabs/femnist"
@@ -122,7 +122,7 @@ def _different(folder: Path, checksums: Path) -> str | None:
     except FileNotFoundError:
         recorded = found
         with replacing(checksums) as path:
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8", newline="\n")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{checksums} must hold the checksums of a download, got {error}") from None
     if not isinstance(recorded, dict):
@@ -205,7 +205,7 @@ def _save(images: Any, folder: Path) -> None:
     x.flush()
     np.save(folder / "y.npy", np.array(images["character"][:], np.int64)[order])
     np.save(folder / "sizes.npy", np.bincount(codes))
-    (folder / "writers.json").write_text(json.dumps(writers.tolist()), encoding="utf-8")
+    (folder / "writers.json").write_text(json.dumps(writers.tolist()), encoding="utf-8", newline="\n")
 
 
 def _read_saved(folder: Path) -> Images:

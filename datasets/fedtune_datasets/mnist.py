@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.data import FederatedDataset, GzipMirror, NpmPackage, fetch, make_partition
 
-SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("mnist.toml").read_text())
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("mnist.toml").read_text(encoding="utf-8"))
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 CHECKSUMS = {
     IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

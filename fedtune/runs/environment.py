@@ -30,7 +30,7 @@ def check_versions(folder: Path, listener: Listener) -> None:
         listener({"event": "warning", "message": message})
         write_environment(folder)
     try:
-        begun = json.loads(path.read_text())["versions"]
+        begun = json.loads(path.read_text(encoding="utf-8"))["versions"]
         different = [f"{name} {begun[name]}, now {now}" for name in VERSIONED if (now := version(name)) != begun[name]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -46,7 +46,7 @@ def check_versions(folder: Path, listener: Listener) -> None:
 def write_environment(folder: Path) -> None:
     """Writes environment.json into a run folder."""
     with replacing(folder / "environment.json") as path:
-        path.write_text(json.dumps(environment(), indent=2) + "\n")
+        path.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def environment() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _commit() -> str | None:
             ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
             timeout=5,
         )

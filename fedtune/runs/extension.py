@@ -29,7 +29,7 @@ def extend_run(folder: Path, num_configs: int | None, total_rounds: int | None) 
         for name, seed in settings.studies:
             _check(name, seed, settings, longer.extensions[-1], folder)
         with replacing(path) as longer_path:
-            longer_path.write_text(write_settings(longer))
+            longer_path.write_text(write_settings(longer), encoding="utf-8", newline="\n")
             for name in reversed(FILES):  # results.csv first: without it the run counts as unfinished
                 (folder / name).unlink(missing_ok=True)
             sync(folder)  # after a power cut the longer run must not seem to be finished

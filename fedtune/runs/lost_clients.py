@@ -64,4 +64,4 @@ def keep_lost_clients(folder: Path, lost: Sequence[str]) -> None:
             raise InputError(f"a client can be lost only in a run that is not finished, got {folder}")
         longer = settings.model_copy(update={"lost_clients": [*settings.lost_clients, *new]})
         with replacing(path) as temporary:
-            temporary.write_text(write_settings(longer))
+            temporary.write_text(write_settings(longer), encoding="utf-8", newline="\n")

@@ -31,6 +31,6 @@ def write_frames(folder: Path, results: list[StudyResult], timings: list[dict[st
     with replacing(folder / "trials.parquet") as path:
         pd.DataFrame([row for result in results for row in result.trials]).to_parquet(path)
     with replacing(folder / "timings.csv") as path:
-        pd.DataFrame(timings).to_csv(path, index=False)
+        pd.DataFrame(timings).to_csv(path, index=False, lineterminator="\n")
     with replacing(folder / "results.csv") as path:
-        pd.DataFrame([result.result for result in results]).to_csv(path, index=False)
+        pd.DataFrame([result.result for result in results]).to_csv(path, index=False, lineterminator="\n")

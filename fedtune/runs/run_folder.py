@@ -69,7 +69,7 @@ def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
         with locked(folder):
             write_environment(folder)
             with replacing(folder / "settings.toml") as path:
-                path.write_text(write_settings(settings))
+                path.write_text(write_settings(settings), encoding="utf-8", newline="\n")
     except InputError:  # there are no locks here
         folder.rmdir()
         raise

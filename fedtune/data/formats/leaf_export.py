@@ -34,9 +34,9 @@ def export_leaf(dataset: FederatedDataset, folder: str | Path, *, users_per_file
             clients = [client for client, size in enumerate(dataset.sizes()[:, number].tolist()) if size]
             for first in range(0, len(clients), users_per_file):
                 file = complete / part / f"{first // users_per_file:06d}.json"
-                with file.open("w", encoding="ascii") as stream:
+                with file.open("w", encoding="ascii", newline="\n") as stream:
                     _write_file(stream, dataset, part, clients[first : first + users_per_file])
-        (complete / EXTRA).write_text(json.dumps(_extra(dataset)), encoding="ascii")
+        (complete / EXTRA).write_text(json.dumps(_extra(dataset)), encoding="ascii", newline="\n")
 
 
 def _write_file(stream: TextIO, dataset: FederatedDataset, part: str, clients: Sequence[int]) -> None:
