@@ -292,9 +292,11 @@ def _settings_of(folder: Path, workers: int | None, executor: str | None) -> "Se
 
 
 def _start_workers_early(settings: "Settings") -> None:
-    from fedtune.executors.processes import start_forkserver
+    from fedtune.operating_system import has_workers
 
-    if settings.executor != "serial":
+    if settings.executor != "serial" and has_workers():
+        from fedtune.executors.processes import start_forkserver
+
         start_forkserver()  # it imports torch while this process imports torch
 
 

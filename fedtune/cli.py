@@ -24,6 +24,7 @@ from fedtune.cli_options import (
     with_options,
 )
 from fedtune.errors import InputError, RunStopped
+from fedtune.operating_system import STOP_SIGNALS
 from fedtune.printable import printable
 
 if TYPE_CHECKING:
@@ -267,11 +268,11 @@ def _run(settings: "Settings", options: RunOptions) -> None:
 def _progress(folder: Path) -> Iterator["LiveProgress"]:
     """A display of the progress of the run in a folder.
 
-    If Ctrl-C, SIGTERM or a terminal that closes (SIGHUP) stops the run, a line says how to resume it.
+    If Ctrl-C or one of STOP_SIGNALS (SIGTERM, a terminal that closes) stops the run, a line says how to resume it.
     """
     from fedtune.report.live import LiveProgress
 
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, _stop) for number in STOP_SIGNALS}
     try:
         with LiveProgress() as progress:
             yield progress

@@ -13,17 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import InputError
+from fedtune.operating_system import sync
 
 UNFINISHED = ".unfinished"  # the last part of a temporary name
-
-
-def sync(path: Path) -> None:
-    """Brings the content of a file, or the names of a folder's files, to the disk. Returns when it is there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

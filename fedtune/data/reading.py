@@ -3,12 +3,12 @@
 What needs more than this machine's memory is not read.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedtune.errors import InputError
+from fedtune.operating_system import memory
 
 
 @contextmanager
@@ -29,7 +29,10 @@ def reading(path: Path, failure: str) -> Iterator[None]:
 
 
 def check_memory(what: str, num_bytes: int) -> None:
-    """Raises InputError if so many bytes are more than this machine's memory: a small file can hold so much, packed."""
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_bytes > most:
+    """Raises InputError if so many bytes are more than this machine's memory: a small file can hold so much, packed.
+
+    Windows does not tell how much memory there is, but never gives more than it has: reading then ends with an error.
+    """
+    most = memory()
+    if most is not None and num_bytes > most:
         raise InputError(f"{what} must fit into memory, {most / 1e9:,.1f} GB, got {num_bytes / 1e9:,.1f} GB")

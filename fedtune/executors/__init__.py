@@ -8,5 +8,8 @@ The `pool` executor sends tasks to worker processes, and replaces a worker that 
 at fault. `workers` keeps the workers alive, `processes` starts and ends a process, `worker` is the program that each of
 them runs, and `shared_memory` holds the weights and the updates. `schedule` decides which tasks a worker gets next;
 `fair_share` divides the workers among studies that run at once. `watch` finds clients that hang, in the pool and in the
-serial executor.
+serial executor. `names` is how messages name a task.
+
+Windows has no worker processes. There the modules of the pool can't be imported: `pool`, `blame`, `workers`,
+`processes`, `worker` and `shared_memory`.
 """

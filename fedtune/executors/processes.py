@@ -12,6 +12,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from fedtune.operating_system import num_cores
+
 UNKNOWN = 255  # multiprocessing's exit code of a process whose forkserver has ended; a process may also exit with it
 
 
@@ -25,7 +27,7 @@ class ForkserverEnded(Exception):
 
 def num_workers(requested: int) -> int:
     """How many processes to use; 0 means one for each core that this process may run on."""
-    return requested or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    return requested or num_cores()
 
 
 def start_forkserver() -> int:

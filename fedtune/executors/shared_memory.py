@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import tempfile
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.mapped import Place, place_of
+from fedtune.operating_system import anonymous_file
 
 Shape = tuple[int, ...]
 
@@ -23,8 +23,9 @@ class SharedArray:
     """
 
     def __init__(self, shape: Shape, dtype: str) -> None:
-        self._descriptor = _anonymous_file(_num_bytes(shape, dtype))
+        self._descriptor = anonymous_file()
         weakref.finalize(self, os.close, self._descriptor)
+        os.ftruncate(self._descriptor, _num_bytes(shape, dtype))
         self.array = _map(self._descriptor, shape, dtype)
 
     @classmethod
@@ -83,13 +84,3 @@ def _map(descriptor: int, shape: Shape, dtype: str) -> np.ndarray:
 
 def _num_bytes(shape: Shape, dtype: str) -> int:
     return max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)  # an empty file can't be mapped
-
-
-def _anonymous_file(size: int) -> int:
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("fedtune")
-    else:  # if there is no memfd, an unlinked temporary file does the same
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor

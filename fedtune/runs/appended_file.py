@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fedtune.errors import InputError
-from fedtune.files import sync
+from fedtune.operating_system import open_to_append, sync
 
 
 class AppendedFile:
@@ -16,7 +16,7 @@ class AppendedFile:
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._size = size
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._descriptor = open_to_append(path)
         os.ftruncate(self._descriptor, size)
         self.sync()
         sync(path.parent)

@@ -6,7 +6,8 @@ Thesis, section 3.5.4: a bracket that is finished can be asked for more configur
 from pathlib import Path
 
 from fedtune.errors import InputError
-from fedtune.files import replacing, sync
+from fedtune.files import replacing
+from fedtune.operating_system import sync
 from fedtune.runs.replay import Replay
 from fedtune.runs.result_files import FILES
 from fedtune.runs.run_folder import locked, settings_path

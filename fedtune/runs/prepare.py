@@ -10,6 +10,7 @@ from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
 from fedtune.errors import InputError
+from fedtune.executors.choice import check_workers
 from fedtune.executors.engine import choose_engine
 from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
@@ -109,3 +110,4 @@ def check_device(settings: Settings) -> None:
     if settings.watch.limit is not None and (settings.device != "cpu" or settings.executor not in ("auto", "pool")):
         where = f"executor {settings.executor!r} on {settings.device!r}"
         raise InputError(f"watch.limit must be used with executor 'pool', which can end a client, got {where}")
+    check_workers(settings)

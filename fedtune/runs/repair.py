@@ -7,7 +7,7 @@ client is lost anew: from the latest checkpoint before the cut on.
 import os
 from pathlib import Path
 
-from fedtune.files import sync
+from fedtune.operating_system import sync
 from fedtune.runs.journal import DamagedJournalError, Journal
 from fedtune.runs.run_folder import locked
 from fedtune.settings import Settings

@@ -1,20 +1,16 @@
 """Makes a run folder, and locks it for one process."""
 
 import contextlib
-import errno
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import InputError
 from fedtune.files import UNFINISHED, make_folder, replacing
+from fedtune.operating_system import FolderLock, means_no_locks
 from fedtune.runs.environment import write_environment
 from fedtune.settings import Settings
 from fedtune.settings_text import write_settings
-
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # how a file system says that it has none
 
 
 def settings_path(folder: Path) -> Path:
@@ -31,21 +27,21 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock ends with the process, however the process ends.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FolderLock(folder)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is using run folder {folder}") from None
+            free = lock.take()
         except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+            if not means_no_locks(error):
                 raise
             raise InputError(
                 f"run folder {folder} must be on a file system that can lock a folder (flock), got {error.strerror}"
             ) from None
+        if not free:
+            raise InputError(f"another process is using run folder {folder}")
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def claim_folder(folder: Path, settings: Settings, *, force: bool) -> None:
