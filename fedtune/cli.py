@@ -1,5 +1,6 @@
 """The command line. What is slow to import is imported by the command that needs it."""
 
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -236,6 +237,9 @@ def doctor() -> None:
 
 def main() -> None:
     """The entry point: a bad input is one line and exit code 2."""
+    # A file or a pipe may have an encoding that lacks characters, as on Windows: they are shown as \u2588 and the like.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(args=_current_spelling(sys.argv[1:]))
     except InputError as error:

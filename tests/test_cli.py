@@ -1,5 +1,6 @@
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -403,6 +404,18 @@ def test_data_stats_draws_a_figure(tmp_path):
     assert shown.exit_code == 0
     assert "1797" in shown.stdout.replace(",", "")
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_characters_that_the_encoding_of_the_output_lacks_are_escaped(monkeypatch):
+    """As in a file on Windows, and not as in a terminal."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["fedtune", "data", "stats", "digits"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue().decode("cp1252")
+    assert done.value.code == 0
+    assert r"\u2588" in shown  # a bar of the histogram
 
 
 def test_data_prepare_says_when_there_is_nothing_to_do():
