@@ -32,3 +32,12 @@ def test_derived_seed_fits_a_signed_64_bit_integer():
     seeds = [rng.derived_seed(0, "client", key) for key in range(1000)]
     assert len(set(seeds)) == 1000
     assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_derived_seeds_are_the_derived_seed_of_each_last_key():
+    last_keys = [*range(2000), 2**40, np.int64(7)]
+    together = rng.derived_seeds(5, "client", 3, 4, last_keys=last_keys)
+    assert together == [rng.derived_seed(5, "client", 3, 4, key) for key in last_keys]
+    assert {type(seed) for seed in together} == {int}
+    assert rng.derived_seeds(5, "client", last_keys=[1]) == [rng.derived_seed(5, "client", 1)]
+    assert rng.derived_seeds(5, "client", 3, last_keys=[]) == []
