@@ -7,7 +7,16 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.server import flower_compat
-from fedtune.server.flower_compat import ViewArray, ensure_task_identity, fill, pack, stamp
+from fedtune.server.flower_compat import (
+    ViewArray,
+    addressed,
+    ensure_task_identity,
+    entries_of,
+    fill,
+    pack,
+    reply,
+    stamp,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +42,44 @@ def test_a_reply_says_what_it_answers():
     stamp(sent, "12-3")
     assert sent.metadata.message_id == "12-3"
     assert Message(Error(1000, "no"), reply_to=sent).metadata.reply_to_message_id == "12-3"
+
+
+def as_sent(message):
+    """Everything that Flower sends of a message, without the moment at which it was made."""
+    metadata = {name: value for name, value in vars(message.metadata).items() if name not in ("_created_at", "_ttl")}
+    return metadata, message.content.deflate(), message.has_error(), vars(message).keys()
+
+
+def test_a_message_to_another_node_is_what_flower_makes():
+    content = RecordDict({"config": ConfigRecord({"a": 2})})
+    first, other = message(), Message(content, dst_node_id=7, message_type=MessageType.TRAIN)
+    made = addressed(first, content, 7)
+    assert as_sent(made) == as_sent(other)
+    assert (made.metadata.created_at, made.metadata.ttl) == (first.metadata.created_at, first.metadata.ttl)
+    assert isinstance(made, Message)
+    stamp(made, "2")
+    assert (first.metadata.message_id, first.metadata.dst_node_id) == ("", 2)
+    assert Message.inflate(made.deflate(), made.children).metadata.dst_node_id == 7
+
+
+@pytest.mark.parametrize("task_id", [None, 5])
+def test_a_reply_is_what_flower_makes(task_id):
+    content = RecordDict({"metrics": MetricRecord({"error": 0.5})})
+    sent = Message(RecordDict(), dst_node_id=4, message_type="evaluate", group_id="g", ttl=60.0, dst_task_id=task_id)
+    stamp(sent, "12-3")
+    made, expected = reply(sent, content), Message(content, reply_to=sent)
+    assert as_sent(made) == as_sent(expected)
+    assert (made.metadata.src_task_id, made.metadata.reply_to_message_id) == (task_id, "12-3")
+    assert sent.metadata.created_at <= made.metadata.created_at <= expected.metadata.created_at
+    for answer in (made, expected):  # both expire when the message does
+        expires = answer.metadata.created_at + answer.metadata.ttl
+        assert expires == pytest.approx(sent.metadata.created_at + 60.0, abs=1e-3)
+    assert Message.inflate(made.deflate(), made.children).metadata.dst_node_id == 1
+
+
+def test_entries_are_those_of_the_record():
+    entries = {"seed": 3, "error_before": True}
+    assert entries_of(ConfigRecord({**entries})) == entries
 
 
 def test_the_run_is_flowers():

@@ -1,11 +1,12 @@
 """All uses of Flower's private names (as in flwr 1.38 to 1.42); the test of this module fails if Flower changes one."""
 
 import functools
+import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -40,6 +41,31 @@ def fill(record: Record, entries: Mapping[str, Any]) -> Record:
     return record
 
 
+def entries_of(record: object) -> Mapping[str, Any]:
+    """The record's entries as a plain dictionary, which reads faster. It must not be changed."""
+    entries: dict[str, Any] = record.__dict__["_data"]
+    return entries
+
+
+def addressed(message: Message, content: RecordDict, node: int) -> Message:
+    """A message that differs from `message` in its content and its receiver. Neither of them has an id yet.
+
+    Flower checks the arguments of every message. Here the checks of `message` count for the other ones too.
+    """
+    return _message({**vars(message.metadata), "_dst_node_id": node}, content)
+
+
+def reply(message: Message, content: RecordDict) -> Message:
+    """The reply that `Message(content, reply_to=message)` makes, in a fifth of the time."""
+    sent, now = vars(message.metadata), time.time()
+    metadata = {**sent, "_message_id": "", "_reply_to_message_id": sent["_message_id"], "_created_at": now}
+    for ours, theirs in (("_src_node_id", "_dst_node_id"), ("_src_task_id", "_dst_task_id")):
+        metadata[ours], metadata[theirs] = sent[theirs], sent[ours]
+    metadata["_ttl"] = sent["_created_at"] + sent["_ttl"] - now
+    metadata["_delivered_at"] = ""
+    return _message(metadata, content)
+
+
 class ViewArray(Array):
     """An Array around a numpy array: it does not copy it, and serialises it only when Flower asks for the bytes."""
 
@@ -69,3 +95,10 @@ def pack(weights: Float[np.ndarray, "weight"]) -> ArrayRecord:
 @functools.cache
 def _name(dtype: np.dtype) -> str:
     return str(dtype)  # slow
+
+
+def _message(fields: dict[str, Any], content: RecordDict) -> Message:
+    metadata, message = object.__new__(Metadata), object.__new__(Message)
+    metadata.__dict__ = fields
+    message.__dict__ = {"_metadata": metadata, "_content": content, "_error": None}
+    return message

@@ -11,6 +11,8 @@ The run's configuration holds "settings", the TOML text of a run's settings.
 import functools
 import json
 import tomllib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, Result, Task, TrainTask, Update
 from fedtune.errors import InputError
-from fedtune.server.flower_compat import fill, pack
+from fedtune.server.flower_compat import entries_of, fill, pack, reply
 from fedtune.settings import Settings, resolve
 from fedtune.tuning.space import Config, Number
 
@@ -44,7 +46,14 @@ def run_settings(text: object) -> Settings:
 def train_config(config: ConfigRecord, hyperparameters: Config, seed: int, *, error_before: bool) -> ConfigRecord:
     """`config`, with the hyperparameters, seed and options with which one client trains."""
     text = json.dumps(dict(hyperparameters))
-    return fill(ConfigRecord(), {**config, "seed": seed, "error_before": error_before, "hyperparameters": text})
+    return fill(
+        ConfigRecord(), {**entries_of(config), "seed": seed, "error_before": error_before, "hyperparameters": text}
+    )
+
+
+def with_seed(config: ConfigRecord, seed: int) -> ConfigRecord:
+    """A copy of what `train_config` made, for a client with another seed."""
+    return fill(ConfigRecord(), {**entries_of(config), "seed": seed})
 
 
 def config_of(message: Message) -> ConfigRecord:
@@ -59,7 +68,7 @@ def task(message: Message, client: int) -> Task:
     message_type = message.metadata.message_type
     if message_type not in (MessageType.TRAIN, MessageType.EVALUATE):
         raise ValueError(f"message type must be train, evaluate or query, got {message_type!r}")
-    config = config_of(message)
+    config = entries_of(config_of(message))
     if message_type == MessageType.TRAIN:
         return TrainTask(client, *_training(config), bool(config.get("error_before", False)))
     return PersonaliseTask(client, *_training(config)) if config.get("personalise", False) else EvaluateTask((client,))
@@ -81,10 +90,10 @@ def answer(message: Message, result: Result) -> Message:
     else:
         (metrics,) = result
         records = {"metrics": fill(MetricRecord(), metrics)}
-    return Message(fill(RecordDict(), records), reply_to=message)
+    return reply(message, fill(RecordDict(), records))
 
 
-def _training(config: ConfigRecord) -> tuple[dict[str, Number], int]:
+def _training(config: Mapping[str, Any]) -> tuple[dict[str, Number], int]:
     """The configuration and the seed with which a client trains."""
     seed = config.get("seed")
     if not isinstance(seed, int):

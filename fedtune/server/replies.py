@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedtune.client.tasks import Metrics, Update
 from fedtune.errors import InputError
+from fedtune.server.flower_compat import entries_of
 from fedtune.server.messages import CLIENT_ERROR
 
 LARGEST = float(np.finfo(np.float32).max)  # a client computes its errors and losses in single precision
@@ -142,18 +143,20 @@ def good_answers(
 def _records(reply: Message, names: set[str]) -> Mapping[str, object]:
     if not reply.has_content():
         raise InputError("it must have content, got none")
-    if reply.content.keys() != names:
-        raise InputError(f"it must hold the records {_listed(names)}, got {_listed(reply.content)}")
-    return reply.content
+    records = entries_of(reply.content)
+    if records.keys() != names:
+        raise InputError(f"it must hold the records {_listed(names)}, got {_listed(records)}")
+    return records
 
 
 def _weights(record: object, num_weights: int) -> Float[Tensor, "weight"]:
     wanted = f"the record 'arrays' must hold the float32 array 'weights' of shape ({num_weights},)"
     if not isinstance(record, ArrayRecord):
         raise InputError(f"{wanted}, got {type(record).__name__}")
-    if record.keys() != {"weights"}:
-        raise InputError(f"{wanted}, got {_listed(record)}")
-    packed = record["weights"]
+    entries = entries_of(record)
+    if entries.keys() != {"weights"}:
+        raise InputError(f"{wanted}, got {_listed(entries)}")
+    packed = entries["weights"]
     if not isinstance(packed, Array):
         raise InputError(f"{wanted}, got {type(packed).__name__}")
     if (packed.dtype, packed.shape) != ("float32", (num_weights,)):
@@ -174,9 +177,10 @@ def _metrics(record: object, ranges: Ranges) -> Metrics:
     """The metrics that have a range; others don't matter."""
     if not isinstance(record, MetricRecord):
         raise InputError(f"the record 'metrics' must be a MetricRecord, got {type(record).__name__}")
-    metrics = {}
+    entries = entries_of(record)
+    metrics: Metrics = {}
     for name, allowed in ranges.items():
-        value: Any = record.get(name)
+        value: Any = entries.get(name)
         if not allowed.allows(value):
             raise InputError(f"{name} must be {allowed}, got {_shown(value)}")
         metrics[name] = value

@@ -21,7 +21,7 @@ from fedtune.errors import InputError
 from fedtune.server import messages as protocol
 from fedtune.server import optimizers
 from fedtune.server.aggregation import aggregate
-from fedtune.server.flower_compat import fill, pack
+from fedtune.server.flower_compat import addressed, fill, pack
 from fedtune.server.metrics import column, evaluation_means, finite_mean
 from fedtune.server.replies import evaluation_ranges, good_answers, metrics_in, training_ranges, update_in
 from fedtune.settings import ServerSettings
@@ -105,13 +105,17 @@ class FedTuneStrategy(Strategy):
         all_nodes = self._nodes_in_client_order(grid)
         nodes = [all_nodes[client] for client in cohort]
         drawn = self.policy.draw(rng.stream(self.seed, "policy", self.trial.number, server_round), len(nodes))  # 4
-        messages = []
-        for client, node, row in zip(cohort, nodes, drawn, strict=True):
+        configs = self._client_configs(config, server_round, cohort, drawn)
+        messages: list[Message] = []
+        for node, client_config in zip(nodes, configs, strict=True):
             if node is None:
                 continue
-            client_config = self._client_config(config, server_round, client, row)
             content = fill(RecordDict(), {"arrays": arrays, "config": client_config})
-            messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))  # 3
+            messages.append(
+                addressed(messages[0], content, node)
+                if messages
+                else Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+            )  # 3
         weights, metadata = torch.from_numpy(arrays["weights"].numpy()), [message.metadata for message in messages]
         self._sent = SentRound(server_round, weights, nodes, drawn, metadata)
         return messages
@@ -210,13 +214,22 @@ class FedTuneStrategy(Strategy):
         chosen = rng.stream(self.seed, "cohort", server_round).choice(num_clients, self.cohort_size, replace=False)
         return sorted(chosen.tolist())
 
-    def _client_config(self, config: ConfigRecord, server_round: int, client: int, drawn: np.ndarray) -> ConfigRecord:
-        return protocol.train_config(
-            config,
-            expand(self.policy.pool, drawn),
-            rng.derived_seed(self.seed, "client", self.trial.number, server_round, client),
-            error_before=self.policy.needs_error_before,
-        )
+    def _client_configs(
+        self, config: ConfigRecord, server_round: int, cohort: Sequence[int], drawn: np.ndarray
+    ) -> list[ConfigRecord]:
+        """The record "config" of each client's message."""
+        seeds = rng.derived_seeds(self.seed, "client", self.trial.number, server_round, last_keys=cohort)
+        first: dict[tuple[int, ...], ConfigRecord] = {}  # of the clients that drew the same configuration
+        configs = []
+        for row, seed in zip(map(tuple, drawn.tolist()), seeds, strict=True):
+            if row in first:
+                configs.append(protocol.with_seed(first[row], seed))
+                continue
+            first[row] = protocol.train_config(
+                config, expand(self.policy.pool, np.array(row)), seed, error_before=self.policy.needs_error_before
+            )
+            configs.append(first[row])
+        return configs
 
     def _update_policy(
         self, sent: SentRound, answered: list[int], metrics: list[Metrics], rejected: np.ndarray

@@ -12,7 +12,7 @@ from flwr.supercore.run import Run
 
 from fedtune.client.tasks import Executor, Failure, Ticket
 from fedtune.server import messages as protocol
-from fedtune.server.flower_compat import empty_run, ensure_task_identity, stamp
+from fedtune.server.flower_compat import empty_run, ensure_task_identity, entries_of, stamp
 
 FIRST_NODE_ID = 2  # 1 is the server
 
@@ -34,7 +34,7 @@ class ExecutorGrid(Grid):
         self._next_id = itertools.count()
         self._replies: dict[str, Message] = {}  # not pulled yet, by the id of the message that each one answers
         self._executor = executor
-        self._under_way: dict[Ticket, list[Message]] = {}
+        self._under_way: dict[Ticket, dict[str, Message]] = {}  # the messages by their ids
         self._tickets: dict[str, Ticket] = {}  # by the id of each message whose reply was not pulled yet
         self._collected: set[Ticket] = set()
         self._order = order
@@ -65,32 +65,39 @@ class ExecutorGrid(Grid):
         sent = list(messages)
         self.release()
         message_ids = self._stamp(sent)
-        work = []
-        for message in sent:
-            if message.metadata.message_type == MessageType.QUERY:
-                self._replies[message.metadata.message_id] = protocol.answer(message, [{"client": _client(message)}])
-            elif _client(message) in self.lost_clients:
-                failure = Failure(f"client {_client(message)} is lost: the run goes on without it")
-                self._replies[message.metadata.message_id] = protocol.answer(message, failure)
+        work: dict[str, Message] = {}  # by message id
+        tasks = []
+        for message_id, message in zip(message_ids, sent, strict=True):
+            metadata = message.metadata
+            client = metadata.dst_node_id - FIRST_NODE_ID
+            if metadata.message_type == MessageType.QUERY:
+                self._replies[message_id] = protocol.answer(message, [{"client": client}])
+            elif client in self.lost_clients:
+                failure = Failure(f"client {client} is lost: the run goes on without it")
+                self._replies[message_id] = protocol.answer(message, failure)
             else:
-                work.append(message)
+                work[message_id] = message
+                tasks.append(protocol.task(message, client))
         if work:
-            _check_alike(work)
-            tasks = [protocol.task(message, _client(message)) for message in work]
-            ticket = self._executor.submit(protocol.weights(work[0]), tasks, self._order, self.place)
+            _check_alike(work.values())
+            weights = protocol.weights(next(iter(work.values())))
+            ticket = self._executor.submit(weights, tasks, self._order, self.place)
             self._under_way[ticket] = work
-            self._tickets |= {message.metadata.message_id: ticket for message in work}
+            self._tickets |= dict.fromkeys(work, ticket)
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to messages whose push is completely done, each reply once. Does not wait for other pushes."""
         for ticket in [ticket for ticket in self._under_way if self._executor.finished(ticket)]:
-            for message, result in zip(self._under_way.pop(ticket), self._executor.collect(ticket), strict=True):
-                self._replies[message.metadata.message_id] = protocol.answer(message, result)
+            messages, results = self._under_way.pop(ticket), self._executor.collect(ticket)
+            for (message_id, message), result in zip(messages.items(), results, strict=True):
+                self._replies[message_id] = protocol.answer(message, result)
             self._collected.add(ticket)
-        replies = [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-        for reply in replies:
-            self._tickets.pop(reply.metadata.reply_to_message_id, None)  # a query has none
+        replies = []
+        for message_id in message_ids:
+            if message_id in self._replies:
+                replies.append(self._replies.pop(message_id))
+                self._tickets.pop(message_id, None)  # a query has none
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: int | float | None = None) -> list[Message]:
@@ -117,18 +124,15 @@ class ExecutorGrid(Grid):
 
     def _stamp(self, messages: list[Message]) -> list[str]:
         """Gives the messages new ids, and returns them."""
-        for message in messages:
-            stamp(message, str(next(self._next_id)))
-        return [message.metadata.message_id for message in messages]
+        message_ids = [str(next(self._next_id)) for _ in messages]
+        for message, message_id in zip(messages, message_ids, strict=True):
+            stamp(message, message_id)
+        return message_ids
 
 
-def _client(message: Message) -> int:
-    return message.metadata.dst_node_id - FIRST_NODE_ID
-
-
-def _check_alike(work: list[Message]) -> None:
-    arrays = work[0].content["arrays"]
-    if any(message.content["arrays"] is not arrays for message in work):
+def _check_alike(work: Collection[Message]) -> None:
+    arrays = [entries_of(message.content)["arrays"] for message in work]
+    if any(record is not arrays[0] for record in arrays):
         raise ValueError("all messages of a push must carry the same ArrayRecord, got several")
     if len({message.metadata.message_type for message in work}) > 1:
         raise ValueError("all work of a push must be of one message type, got several")
