@@ -147,7 +147,9 @@ def test_the_checkpoint_has_a_file_of_its_own(tmp_path):
     file = tmp_path / "states" / "mine"
     app(executor_grid(TABLE), context(TABLE, checkpoint=str(file)))
     assert [path.name for path in tmp_path.rglob("*")] == ["states", "mine"]  # it is all that is left of the run
-    weights = server_checkpoint.load(file, server_checkpoint.run_name(resolve([TABLE]), "fedex")).weights
+    weights = server_checkpoint.load(
+        file, server_checkpoint.run_name(resolve([TABLE, {"engine": "torch"}]), "fedex")
+    ).weights
     app(executor_grid(TABLE), context(TABLE, checkpoint=str(file), out=str(tmp_path / "weights")))
     assert not file.exists()
     assert np.isfinite(weights).all()
