@@ -116,7 +116,8 @@ def _faults_compiled(program: Any, model: FlatModel, weights: torch.Tensor, defa
 
     def trained(engine: CompiledModel | None, examples: StoredExamples, config: Config) -> torch.Tensor:
         model.compiled = engine
-        result: torch.Tensor = program.train(model, weights.clone(), examples.all(), config, _generator(1))
+        given = examples.all() if engine is None else examples  # as in a run
+        result: torch.Tensor = program.train(model, weights.clone(), given, config, _generator(1))
         return result.clone()
 
     # With the defaults, in the middle of what is searched, and at each bound, for clients of several sizes.

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fedtune.client import StoredExamples
 from fedtune_clients import local_sgd
 
-HYPERPARAMETERS, SPACE = local_sgd.HYPERPARAMETERS, local_sgd.SPACE
+HYPERPARAMETERS, SPACE, train = local_sgd.HYPERPARAMETERS, local_sgd.SPACE, local_sgd.train
 KERNEL = Path(__file__).with_name("kernel")
 
 
@@ -42,13 +41,6 @@ class CompiledModel:
 def compile_model(model, spec):
     text = KERNEL.read_text()
     return text if " " in text else CompiledModel(model, text)
-
-
-def train(model, weights, examples, config, rng):
-    if model.compiled is not None:
-        return model.compiled.train(weights, examples, config, rng)
-    whole = examples.all() if isinstance(examples, StoredExamples) else examples
-    return local_sgd.train(model, weights, whole, config, rng)
 
 
 def written(folder, kernel="kernel-1"):

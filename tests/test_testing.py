@@ -1,4 +1,3 @@
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,12 +95,11 @@ class Compiled:
 
 def compiling(compile_model):
     """Local SGD with this compile_model."""
-
-    def train(model, *arguments):
-        return (model.compiled.train if model.compiled else partial(local_sgd.train, model))(*arguments)
-
     return SimpleNamespace(
-        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS, SPACE=local_sgd.SPACE, train=train, compile_model=compile_model
+        HYPERPARAMETERS=local_sgd.HYPERPARAMETERS,
+        SPACE=local_sgd.SPACE,
+        train=local_sgd.train,
+        compile_model=compile_model,
     )
 
 
