@@ -6,7 +6,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / ".venv"
 TORCH = "torch==2.13.0"  # installed first: as a dependency it would be a CUDA build of several gigabytes
-PACKAGES = {"flower": ["flwr[simulation]>=1.38,<1.43"], "pfl": ["pfl==0.6.0"]}
+PACKAGES = {
+    "flower": ["flwr[simulation]>=1.38,<1.43"],
+    "pfl": ["pfl==0.6.0"],
+    "fluke": ["fluke-fl==0.8.1"],
+}
 OURS = ["jaxtyping>=0.3"]  # fedtune's models need only this, torch and NumPy
 
 
@@ -18,7 +22,7 @@ def python_of(peer: str) -> Path:
 def main() -> None:
     for peer, packages in PACKAGES.items():
         subprocess.run([sys.executable, "-m", "venv", FOLDER / peer], check=True)
-        for wanted in ([TORCH], packages + OURS):
+        for wanted in ([TORCH], [TORCH, *packages, *OURS]):
             subprocess.run([python_of(peer), "-m", "pip", "install", "--quiet", *wanted], check=True)
         print(f"{peer} is ready in {FOLDER / peer}")
 

@@ -1,6 +1,6 @@
 """The plain loop: a copy of the model, a DataLoader and an optimiser for each client, a mean of state_dicts.
 
-python plain_loop.py MODEL PLANS textbook|ours      whose form of the model
+python plain_loop.py MODEL PLANS
 """
 
 import copy
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 
-def main(model: str, plans: str, form: str) -> None:
+def main(model: str, plans: str) -> None:
     answers = work.take_stdout()
-    initial, parts = work.load(model, ours=form == "ours")
+    initial, parts = work.load(model)
 
     def train(cohort_size: int, rounds: int) -> Tensor:
         module = initial
-        for cohort in work.read_plan(plans, cohort_size)[:rounds]:
+        for cohort in work.read_plan(plans, model, cohort_size)[:rounds]:
             states = []
             for turn in cohort:
                 local = copy.deepcopy(module)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -54,7 +55,8 @@ class RunningEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         started = _descendants(self._process.pid)
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended by itself
+            self._process.stdin.close()
         try:
             self._process.wait(0 if error else END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -66,8 +68,9 @@ class RunningEngine:
 
     def train(self, cohort_size: int, rounds: int, weights: Path | str = "-") -> float:
         """The seconds that these rounds took; the weights after them go to the file `weights`."""
-        self._process.stdin.write(f"{cohort_size} {rounds} {weights}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # then there is no answer
+            self._process.stdin.write(f"{cohort_size} {rounds} {weights}\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self._process.args} ended:\n{self._log.read_text()[-3000:]}")

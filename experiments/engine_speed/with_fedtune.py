@@ -1,14 +1,13 @@
 """fedtune: whole rounds through its strategy and grid, on the named executor, with several federations at once.
 
-python with_fedtune.py MODEL PLANS serial|pool|batched FEDERATIONS
-python with_fedtune.py plan PLANS COHORT_SIZE ROUNDS      writes the plan that the other engines follow
+python with_fedtune.py MODEL PLANS serial|pool FEDERATIONS compiled|torch
+python with_fedtune.py plan PLANS ROUNDS MODEL:COHORT_SIZE...      writes the plans that the other engines follow
 """
 
-import functools
 import sys
 from collections.abc import Generator
 
-from fedtune.executors.processes import num_workers, start_forkserver
+from fedtune.executors.processes import start_forkserver
 
 if __name__ == "__main__" and "pool" in sys.argv:
     start_forkserver()  # as fedtune's commands do: workers start while this process imports the rest
@@ -22,15 +21,12 @@ from torch import Tensor
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import Executor
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.executors.batched import BatchedMachine
-from fedtune.executors.machine import MachineSettings
-from fedtune.executors.pool import PoolExecutor
-from fedtune.executors.serial import SerialExecutor
+from fedtune.executors.choice import make_executor
 from fedtune.server import messages as protocol
 from fedtune.server.flower_compat import pack
 from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
-from fedtune.settings import ServerSettings
+from fedtune.settings import ServerSettings, Settings
 from fedtune.simulation.grid import FIRST_NODE_ID, ExecutorGrid
 from fedtune.tuning.fedex import FedExPolicy, FedExSettings
 from fedtune.tuning.trial import Trial
@@ -44,7 +40,7 @@ def make_dataset(model: str) -> FederatedDataset:
     spec = work.make_spec(model)
     return FederatedDataset.from_arrays(
         *work.make_examples(model),
-        np.full(work.NUM_CLIENTS, work.EXAMPLES),
+        np.full(work.NUM_CLIENTS, work.sizes(model).all),
         name="synthetic",
         num_classes=spec.num_classes,
         scale=spec.scale,
@@ -88,7 +84,20 @@ def simulate(executor: Executor, weights: Tensor, federations: int, cohort_size:
     return result
 
 
-def write_plan(folder: str, cohort_size: int, rounds: int) -> None:
+def make_settings(model: str, executor: str, engine: str) -> Settings:
+    """The settings of a run."""
+    if model in work.NOT_COMPILED:
+        engine = "torch"
+    chosen = {"engine": engine} if "engine" in Settings.model_fields else {}  # an older version trains by torch
+    return Settings(data={"name": "synthetic"}, model=work.MODELS[model], executor=executor, **chosen)
+
+
+def warn(message: str, **_: object) -> None:
+    """Writes the message to the engine's log."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def write_plan(folder: str, rounds: int, model: str, cohort_size: int) -> None:
     """Writes each round's cohort as the strategy draws it, and the order in which local SGD takes the examples."""
     strategy, grid = make_strategy(cohort_size), ExecutorGrid(None, work.NUM_CLIENTS)
     clients, orders = [], []
@@ -99,28 +108,24 @@ def write_plan(folder: str, cohort_size: int, rounds: int) -> None:
         for draw in draws:
             draw.integers(2**63)  # the seed of the dropout layers
         clients.append([task.client for task in tasks])
-        orders.append([draw.permutation(work.TRAIN) for draw in draws])
-    np.savez(work.plan_path(folder, cohort_size), clients=clients, orders=orders)
+        orders.append([draw.permutation(work.sizes(model).train) for draw in draws])
+    np.savez(work.plan_path(folder, model, cohort_size), clients=clients, orders=orders)
 
 
-def main(model: str, _plans: str, name: str, federations: str) -> None:
+def main(model: str, _plans: str, name: str, federations: str, engine: str) -> None:
     answers = work.take_stdout()
-    settings, dataset = MachineSettings(work.MODELS[model], "local_sgd", "cpu"), make_dataset(model)
-    executor: Executor
-    if name == "pool":
-        executor = PoolExecutor(settings, dataset, num_workers(0))
-        torch.set_num_threads(1)
-    elif name == "batched":
-        executor = SerialExecutor(settings, dataset, functools.partial(BatchedMachine, say=sys.exit))
-    else:
-        executor = SerialExecutor(settings, dataset)
+    executor = make_executor(make_settings(model, name, engine), make_dataset(model), warn)
+    torch.set_num_threads(1)
     weights = FlatModel(work.make_module(model)).flat.clone()
+    warn(f"clients train {executor.describe()}")
     work.serve(answers, lambda cohort_size, rounds: simulate(executor, weights, int(federations), cohort_size, rounds))
     executor.close()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "plan":
-        write_plan(sys.argv[2], *map(int, sys.argv[3:]))
+        for case in sys.argv[4:]:
+            model, _, cohort_size = case.partition(":")
+            write_plan(sys.argv[2], int(sys.argv[3]), model, int(cohort_size))
     else:
         main(*sys.argv[1:])

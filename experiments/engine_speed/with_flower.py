@@ -30,7 +30,9 @@ class PlannedFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        cohort = work.read_plan(self.config["plans"], self.config["cohort_size"])[server_round - 1]
+        cohort = work.read_plan(self.config["plans"], self.config["model"], self.config["cohort_size"])[
+            server_round - 1
+        ]
         all_nodes = sorted(grid.get_node_ids())
         nodes = [all_nodes[turn.client] for turn in cohort]
         config = ConfigRecord({**self.config, "round": server_round, "nodes": nodes})
@@ -41,7 +43,7 @@ class PlannedFedAvg(FedAvg):
 def train(message: Message, context: Context) -> Message:
     """The client's weights after training, and its metrics."""
     config = message.content["config"]
-    cohort = work.read_plan(config["plans"], config["cohort_size"])[config["round"] - 1]
+    cohort = work.read_plan(config["plans"], config["model"], config["cohort_size"])[config["round"] - 1]
     turn = cohort[config["nodes"].index(context.node_id)]
     module, parts = work.load(config["model"])
     local = copy.deepcopy(module)

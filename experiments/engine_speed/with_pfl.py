@@ -93,7 +93,7 @@ def main(model: str, plans: str, answers: IO[str]) -> None:
 
     def train(cohort_size: int, rounds: int) -> Tensor:
         pfl_model.set_parameters(initial)
-        turns = itertools.chain.from_iterable(work.read_plan(plans, cohort_size)[:rounds])
+        turns = itertools.chain.from_iterable(work.read_plan(plans, model, cohort_size)[:rounds])
         backend = SimulatedBackend(FederatedDataset(make_user, lambda: next(turns)), val_data=None)
         algorithm = Averaging()
         algorithm._current_central_iteration = 1  # in round 0, pfl always evaluates on training examples as well
@@ -109,7 +109,7 @@ def main(model: str, plans: str, answers: IO[str]) -> None:
             NNTrainHyperParams(
                 local_batch_size=work.BATCH_SIZE, local_num_epochs=1, local_learning_rate=work.LEARNING_RATE
             ),
-            NNEvalHyperParams(local_batch_size=work.VALIDATION),
+            NNEvalHyperParams(local_batch_size=work.sizes(model).validation),
             send_metrics_to_platform=False,
         )
         return parameters_to_vector(module.parameters())

@@ -27,11 +27,24 @@ MODELS = {  # by their [model] tables
     "mlp": {"name": "mlp"},
     "cnn": {"name": "cnn"},
     "lstm": {"name": "lstm", "hidden": 32, "layers": 1},  # the model of shakespeare.toml
+    "leaf_lstm": {"name": "lstm", "hidden": 256, "layers": 2},  # the model of LEAF
 }
+NOT_COMPILED = ["cnn"]  # fedtune's compiled kernel does not have these
 SEED, NUM_CLIENTS = 0, 100
-TRAIN, VALIDATION, EXAMPLES = 100, 12, 124  # of a client; the rest is its test part
 IMAGE_CLASSES, CHARACTERS, WINDOW = 10, 80, 80
+EMBEDDING = 8  # numbers for each character
 LEARNING_RATE, BATCH_SIZE = 0.05, 20
+
+
+class Sizes(NamedTuple):
+    """How many examples a client has; those that are neither for training nor for validation are its test part."""
+
+    train: int = 100
+    validation: int = 12
+    all: int = 124
+
+
+SIZES = {"leaf_lstm": Sizes(40, 5, 50)}  # one example costs thirty times as much as with the small LSTM
 
 
 class Turn(NamedTuple):
@@ -48,9 +61,19 @@ class Part(NamedTuple):
     validation: TensorDataset
 
 
+def sizes(model: str) -> Sizes:
+    """How many examples a client has if it trains this model."""
+    return SIZES.get(model, Sizes())
+
+
+def is_lstm(model: str) -> bool:
+    """Whether the model reads characters; other models see images."""
+    return MODELS[model]["name"] == "lstm"
+
+
 def make_spec(model: str) -> DatasetSpec:
     """What a model must know about the examples."""
-    if model == "lstm":
+    if is_lstm(model):
         return DatasetSpec((WINDOW,), "token", CHARACTERS)
     return DatasetSpec((28, 28), "real", IMAGE_CLASSES, scale=1 / 255)
 
@@ -59,7 +82,7 @@ def make_module(model: str, *, ours: bool = True) -> nn.Module:
     """The model with the weights from which every engine starts: fedtune's own module, or the textbook's form of it."""
     options = {name: value for name, value in MODELS[model].items() if name != "name"}
     torch.manual_seed(SEED)
-    module: nn.Module = getattr(models, model)(make_spec(model), **options)
+    module: nn.Module = getattr(models, MODELS[model]["name"])(make_spec(model), **options)
     if ours or model != "cnn":  # fedtune writes the other models as textbooks do
         return module
     textbook = nn.Sequential(
@@ -81,8 +104,8 @@ def make_module(model: str, *, ours: bool = True) -> nn.Module:
 
 def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
     """x and y, (client * example, ...): MNIST's shape, a pattern for each class under noise; or text at random."""
-    draws, size = rng.stream(SEED, "examples"), NUM_CLIENTS * EXAMPLES
-    if model == "lstm":
+    draws, size = rng.stream(SEED, "examples"), NUM_CLIENTS * sizes(model).all
+    if is_lstm(model):
         y = draws.integers(0, CHARACTERS, size)
         return draws.integers(0, CHARACTERS, (size, WINDOW)).astype(np.uint8), y
     patterns = draws.integers(0, 256, (IMAGE_CLASSES, 28, 28))
@@ -91,30 +114,30 @@ def make_examples(model: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def load(model: str, *, ours: bool = False) -> tuple[nn.Module, list[Part]]:
-    """The first model, and each client's training and validation examples as tensors in memory.
+def load(model: str) -> tuple[nn.Module, list[Part]]:
+    """The first model in the textbook's form, and each client's training and validation examples as tensors in memory.
 
-    Made once in each process, for every engine.
+    Made once in each process, for every engine but fedtune.
     """
-    spec = make_spec(model)
+    spec, (train, validation, every) = make_spec(model), sizes(model)
     x, y = map(torch.from_numpy, make_examples(model))
     inputs = x.long() if spec.input_kind == "token" else x.float().mul_(spec.scale)
     parts = []
-    for start in range(0, len(y), EXAMPLES):
-        ends = start, start + TRAIN, start + TRAIN + VALIDATION
+    for start in range(0, len(y), every):
+        ends = start, start + train, start + train + validation
         parts.append(Part(*(TensorDataset(inputs[a:b], y[a:b]) for a, b in itertools.pairwise(ends))))
-    return make_module(model, ours=ours), parts
+    return make_module(model, ours=False), parts
 
 
-def plan_path(folder: str | Path, cohort_size: int) -> Path:
+def plan_path(folder: str | Path, model: str, cohort_size: int) -> Path:
     """The file that holds the plan for cohorts of this size."""
-    return Path(folder) / f"plan-{cohort_size}.npz"
+    return Path(folder) / f"plan-{model}-{cohort_size}.npz"
 
 
 @functools.cache
-def read_plan(folder: str | Path, cohort_size: int) -> list[list[Turn]]:
+def read_plan(folder: str | Path, model: str, cohort_size: int) -> list[list[Turn]]:
     """For each round, its cohort's turns."""
-    with np.load(plan_path(folder, cohort_size)) as plan:
+    with np.load(plan_path(folder, model, cohort_size)) as plan:
         return [
             [Turn(client, order) for client, order in zip(clients, orders, strict=True)]
             for clients, orders in zip(plan["clients"].tolist(), plan["orders"].tolist(), strict=True)
