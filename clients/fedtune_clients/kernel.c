@@ -1,7 +1,7 @@
 /* Local SGD of one client, and the measurement of a model on examples, for networks of a few kinds of layers.
 
-   fedtune_clients/compiled.py makes the table of layers, calls the two functions at the end of this file through ctypes,
-   and owns all memory. The file includes nothing of Python or torch; torch lends its matrix product, BLAS' sgemm.
+   fedtune_clients/compiled.py makes the table of layers, calls the functions at the end of this file through ctypes,
+   and owns all memory. The file includes nothing of Python or torch; torch lends its matrix product, the sgemm of BLAS.
 
    The algorithm is ClientUpdate of McMahan et al. (2017), as in fedtune_clients/local_sgd.py. For each batch:
        forward     the outputs of each layer, from the first layer to the last
@@ -26,13 +26,13 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
 
 typedef int64_t num;
 
 enum { MAX_LAYERS = 64 };
-enum { FEW_ROWS = 128 };
-enum { NARROW = 16 }; /* a product with at most so many columns is faster by own loops than by sgemm */
+enum { FEW_ROWS = 128 }; /* sgemm adds a sum of at most so many rows to its target at once */
+enum { NARROW = 16 };    /* a product with at most so many columns is faster by own loops than by sgemm */
 
 enum kind { LINEAR, RELU, TANH, SIGMOID, DROPOUT, EMBEDDING, LSTM, LAST_STEP };
 enum stored { BYTES, FLOATS, WHOLE_NUMBERS }; /* uint8, float32, int64 */
@@ -41,7 +41,7 @@ enum status { DONE, BAD_LAYERS, BAD_MEMORY, BAD_ROW, BAD_LABEL, BAD_TOKEN };
 
 typedef struct {
     num kind;
-    num in, out;    /* numbers in a row of the inputs and of the outputs; EMBEDDING: tokens there are, numbers for each */
+    num in, out; /* numbers in a row of the inputs and of the outputs; EMBEDDING: tokens that there are, their width */
     num weights[4]; /* where each tensor begins in the flat weights, -1 if there is none.
                        LINEAR: weight (out, in), bias. EMBEDDING: weight (in, out).
                        LSTM: weight_ih (4 out, in), weight_hh (4 out, out), bias_ih, bias_hh */
@@ -59,9 +59,9 @@ typedef struct {
     num num_examples;
     const void *x;
     num x_stored;
-    num x_stride; /* bytes from an example to the next one */
-    num width;    /* numbers, or tokens, of an example */
-    double scale; /* x is multiplied by it, if it is not tokens */
+    num x_stride;  /* bytes from an example to the next one */
+    num width;     /* numbers, or tokens, of an example */
+    double scale;  /* x is multiplied by it, if it is not tokens */
     const void *y; /* int64 classes, or float32 targets: as many for each example as the model has outputs */
     num objective;
     /* which examples, in which order, and how many at a time */
@@ -99,7 +99,10 @@ INLINE Floats load_some(const float *from, num count) {
     return load(lanes);
 }
 INLINE void store_some(float *to, Floats values, num count) {
-    if (count >= 16) { store(to, values); return; }
+    if (count >= 16) {
+        store(to, values);
+        return;
+    }
     for (num l = 0; l < count; l++) to[l] = values[l];
 }
 
@@ -148,7 +151,7 @@ INLINE Floats hyperbolic_tangent(Floats x) {
     return choose((Ints)(square < all(.390625f)), near, far);
 }
 
-/* --------------------------------------------------------------------------------------------------- matrix products */
+/* -------------------------------------------------------------------------------------------------- matrix products */
 
 /* c(m, n) = beta c + alpha a b, where a(m, k) is given transposed if `ta`, and b(k, n) if `tb`. */
 static void product(Sgemm *sgemm, int ta, int tb, num m, num n, num k, float alpha, const float *a, const float *b,
@@ -161,48 +164,58 @@ static void product(Sgemm *sgemm, int ta, int tb, num m, num n, num k, float alp
 /* y(R, C) += x(R, k) w(C, k)^T, with rows of y `ldy` apart */
 INLINE void dot_tile(const float *x, const float *w, float *y, num k, num ldy, const int R, const int C) {
     Floats sums[4][4];
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < C; j++) sums[i][j] = all(0);
+    EACH(i, R)
+        EACH(j, C) sums[i][j] = all(0);
     num l = 0;
     for (; l + 16 <= k; l += 16) {
         Floats b[4];
-        UNROLL for (int j = 0; j < C; j++) b[j] = load(w + j * k + l);
-        UNROLL for (int i = 0; i < R; i++) {
+        EACH(j, C) b[j] = load(w + j * k + l);
+        EACH(i, R) {
             Floats a = load(x + i * k + l);
-            UNROLL for (int j = 0; j < C; j++) sums[i][j] += a * b[j];
+            EACH(j, C) sums[i][j] += a * b[j];
         }
     }
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < C; j++) {
-        float s = sum(sums[i][j]);
-        for (num rest = l; rest < k; rest++) s += x[i * k + rest] * w[j * k + rest];
-        y[i * ldy + j] += s;
-    }
+    EACH(i, R)
+        EACH(j, C) {
+            float s = sum(sums[i][j]);
+            for (num rest = l; rest < k; rest++) s += x[i * k + rest] * w[j * k + rest];
+            y[i * ldy + j] += s;
+        }
 }
 
 /* y(m, n) += x(m, k) w(n, k)^T for a small n */
 static void narrow_product(const float *x, const float *w, float *y, num m, num n, num k) {
-    for (num j = 0; j < n; j += 4) for (num i = 0; i < m; i += 4) {
-        const num c = n - j < 4 ? n - j : 4, r = m - i < 4 ? m - i : 4;
-        const float *xi = x + i * k, *wj = w + j * k;
-        float *yij = y + i * n + j;
-        if (r == 4 && c == 4) dot_tile(xi, wj, yij, k, n, 4, 4);
-        else if (r == 4 && c == 2) dot_tile(xi, wj, yij, k, n, 4, 2);
-        else for (num a = 0; a < r; a++) for (num b = 0; b < c; b++) dot_tile(xi + a * k, wj + b * k, yij + a * n + b, k, n, 1, 1);
-    }
+    for (num j = 0; j < n; j += 4)
+        for (num i = 0; i < m; i += 4) {
+            const num c = n - j < 4 ? n - j : 4, r = m - i < 4 ? m - i : 4;
+            const float *xi = x + i * k, *wj = w + j * k;
+            float *yij = y + i * n + j;
+            if (r == 4 && c == 4)
+                dot_tile(xi, wj, yij, k, n, 4, 4);
+            else if (r == 4 && c == 2)
+                dot_tile(xi, wj, yij, k, n, 4, 2);
+            else
+                for (num a = 0; a < r; a++)
+                    for (num b = 0; b < c; b++) dot_tile(xi + a * k, wj + b * k, yij + a * n + b, k, n, 1, 1);
+        }
 }
 
 /* c(R, 16 V) = beta c + a^T b, where a(m, lda) has R columns from its pointer on, and b(m, n) */
-INLINE void outer_tile(const float *a, num lda, const float *b, num n, float beta, float *c, num m, const int R, const int V) {
+INLINE void outer_tile(const float *a, num lda, const float *b, num n, float beta, float *c, num m, const int R,
+                       const int V) {
     Floats sums[4][4];
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < V; j++) sums[i][j] = load(c + i * n + 16 * j) * all(beta);
+    EACH(i, R)
+        EACH(j, V) sums[i][j] = load(c + i * n + 16 * j) * all(beta);
     for (num p = 0; p < m; p++) {
         Floats x[4];
-        UNROLL for (int j = 0; j < V; j++) x[j] = load(b + p * n + 16 * j);
-        UNROLL for (int i = 0; i < R; i++) {
+        EACH(j, V) x[j] = load(b + p * n + 16 * j);
+        EACH(i, R) {
             Floats s = all(a[p * lda + i]);
-            UNROLL for (int j = 0; j < V; j++) sums[i][j] += s * x[j];
+            EACH(j, V) sums[i][j] += s * x[j];
         }
     }
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < V; j++) store(c + i * n + 16 * j, sums[i][j]);
+    EACH(i, R)
+        EACH(j, V) store(c + i * n + 16 * j, sums[i][j]);
 }
 
 /* c(k, n) = beta c + a(m, k)^T b(m, n) for a small k */
@@ -217,13 +230,15 @@ static void narrow_outer(const float *a, const float *b, float beta, float *c, n
             for (; l + 64 <= n; l += 64) outer_tile(a + i, k, b + l, n, beta, c + i * n + l, m, 2, 4);
             for (; l + 16 <= n; l += 16) outer_tile(a + i, k, b + l, n, beta, c + i * n + l, m, 2, 1);
         } else {
-            for (; l + 16 <= n; l += 16) for (num q = i; q < i + r; q++) outer_tile(a + q, k, b + l, n, beta, c + q * n + l, m, 1, 1);
+            for (; l + 16 <= n; l += 16)
+                for (num q = i; q < i + r; q++) outer_tile(a + q, k, b + l, n, beta, c + q * n + l, m, 1, 1);
         }
-        for (; l < n; l++) for (num q = i; q < i + r; q++) {
-            float s = beta * c[q * n + l];
-            for (num p = 0; p < m; p++) s += a[p * k + q] * b[p * n + l];
-            c[q * n + l] = s;
-        }
+        for (; l < n; l++)
+            for (num q = i; q < i + r; q++) {
+                float s = beta * c[q * n + l];
+                for (num p = 0; p < m; p++) s += a[p * k + q] * b[p * n + l];
+                c[q * n + l] = s;
+            }
     }
 }
 
@@ -231,41 +246,43 @@ static void narrow_outer(const float *a, const float *b, float beta, float *c, n
    with zeros. A matrix that multiplies many small ones is copied once. `row` and `column` are the steps within b. */
 static void pack(const float *b, num k, num n, num row, num column, float *panels) {
     for (num j = 0; j < n; j += 16, panels += 16 * k)
-        for (num p = 0; p < k; p++) for (num l = 0; l < 16; l++)
-            panels[16 * p + l] = j + l < n ? b[p * row + (j + l) * column] : 0;
+        for (num p = 0; p < k; p++)
+            for (num l = 0; l < 16; l++) panels[16 * p + l] = j + l < n ? b[p * row + (j + l) * column] : 0;
 }
 static num packed_size(num k, num n) { return (n + 15) / 16 * 16 * k; }
 
 /* c(R, 16) = a(R, k) panel(k, 16), added to c if `adds` */
-INLINE void panel_tile(const float *a, num k, const float *panel, int adds, float *c, num ldc, num columns, const int R) {
+INLINE void panel_tile(const float *a, num k, const float *panel, int adds, float *c, num ldc, num columns,
+                       const int R) {
     Floats sums[6];
-    UNROLL for (int i = 0; i < R; i++) sums[i] = adds ? load_some(c + i * ldc, columns) : all(0);
+    EACH(i, R) sums[i] = adds ? load_some(c + i * ldc, columns) : all(0);
     for (num p = 0; p < k; p++) {
         Floats b = load(panel + 16 * p);
-        UNROLL for (int i = 0; i < R; i++) sums[i] += all(a[i * k + p]) * b;
+        EACH(i, R) sums[i] += all(a[i * k + p]) * b;
     }
-    UNROLL for (int i = 0; i < R; i++) store_some(c + i * ldc, sums[i], columns);
+    EACH(i, R) store_some(c + i * ldc, sums[i], columns);
 }
 
 /* c(m, n) = a(m, k) b(k, n), added to c if `adds`; `panels` is b as from `pack` */
 static void packed_product(const float *a, num m, num k, const float *panels, num n, int adds, float *c) {
     const num blocks = (m + 5) / 6, most = (m + blocks - 1) / blocks; /* rows at a time: six tiles fill the registers */
-    for (num j = 0; j < n; j += 16, panels += 16 * k) for (num i = 0; i < m; i += most) {
-        const num rows = m - i < most ? m - i : most;
-        const float *ai = a + i * k;
-        float *cij = c + i * n + j;
-        switch (rows) {
-        case 6: panel_tile(ai, k, panels, adds, cij, n, n - j, 6); break;
-        case 5: panel_tile(ai, k, panels, adds, cij, n, n - j, 5); break;
-        case 4: panel_tile(ai, k, panels, adds, cij, n, n - j, 4); break;
-        case 3: panel_tile(ai, k, panels, adds, cij, n, n - j, 3); break;
-        case 2: panel_tile(ai, k, panels, adds, cij, n, n - j, 2); break;
-        default: panel_tile(ai, k, panels, adds, cij, n, n - j, 1);
+    for (num j = 0; j < n; j += 16, panels += 16 * k)
+        for (num i = 0; i < m; i += most) {
+            const num rows = m - i < most ? m - i : most;
+            const float *ai = a + i * k;
+            float *cij = c + i * n + j;
+            switch (rows) {
+            case 6: panel_tile(ai, k, panels, adds, cij, n, n - j, 6); break;
+            case 5: panel_tile(ai, k, panels, adds, cij, n, n - j, 5); break;
+            case 4: panel_tile(ai, k, panels, adds, cij, n, n - j, 4); break;
+            case 3: panel_tile(ai, k, panels, adds, cij, n, n - j, 3); break;
+            case 2: panel_tile(ai, k, panels, adds, cij, n, n - j, 2); break;
+            default: panel_tile(ai, k, panels, adds, cij, n, n - j, 1);
+            }
         }
-    }
 }
 
-/* ------------------------------------------------------------------------------------------- the memory to work in */
+/* -------------------------------------------------------------------------------------------- the memory to work in */
 
 typedef struct {
     num rows;           /* in the outputs: of a batch, or T times as many */
@@ -278,11 +295,11 @@ typedef struct {
     float *table;       /* LSTM after EMBEDDING: what each different token adds to the gates (token, 4 out) */
     float *chosen;      /* EMBEDDING: the vectors of the different tokens (token, out) */
     float *by_chosen;   /* EMBEDDING: the gradient with respect to them */
-    int32_t *place;     /* EMBEDDING: the place of each token among the different tokens (in), -1 if it does not occur */
+    int32_t *place;     /* EMBEDDING: where each token is among the different tokens (in), -1 if nowhere */
     int32_t *different; /* EMBEDDING: the different tokens */
     num num_different;
-    int32_t *tokens;    /* EMBEDDING: the place of the token of each row (T m) */
-    const float *kept;  /* DROPOUT: of this batch */
+    int32_t *tokens;   /* EMBEDDING: the place of the token of each row (T m) */
+    const float *kept; /* DROPOUT: of this batch */
 } Place;
 
 typedef struct {
@@ -332,7 +349,8 @@ static num lay_out(const Job *job, num m, Work *work) {
             place->gates = take(job, &taken, rows * 4 * layer->out);
             place->cells = take(job, &taken, rows * layer->out);
             place->cell_tanh = take(job, &taken, rows * layer->out);
-            place->packed = take(job, &taken, larger(packed_size(layer->out, 4 * layer->out), packed_size(4 * layer->out, layer->out)));
+            place->packed = take(
+                job, &taken, larger(packed_size(layer->out, 4 * layer->out), packed_size(4 * layer->out, layer->out)));
             place->bias = take(job, &taken, 4 * layer->out);
             if (job->layers[l - 1].kind == EMBEDDING)
                 place->table = take(job, &taken, smaller(job->layers[l - 1].in, rows) * 4 * layer->out);
@@ -359,9 +377,11 @@ static num lay_out(const Job *job, num m, Work *work) {
     return taken;
 }
 
-/* ------------------------------------------------------------------------------------------------------------- checks */
+/* ----------------------------------------------------------------------------------------------------------- checks */
 
-static int is_inside(const Job *job, num begin, num size) { return begin >= 0 && size >= 0 && begin <= job->num_weights - size; }
+static int is_inside(const Job *job, num begin, num size) {
+    return begin >= 0 && size >= 0 && begin <= job->num_weights - size;
+}
 
 static num largest_batch(const Job *job) { return smaller(job->batch_size, larger(job->num_rows, 1)); }
 
@@ -378,35 +398,42 @@ static int check_layers(const Job *job) {
         if (in < 1 || out < 1 || in > INT32_MAX / 4 || out > INT32_MAX / 4) return 0;
         switch (layer->kind) {
         case LINEAR:
-            if (is_sequence || in != width || !is_inside(job, at[0], in * out) || (at[1] != -1 && !is_inside(job, at[1], out))) return 0;
+            if (is_sequence || in != width || !is_inside(job, at[0], in * out) ||
+                (at[1] != -1 && !is_inside(job, at[1], out)))
+                return 0;
             break;
-        case RELU: case TANH: case SIGMOID:
+        case RELU:
+        case TANH:
+        case SIGMOID:
             if (is_sequence || in != width || out != width) return 0;
             break;
         case DROPOUT:
             if (in != width || out != width || !is_fresh) return 0;
             break;
         case EMBEDDING: /* an LSTM follows */
-            if (l > 0 || !is_inside(job, at[0], in * out) || job->num_layers < 2 || job->layers[1].kind != LSTM) return 0;
+            if (l > 0 || !is_inside(job, at[0], in * out) || job->num_layers < 2 || job->layers[1].kind != LSTM)
+                return 0;
             is_sequence = 1;
             break;
         case LSTM:
-            if (!is_sequence || in != width || !is_inside(job, at[0], 4 * in * out) || !is_inside(job, at[1], 4 * out * out) ||
-                !is_inside(job, at[2], 4 * out) || !is_inside(job, at[3], 4 * out)) return 0;
+            if (!is_sequence || in != width || !is_inside(job, at[0], 4 * in * out) ||
+                !is_inside(job, at[1], 4 * out * out) || !is_inside(job, at[2], 4 * out) ||
+                !is_inside(job, at[3], 4 * out))
+                return 0;
             break;
         case LAST_STEP: /* of an LSTM */
             if (!is_sequence || in != width || out != width || job->layers[l - 1].kind != LSTM) return 0;
             is_sequence = 0;
             break;
-        default:
-            return 0;
+        default: return 0;
         }
         width = out;
     }
-    return !is_sequence && (job->layers[0].kind == EMBEDDING ? job->x_stored != FLOATS : job->x_stored != WHOLE_NUMBERS);
+    return !is_sequence &&
+           (job->layers[0].kind == EMBEDDING ? job->x_stored != FLOATS : job->x_stored != WHOLE_NUMBERS);
 }
 
-/* ------------------------------------------------------------------------------------------------------------ forward */
+/* ---------------------------------------------------------------------------------------------------------- forward */
 
 static const void *example(const Job *job, num row) { return (const char *)job->x + row * job->x_stride; }
 
@@ -454,7 +481,8 @@ static enum status read_tokens(const Job *job, const num *rows, num m, Place *pl
     }
     const float *vectors = job->weights + layer->weights[0];
     for (num d = 0; d < place->num_different; d++)
-        memcpy(place->chosen + d * layer->out, vectors + place->different[d] * layer->out, (size_t)layer->out * sizeof(float));
+        memcpy(place->chosen + d * layer->out, vectors + place->different[d] * layer->out,
+               (size_t)layer->out * sizeof(float));
     return DONE;
 }
 
@@ -462,19 +490,25 @@ static void linear_forward(const Job *job, const Layer *layer, num rows, const f
     const float *weight = job->weights + layer->weights[0], *bias = job->weights + layer->weights[1];
     const size_t size = (size_t)layer->out * sizeof(float);
     for (num i = 0; i < rows; i++) {
-        if (layer->weights[1] >= 0) memcpy(outputs + i * layer->out, bias, size);
-        else memset(outputs + i * layer->out, 0, size);
+        if (layer->weights[1] >= 0)
+            memcpy(outputs + i * layer->out, bias, size);
+        else
+            memset(outputs + i * layer->out, 0, size);
     }
-    if (layer->out <= NARROW) narrow_product(inputs, weight, outputs, rows, layer->out, layer->in);
-    else product(job->sgemm, 0, 1, rows, layer->out, layer->in, 1, inputs, weight, 1, outputs);
+    if (layer->out <= NARROW)
+        narrow_product(inputs, weight, outputs, rows, layer->out, layer->in);
+    else
+        product(job->sgemm, 0, 1, rows, layer->out, layer->in, 1, inputs, weight, 1, outputs);
 }
 
 static void activate(num kind, const float *inputs, float *outputs, num count) {
-    if (kind == RELU) for (num i = 0; i < count; i++) outputs[i] = inputs[i] <= 0 ? 0 : inputs[i]; /* NaN stays NaN */
-    else for (num i = 0; i < count; i += 16) {
-        Floats x = load_some(inputs + i, count - i);
-        store_some(outputs + i, kind == TANH ? hyperbolic_tangent(x) : sigmoid(x), count - i);
-    }
+    if (kind == RELU)
+        for (num i = 0; i < count; i++) outputs[i] = inputs[i] <= 0 ? 0 : inputs[i]; /* NaN stays NaN */
+    else
+        for (num i = 0; i < count; i += 16) {
+            Floats x = load_some(inputs + i, count - i);
+            store_some(outputs + i, kind == TANH ? hyperbolic_tangent(x) : sigmoid(x), count - i);
+        }
 }
 
 /* Multiplies by 0 or by 1 / (1 - dropout). */
@@ -494,7 +528,8 @@ static void lstm_forward(const Job *job, num l, num m, Work *work, const float *
     /* What the inputs add to the gates. After an embedding, it is computed once for each different token. */
     if (place->table) {
         const Place *embedding = &work->places[l - 1];
-        product(job->sgemm, 0, 1, embedding->num_different, G, layer->in, 1, embedding->chosen, weight_ih, 0, place->table);
+        product(job->sgemm, 0, 1, embedding->num_different, G, layer->in, 1, embedding->chosen, weight_ih, 0,
+                place->table);
         for (num i = 0; i < rows; i++)
             memcpy(place->gates + i * G, place->table + embedding->tokens[i] * G, (size_t)G * sizeof(float));
     } else
@@ -504,23 +539,26 @@ static void lstm_forward(const Job *job, num l, num m, Work *work, const float *
         float *gates = place->gates + t * m * G;
         const num before = (t - 1) * m * H, now = t * m * H;
         if (t > 0) packed_product(place->outputs + before, m, H, place->packed, G, 1, gates);
-        for (num i = 0; i < m; i++, gates += G) for (num h = 0; h < H; h += 16) {
-            const num count = H - h, at = i * H + h;
-            Floats input = sigmoid(load_some(gates + h, count) + load_some(place->bias + h, count));
-            Floats forget = sigmoid(load_some(gates + H + h, count) + load_some(place->bias + H + h, count));
-            Floats candidate = hyperbolic_tangent(load_some(gates + 2 * H + h, count) + load_some(place->bias + 2 * H + h, count));
-            Floats output = sigmoid(load_some(gates + 3 * H + h, count) + load_some(place->bias + 3 * H + h, count));
-            Floats cell = input * candidate;
-            if (t > 0) cell += forget * load_some(place->cells + before + at, count);
-            Floats cell_tanh = hyperbolic_tangent(cell);
-            store_some(gates + h, input, count);
-            store_some(gates + H + h, forget, count);
-            store_some(gates + 2 * H + h, candidate, count);
-            store_some(gates + 3 * H + h, output, count);
-            store_some(place->cells + now + at, cell, count);
-            store_some(place->cell_tanh + now + at, cell_tanh, count);
-            store_some(place->outputs + now + at, output * cell_tanh, count);
-        }
+        for (num i = 0; i < m; i++, gates += G)
+            for (num h = 0; h < H; h += 16) {
+                const num count = H - h, at = i * H + h;
+                Floats input = sigmoid(load_some(gates + h, count) + load_some(place->bias + h, count));
+                Floats forget = sigmoid(load_some(gates + H + h, count) + load_some(place->bias + H + h, count));
+                Floats candidate =
+                    hyperbolic_tangent(load_some(gates + 2 * H + h, count) + load_some(place->bias + 2 * H + h, count));
+                Floats output =
+                    sigmoid(load_some(gates + 3 * H + h, count) + load_some(place->bias + 3 * H + h, count));
+                Floats cell = input * candidate;
+                if (t > 0) cell += forget * load_some(place->cells + before + at, count);
+                Floats cell_tanh = hyperbolic_tangent(cell);
+                store_some(gates + h, input, count);
+                store_some(gates + H + h, forget, count);
+                store_some(gates + 2 * H + h, candidate, count);
+                store_some(gates + 3 * H + h, output, count);
+                store_some(place->cells + now + at, cell, count);
+                store_some(place->cell_tanh + now + at, cell_tanh, count);
+                store_some(place->outputs + now + at, output * cell_tanh, count);
+            }
     }
 }
 
@@ -538,28 +576,22 @@ static enum status forward(const Job *job, const num *rows, num m, Work *work, c
         case EMBEDDING:
             if (read_tokens(job, rows, m, place) != DONE) return BAD_TOKEN;
             break;
-        case LINEAR:
-            linear_forward(job, layer, place->rows, inputs, place->outputs);
-            break;
+        case LINEAR: linear_forward(job, layer, place->rows, inputs, place->outputs); break;
         case DROPOUT:
             if (!job->kept) break;
             place->kept = *kept;
             drop(job, place->rows * layer->out, place->kept, inputs, place->outputs);
             *kept += place->rows * layer->out;
             break;
-        case LSTM:
-            lstm_forward(job, l, m, work, inputs);
-            break;
-        case LAST_STEP:
-            break;
-        default:
-            activate(layer->kind, inputs, place->outputs, place->rows * layer->out);
+        case LSTM: lstm_forward(job, l, m, work, inputs); break;
+        case LAST_STEP: break;
+        default: activate(layer->kind, inputs, place->outputs, place->rows * layer->out);
         }
     }
     return DONE;
 }
 
-/* ----------------------------------------------------------------------------------------------------------- backward */
+/* --------------------------------------------------------------------------------------------------------- backward */
 
 /* The softmax of the logits. Returns the logarithm of the sum of e^logit. */
 static float softmax(const float *logits, num count, float *probabilities) {
@@ -599,12 +631,15 @@ static Step step_of(const Job *job) {
 }
 
 static void finish_step(const Job *job, num begin, num size) {
-    const float rate = (float)job->rate, mu = (float)job->proximal_mu, decay = (float)(job->weight_decay + job->proximal_mu);
+    const float rate = (float)job->rate, mu = (float)job->proximal_mu,
+                decay = (float)(job->weight_decay + job->proximal_mu);
     float *w = job->weights + begin;
     if (job->velocity) {
         float *v = job->velocity + begin;
-        if (decay != 0) for (num i = 0; i < size; i++) v[i] += decay * w[i];
-        if (job->sent) for (num i = 0; i < size; i++) v[i] -= mu * job->sent[begin + i];
+        if (decay != 0)
+            for (num i = 0; i < size; i++) v[i] += decay * w[i];
+        if (job->sent)
+            for (num i = 0; i < size; i++) v[i] -= mu * job->sent[begin + i];
         for (num i = 0; i < size; i++) w[i] -= rate * v[i];
     } else if (job->sent)
         for (num i = 0; i < size; i++) w[i] += rate * (mu * job->sent[begin + i]);
@@ -624,12 +659,14 @@ static void step_biases(const Job *job, const num *biases, int num_biases, const
     for (int bias = 0; bias < num_biases; bias++) finish_step(job, biases[bias], width);
 }
 
-/* Steps a weight (out, in). Its gradient is gradient(rows, out)^T inputs(rows, in). sgemm adds a sum of many rows to the
-   target in several parts, and each part rounds the target: such a sum is made apart, and added at once. */
-static void step_weight(const Job *job, Work *work, num begin, const float *gradient, const float *inputs, num rows, num out, num in) {
+/* Steps a weight (out, in). Its gradient is gradient(rows, out)^T inputs(rows, in). sgemm adds a sum of many rows to
+   the target in several parts, and each part rounds the target: such a sum is made apart, and added at once. */
+static void step_weight(const Job *job, Work *work, num begin, const float *gradient, const float *inputs, num rows,
+                        num out, num in) {
     const Step step = step_of(job);
     float *target = step.target + begin;
-    if (rows <= FEW_ROWS) product(job->sgemm, 1, 0, out, in, rows, step.scale, gradient, inputs, step.kept, target);
+    if (rows <= FEW_ROWS)
+        product(job->sgemm, 1, 0, out, in, rows, step.scale, gradient, inputs, step.kept, target);
     else {
         float *sums = work->sums;
         product(job->sgemm, 1, 0, out, in, rows, 1, gradient, inputs, 0, sums);
@@ -638,11 +675,13 @@ static void step_weight(const Job *job, Work *work, num begin, const float *grad
     finish_step(job, begin, out * in);
 }
 
-static void linear_backward(const Job *job, const Layer *layer, num rows, Work *work, const float *inputs, float *gradient, float *by_inputs) {
+static void linear_backward(const Job *job, const Layer *layer, num rows, Work *work, const float *inputs,
+                            float *gradient, float *by_inputs) {
     const num in = layer->in, out = layer->out, weight = layer->weights[0], *bias = layer->weights + 1;
     if (by_inputs) product(job->sgemm, 0, 0, rows, in, out, 1, gradient, job->weights + weight, 0, by_inputs);
     if (*bias >= 0) step_biases(job, bias, 1, gradient, rows, out);
-    if (out > NARROW) step_weight(job, work, weight, gradient, inputs, rows, out, in);
+    if (out > NARROW)
+        step_weight(job, work, weight, gradient, inputs, rows, out, in);
     else {
         const Step step = step_of(job);
         for (num i = 0; i < rows * out; i++) gradient[i] *= step.scale;
@@ -652,9 +691,12 @@ static void linear_backward(const Job *job, const Layer *layer, num rows, Work *
 }
 
 static void activation_backward(num kind, const float *outputs, float *gradient, num count) {
-    if (kind == RELU) for (num i = 0; i < count; i++) gradient[i] = outputs[i] <= 0 ? 0 : gradient[i];
-    else if (kind == TANH) for (num i = 0; i < count; i++) gradient[i] *= 1 - outputs[i] * outputs[i];
-    else for (num i = 0; i < count; i++) gradient[i] *= outputs[i] * (1 - outputs[i]);
+    if (kind == RELU)
+        for (num i = 0; i < count; i++) gradient[i] = outputs[i] <= 0 ? 0 : gradient[i];
+    else if (kind == TANH)
+        for (num i = 0; i < count; i++) gradient[i] *= 1 - outputs[i] * outputs[i];
+    else
+        for (num i = 0; i < count; i++) gradient[i] *= outputs[i] * (1 - outputs[i]);
 }
 
 /* Steps the vectors of an embedding. Only those of the tokens in the batch have a gradient that is not 0. */
@@ -662,14 +704,17 @@ static void step_embedding(const Job *job, const Layer *layer, const Place *plac
     const Step step = step_of(job);
     const num begin = layer->weights[0], width = layer->out;
     float *target = step.target + begin;
-    if (step.kept != 1) for (num i = 0; i < layer->in * width; i++) target[i] *= step.kept;
+    if (step.kept != 1)
+        for (num i = 0; i < layer->in * width; i++) target[i] *= step.kept;
     for (num d = 0; d < place->num_different; d++)
-        for (num l = 0; l < width; l++) target[place->different[d] * width + l] += step.scale * place->by_chosen[d * width + l];
+        for (num l = 0; l < width; l++)
+            target[place->different[d] * width + l] += step.scale * place->by_chosen[d * width + l];
     if (job->velocity || job->sent) finish_step(job, begin, layer->in * width);
 }
 
 /* `gradient` is with respect to the outputs: of all steps, or of the last step if `is_last_step`. */
-static void lstm_backward(const Job *job, num l, num m, Work *work, int is_last_step, const float *gradient, float *by_inputs) {
+static void lstm_backward(const Job *job, num l, num m, Work *work, int is_last_step, const float *gradient,
+                          float *by_inputs) {
     const Layer *layer = &job->layers[l];
     Place *place = &work->places[l];
     const num rows = place->rows, steps = rows / m, H = layer->out, G = 4 * H, *at = layer->weights;
@@ -680,22 +725,23 @@ static void lstm_backward(const Job *job, num l, num m, Work *work, int is_last_
     for (num t = steps - 1; t >= 0; t--) {
         float *gates = place->gates + t * m * G;
         const float *above = !is_last_step ? gradient + t * m * H : t == steps - 1 ? gradient : NULL;
-        for (num i = 0; i < m; i++, gates += G) for (num h = 0; h < H; h += 16) {
-            const num count = H - h, here = i * H + h, now = t * m * H + here;
-            Floats input = load_some(gates + h, count), forget = load_some(gates + H + h, count);
-            Floats candidate = load_some(gates + 2 * H + h, count), output = load_some(gates + 3 * H + h, count);
-            Floats cell_tanh = load_some(place->cell_tanh + now, count), one = all(1), by_output = all(0);
-            if (t < steps - 1) by_output = load_some(by_state + here, count);
-            if (above) by_output += load_some(above + here, count);
-            Floats by_now = load_some(by_cell + here, count) + by_output * output * (one - cell_tanh * cell_tanh);
-            Floats by_forget = all(0);
-            if (t > 0) by_forget = by_now * load_some(place->cells + now - m * H, count) * forget * (one - forget);
-            store_some(gates + h, by_now * candidate * input * (one - input), count);
-            store_some(gates + H + h, by_forget, count);
-            store_some(gates + 2 * H + h, by_now * input * (one - candidate * candidate), count);
-            store_some(gates + 3 * H + h, by_output * cell_tanh * output * (one - output), count);
-            store_some(by_cell + here, by_now * forget, count);
-        }
+        for (num i = 0; i < m; i++, gates += G)
+            for (num h = 0; h < H; h += 16) {
+                const num count = H - h, here = i * H + h, now = t * m * H + here;
+                Floats input = load_some(gates + h, count), forget = load_some(gates + H + h, count);
+                Floats candidate = load_some(gates + 2 * H + h, count), output = load_some(gates + 3 * H + h, count);
+                Floats cell_tanh = load_some(place->cell_tanh + now, count), one = all(1), by_output = all(0);
+                if (t < steps - 1) by_output = load_some(by_state + here, count);
+                if (above) by_output += load_some(above + here, count);
+                Floats by_now = load_some(by_cell + here, count) + by_output * output * (one - cell_tanh * cell_tanh);
+                Floats by_forget = all(0);
+                if (t > 0) by_forget = by_now * load_some(place->cells + now - m * H, count) * forget * (one - forget);
+                store_some(gates + h, by_now * candidate * input * (one - input), count);
+                store_some(gates + H + h, by_forget, count);
+                store_some(gates + 2 * H + h, by_now * input * (one - candidate * candidate), count);
+                store_some(gates + 3 * H + h, by_output * cell_tanh * output * (one - output), count);
+                store_some(by_cell + here, by_now * forget, count);
+            }
         if (t > 0) packed_product(place->gates + t * m * G, m, G, place->packed, H, 0, by_state);
     }
     /* The weights, and the gradient with respect to the inputs while the weights are still those of `forward`. */
@@ -708,7 +754,8 @@ static void lstm_backward(const Job *job, num l, num m, Work *work, int is_last_
             const float *gates = place->gates + i * G;
             for (num q = 0; q < G; q++) sums[q] += gates[q];
         }
-        product(job->sgemm, 0, 0, different, layer->in, G, 1, place->table, job->weights + at[0], 0, embedding->by_chosen);
+        product(job->sgemm, 0, 0, different, layer->in, G, 1, place->table, job->weights + at[0], 0,
+                embedding->by_chosen);
         step_weight(job, work, at[0], place->table, embedding->chosen, different, G, layer->in);
     } else {
         product(job->sgemm, 0, 0, rows, layer->in, G, 1, place->gates, job->weights + at[0], 0, by_inputs);
@@ -731,7 +778,8 @@ static void backward(const Job *job, num m, Work *work, num first) {
         const Place *place = &work->places[l];
         switch (layer->kind) {
         case LINEAR:
-            linear_backward(job, layer, place->rows, work, inputs_of(work, l), work->gradient, l > first ? work->spare : NULL);
+            linear_backward(job, layer, place->rows, work, inputs_of(work, l), work->gradient,
+                            l > first ? work->spare : NULL);
             swap(work);
             break;
         case DROPOUT:
@@ -741,18 +789,14 @@ static void backward(const Job *job, num m, Work *work, num first) {
             lstm_backward(job, l, m, work, job->layers[l + 1].kind == LAST_STEP, work->gradient, work->spare);
             swap(work);
             break;
-        case LAST_STEP:
-            break;
-        case EMBEDDING:
-            step_embedding(job, layer, place);
-            break;
-        default:
-            activation_backward(layer->kind, place->outputs, work->gradient, place->rows * layer->out);
+        case LAST_STEP: break;
+        case EMBEDDING: step_embedding(job, layer, place); break;
+        default: activation_backward(layer->kind, place->outputs, work->gradient, place->rows * layer->out);
         }
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------- what is called */
+/* --------------------------------------------------------------------------------------------------- what is called */
 
 /* What this library was built from: the digest of this file, the compiler, the target and the flags. */
 EXPORT const char *kernel_built_from(void) { return BUILT_FROM; }
