@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import ClientStopped, InputError, RunStopped
-from fedtune.executors.machine import MachineSettings
+from fedtune.executors.machine import Machine, MachineSettings
 from fedtune.executors.pool import PoolExecutor
 from fedtune.executors.processes import num_workers, start_forkserver
 from fedtune.executors.serial import SerialExecutor
 from fedtune.executors.worker import Answer
 from fedtune.executors.workers import Worker
 from fedtune.settings import WatchSettings
+from fedtune_clients.kernel_library import load_library
 from fedtune_clients.models import mlp
 
 MODEL = {"name": "mlp", "hidden": [8]}
@@ -77,7 +79,7 @@ import numpy as np
 import torch
 
 from fedtune.data.federated_dataset import FederatedDataset
-from fedtune.executors.machine import MachineSettings
+from fedtune.executors.machine import Machine, MachineSettings
 from fedtune.executors.pool import PoolExecutor
 from fedtune.client.tasks import TrainTask
 
@@ -112,6 +114,14 @@ def program(tmp_path):
     """The settings of machines that run PROGRAM."""
     (tmp_path / "program.py").write_text(PROGRAM)
     return MachineSettings(MODEL, str(tmp_path / "program.py"), "cpu")
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def settings(request):
+    """The settings of machines of each engine."""
+    if request.param == "compiled" and isinstance(load_library(), str):
+        pytest.skip(load_library())
+    return replace(SETTINGS, engine=request.param)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-workers")
@@ -158,13 +168,15 @@ def make_chunks(executor, weights):
     run(executor, [(weights, [EvaluateTask((client,)) for client in range(len(SIZES))])])
 
 
-def test_the_pool_gives_the_serial_executors_bits_whatever_the_order_of_submission(pool, dataset, weights):
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_pool_gives_the_serial_executors_bits_whatever_the_order_of_submission(settings, dataset, weights, workers):
     jobs = batches(weights)
-    expected = run_serially(SETTINGS, dataset, jobs)
-    for _ in jobs:  # but for the first time, in memory that was used before
-        jobs, expected = [*jobs[1:], jobs[0]], [*expected[1:], expected[0]]
-        assert run(pool, jobs) == expected
-    assert run(pool, jobs[::-1]) == expected[::-1]
+    expected = run_serially(settings, dataset, jobs)
+    with closing(PoolExecutor(settings, dataset, workers)) as pool:
+        for _ in jobs:  # but for the first time, in memory that was used before
+            jobs, expected = [*jobs[1:], jobs[0]], [*expected[1:], expected[0]]
+            assert run(pool, jobs) == expected
+        assert run(pool, jobs[::-1]) == expected[::-1]
 
 
 def test_studies_that_share_the_pool_get_the_serial_executors_bits(pool, dataset, weights):
@@ -204,11 +216,35 @@ def test_results_are_those_of_the_tasks_in_their_order(pool, dataset, weights):
     assert [metrics["num_validation"] for (metrics,) in personalise] == num_validation[::-1]
 
 
-def test_a_result_does_not_depend_on_the_tasks_around_it(dataset, weights):
+def test_a_result_does_not_depend_on_the_tasks_around_it(settings, dataset, weights):
     (job, *_) = batches(weights)
-    (together,) = run_serially(SETTINGS, dataset, [job])
-    alone = [run_serially(SETTINGS, dataset, [(weights, [task])])[0][0] for task in job[1]]
+    (together,) = run_serially(settings, dataset, [job])
+    alone = [run_serially(settings, dataset, [(weights, [task])])[0][0] for task in job[1]]
     assert together == alone
+
+
+@pytest.mark.parametrize("floats", [1, 4, 8])
+def test_a_result_does_not_depend_on_where_the_weights_lie(settings, dataset, weights, floats):
+    """Where memory begins can decide how a matrix product is computed."""
+    moved = torch.empty(len(weights) + 16)[floats : floats + len(weights)]
+    moved.copy_(weights)
+    jobs = [(moved, tasks) for given, tasks in batches(weights) if given is weights]
+    expected = run_serially(settings, dataset, [(weights, tasks) for _, tasks in jobs])
+    assert run_serially(settings, dataset, jobs) == expected
+
+
+def test_a_result_does_not_depend_on_the_thread_that_computes_it(settings, dataset, weights):
+    expected = run_serially(settings, dataset, batches(weights))
+    machine, results = Machine(settings, dataset), []
+
+    def compute():
+        for given, tasks in batches(weights):
+            results.append([kept(result) for result in machine.run_all(given, tasks)])
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert results == expected
 
 
 def test_weights_may_change_once_the_pool_has_them(pool, dataset, weights):

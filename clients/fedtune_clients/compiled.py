@@ -87,8 +87,7 @@ class CompiledModel:
         """
         _use_one_thread()
         job, flat = self._job, self._model.flat
-        if weights.data_ptr() != flat.data_ptr():
-            flat.copy_(weights)
+        self._model.load(weights)
         arrays = self._give_examples(examples)
         seed = int(rng.integers(2**63))
         velocity = torch.zeros_like(flat) if config["momentum"] > 0 else None
@@ -116,12 +115,14 @@ class CompiledModel:
     def measure(
         self, weights: Float[Tensor, "weight"], examples: StoredExamples
     ) -> tuple[Float32[np.ndarray, "example"], Float32[np.ndarray, "example"]]:
-        """The losses and the errors of the weights, one of each for every example."""
+        """The losses and the errors of the weights, one of each for every example. The model then holds the weights."""
         _use_one_thread()
+        self._model.load(weights)  # where memory begins can decide how a matrix product is computed
         arrays = self._give_examples(examples)
         losses, errors = np.empty((2, examples.num_examples), np.float32)
         job = self._job
-        job.weights, job.losses, job.errors = weights.data_ptr(), _start(losses), _start(errors)
+        job.weights = self._model.flat.data_ptr()
+        job.losses, job.errors = _start(losses), _start(errors)
         job.batch_size = EVALUATION_BATCH if self._steps == 1 else SEQUENCES
         job.velocity = job.sent = job.kept = None
         self._run(self._library.functions.kernel_measure, np.arange(examples.num_examples), arrays)

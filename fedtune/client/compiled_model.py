@@ -33,4 +33,7 @@ class CompiledModel(Protocol):
         """The flat weights after local SGD from `weights`: the memory of `model.flat`, until the model is next used."""
 
     def measure(self, weights: "Tensor", examples: "StoredExamples") -> "tuple[np.ndarray, np.ndarray]":
-        """The losses and the errors of the weights, one of each for every example, in evaluation mode."""
+        """The losses and the errors of the weights, one of each for every example, in evaluation mode.
+
+        The model then holds the weights.
+        """

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 def measure_alone(
     model: FlatModel, weights: Float[Tensor, "weight"], dataset: FederatedDataset, parts: Sequence[ClientPart]
 ) -> list[Measured]:
-    """The mean error and mean loss of the weights on each of the parts."""
+    """The mean error and mean loss of the weights on each of the parts. The model then holds the weights."""
     stored = [dataset.examples(*part) for part in parts]
     sizes = sizes_of(stored)
     if not any(sizes):
