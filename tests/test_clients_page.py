@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from fedtune import plugins
 from fedtune.cli import app
+from fedtune.testing import check_client
+from fedtune_clients import local_sgd
 from fedtune_clients.hyperparameters import HYPERPARAMETERS
 
 PAGE = (Path(__file__).parents[1] / "clients" / "README.md").read_text()
@@ -32,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_files():
-    assert FILES.keys() == {"my_model.py", "my_client.py", "test_my_client.py"}
+    assert FILES.keys() == {"my_model.py", "my_client.py", "test_my_client.py", "halved.py"}
 
 
 SETTINGS = """
@@ -74,6 +76,13 @@ def test_the_test_of_the_client_program(folder):
     import test_my_client
 
     test_my_client.test_my_client()
+
+
+def test_the_program_that_trains_in_the_kernel(folder):
+    import halved
+
+    check_client(halved)
+    assert halved.compile_model is local_sgd.compile_model
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # programs are looked for by commands that do not need torch
 class ClientProgram(Protocol):
     """A module in the entry-point group `fedtune.clients`, or one that a user names by its file.
 
-    Besides the two members here it may define `train_batched`, which trains several clients in one call.
-    clients/README.md says what it must do.
+    Besides the two members here it may define `train_batched`, which trains several clients in one call, and
+    `compile_model`, which compiles a model (`fedtune.client.compiled_model`). clients/README.md says what they must do.
     """
 
     HYPERPARAMETERS: Mapping[str, Hyperparameter]
