@@ -124,7 +124,7 @@ def is_signal(name):
 def take_files_of_posix_away():
     """From now on no folder can be opened, and a file that may not be written can't be brought to the disk.
 
-    Descriptors without O_BINARY write other ends of lines.
+    Descriptors without O_BINARY write other ends of lines. A file that this process has open keeps its name.
     """
     open_file, write, sync, flags_of = os.open, os.write, os.fsync, fcntl.fcntl
     texts = set()  # the descriptors of text files
@@ -149,6 +149,34 @@ def take_files_of_posix_away():
 
     shutil._use_fd_functions = False  # to remove a folder without opening it
     os.open, os.write, os.fsync = open_as_on_windows, write_as_on_windows, sync_as_on_windows
+    for name in ("remove", "rename", "replace", "unlink"):
+        setattr(os, name, refused_for_open_files(getattr(os, name)))
+
+
+def refused_for_open_files(function):
+    """The function, which refuses paths of files that this process has open or mapped, and folders of such files."""
+
+    def refuse_or_do(*paths, **keywords):
+        opened = open_files()
+        for path in map(os.path.realpath, paths):
+            if any(name == path or name.startswith(f"{path}/") for name in opened):
+                raise PermissionError(errno.EACCES, "it is open", path)
+        return function(*paths, **keywords)
+
+    return refuse_or_do
+
+
+def open_files():
+    """The paths of the files that this process has open or mapped, as far as the system tells."""
+    folder = Path("/proc/self")
+    if not folder.is_dir():
+        return []
+    opened = []
+    for link in (folder / "fd").iterdir():
+        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
+            opened.append(os.readlink(link))
+    mapped = [line.split(maxsplit=5)[5:] for line in (folder / "maps").read_text(encoding="utf-8").splitlines()]
+    return opened + [name for names in mapped for name in names]
 
 
 def with_line_ends_of_windows(open_file):
@@ -194,6 +222,7 @@ def main(root):
     options = [f"--set={name}={value}" for name, value in OPTIONS.items()]
     compare = ["compare", "digits", "--tuners=asha,fedex", *options]
     seen = {"compare": run(*compare, f"--out={root / 'run'}")}
+    assert seen["compare"][0] == 0, seen
     seen["resume"] = run("resume", str(stopped(root / "run", root / "stopped")))
     seen["test_error"] = fedtune.read_run(root / "run").results["test_error"].tolist()
     seen["replay"] = [study.finished for study in fedtune.replay(root / "stopped")]
