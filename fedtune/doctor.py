@@ -12,7 +12,7 @@ from fedtune.client.compiled_model import CompiledModel
 from fedtune.client.flat_model import FlatModel
 from fedtune.data.sources import cache_folder
 from fedtune.data.spec import DatasetSpec
-from fedtune.executors.processes import num_workers
+from fedtune.operating_system import NO_WORKERS, has_workers, num_cores
 from fedtune.runs.environment import environment
 from fedtune.settings import DEFAULT_CLIENT
 
@@ -54,7 +54,8 @@ def _cores(machine: Mapping[str, Any]) -> Iterator[Row]:
     bf16 = any(there for name, there in capabilities.items() if "bf16" in name)
     yield "processor", f"{machine['processor']}, {machine['torch']}, {_with_or_without(bf16)}"
     yield "cores", str(machine["cores"])
-    yield "workers", f"{num_workers(0)}, unless the setting workers has another number"
+    workers = f"{num_cores()}, unless the setting workers has another number"
+    yield "workers", workers if has_workers() else f"none: {NO_WORKERS}"
     yield "system", str(machine["system"])
 
 

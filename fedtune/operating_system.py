@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ NO_WORKERS = "worker processes are started by a forkserver, which this system do
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 # Windows would end lines in its own way without O_BINARY, and has no O_NOFOLLOW.
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+# How the name of a library in machine code ends.
+LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 WITHOUT_LOCKS = ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS")  # how a file system says that it has none
 
 

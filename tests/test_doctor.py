@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from fedtune import cli, doctor, plugins
 from fedtune.executors.processes import num_workers
+from fedtune.operating_system import NO_WORKERS
 
 
 @pytest.fixture
@@ -42,6 +43,11 @@ def test_every_thing_has_a_line(shown):
     assert lines["torch"] == torch.__version__
     assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
     assert {"BLAS", "cores", "system", "Python", "fedtune", "flwr", "data sets"} <= lines.keys()
+
+
+def test_a_system_without_worker_processes_has_a_line(shown, monkeypatch):
+    monkeypatch.setattr(doctor, "has_workers", lambda: False)
+    assert shown()["workers"] == f"none: {NO_WORKERS}"
 
 
 @pytest.mark.parametrize(

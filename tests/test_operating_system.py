@@ -17,6 +17,7 @@ from fedtune import operating_system
 from fedtune.data.reading import check_memory
 from fedtune.errors import InputError
 from fedtune.operating_system import NO_WORKERS, FolderLock, memory, num_cores, sync
+from fedtune_clients.kernel_library import LIBRARY
 
 SETTINGS = {"max_rounds": 3, "total_rounds": 9, "cohort_size": 2, "model": {"name": "logistic"}}  # of without_posix.py
 
@@ -142,7 +143,7 @@ PLATFORM = re.compile(
     r"|sched_getaffinity|sysconf|memfd_create|os\.(fork|killpg|uname|geteuid|name)"
     r"|import (fcntl|msvcrt|resource|pwd|termios))\b"
 )
-OF_POOL = {"blame.py", "processes.py", "worker.py", "workers.py"}
+OF_POOL = {"blame", "pool", "processes", "shared_memory", "worker", "workers"}
 
 
 def test_what_depends_on_the_system_is_in_one_module():
@@ -151,8 +152,21 @@ def test_what_depends_on_the_system_is_in_one_module():
         code = re.sub(r'""".*?"""|#[^\n]*|"[^"\n]*"', "", path.read_text(), flags=re.DOTALL)
         if used := PLATFORM.findall(code):
             found[path.relative_to(ROOT).as_posix()] = used
-    allowed = {f"fedtune/executors/{name}" for name in OF_POOL} | {"fedtune/operating_system.py"}
+    allowed = {f"fedtune/executors/{name}.py" for name in OF_POOL} | {"fedtune/operating_system.py"}
     assert found.keys() <= allowed, found
+
+
+def test_the_modules_of_the_pool_are_imported_when_there_is_a_pool():
+    """That is, within functions. The modules of the pool themselves import each other at once."""
+    pool = {f"fedtune.executors.{name}" for name in OF_POOL}
+    importing = {
+        path.relative_to(ROOT).as_posix()
+        for path in (path for package in PACKAGES for path in package.rglob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module in pool
+    }
+    assert importing
+    assert importing <= {f"fedtune/executors/{name}.py" for name in OF_POOL}
 
 
 def calls(name):
@@ -179,7 +193,9 @@ def test_a_run_without_posix_has_the_same_results(tmp_path):
     # With -X, Python says where the system's encoding is used: see without_posix.py.
     options = ["-X", "warn_default_encoding", "-W", "ignore::EncodingWarning"]
     command = [sys.executable, *options, Path(__file__).with_name("without_posix.py"), tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # There would be another kernel, and so other bits.
+    environment = os.environ | {"FEDTUNE_KERNEL_LIBRARY": str(LIBRARY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     with_posix = fedtune.compare(
@@ -194,7 +210,7 @@ def test_a_run_without_posix_has_the_same_results(tmp_path):
     assert seen["replay"] == [True, True]
     # What it says.
     assert seen["compare"][1][0] == f"warning: executor auto is serial here: {NO_WORKERS}"
-    assert [seen[name][0] for name in ("compare", "resume", "overwrite")] == [0, 0, 0]
+    assert [seen[name][0] for name in ("compare", "resume", "overwrite", "doctor")] == [0, 0, 0, 0]
     for name, said in (
         ("pool", "executor must be "),
         ("limit", "watch.limit must not be set here, "),
@@ -206,7 +222,7 @@ def test_a_run_without_posix_has_the_same_results(tmp_path):
     # What it leaves, and what it did not import.
     assert seen["files"] == ["older", "run", "stopped"]
     assert not [name for name in files if re.search(r'[<>:"\\|?*\x00-\x1f]|[. ]$', name)]  # not legal on Windows
-    assert not {"blame", "pool", "processes", "shared_memory", "worker", "workers"} & set(seen["modules"])
+    assert not {f"fedtune.executors.{name}" for name in OF_POOL} & set(seen["modules"])
 
 
 def files_of(folder):

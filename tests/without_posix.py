@@ -226,6 +226,7 @@ def main(root):
     seen["resume"] = run("resume", str(stopped(root / "run", root / "stopped")))
     seen["test_error"] = fedtune.read_run(root / "run").results["test_error"].tolist()
     seen["replay"] = [study.finished for study in fedtune.replay(root / "stopped")]
+    seen["doctor"] = run("doctor")
     seen["pool"] = run(*compare, "--executor=pool", f"--out={root / 'pool'}")
     seen["limit"] = run(*compare, "--set=watch.limit=60", f"--out={root / 'limit'}")
     lock = FolderLock(root / "run")

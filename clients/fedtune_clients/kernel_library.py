@@ -5,15 +5,15 @@ import functools
 import hashlib
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from fedtune.operating_system import LIBRARY_SUFFIX
+
 SOURCE = Path(__file__).with_name("kernel.c")
-SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}
-LIBRARY = SOURCE.with_name(f"libkernel{SUFFIXES.get(sys.platform, '.so')}")
+LIBRARY = SOURCE.with_name(f"libkernel{LIBRARY_SUFFIX}")
 
 POINTER, NUM, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
