@@ -41,7 +41,7 @@ SMALLEST = {
     "cases": ["mlp:2"],
     "starts": [],
     "repeats": 1,
-    "without": [SEARCH, "plain, threads", "pfl, threads", "fluke, threads"],  # scripts that others run too
+    "without": [SEARCH, BY_TORCH],  # other engines run the same scripts
     "commands": False,
     "out": Path("runs/smallest/engine_speed"),
 }

@@ -1,33 +1,61 @@
-"""Measures the cost of a federation whose population grows and whose cohorts do not; see README.md."""
+"""Measures what a federation costs whose population, cohorts or number of trials grow; see README.md."""
 
 import argparse
-import itertools
 import json
-import math
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from one_run import NUM_CLASSES
+from tables import engine_table, run_table, trial_table
 
 from fedtune import rng
-from fedtune.executors.processes import num_workers, start_forkserver
-from fedtune.layers import resolve_settings
-from fedtune.runs.prepare import prepare
-from fedtune.runs.run_folder import claim_folder
 
 FOLDER = Path(__file__).parent
-POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000)
-SMALLEST = {"populations": [1_000], "repeats": 1, "out": Path("runs/smallest/scale")}
-EXAMPLES, FEATURES, NUM_CLASSES = 8, 16, 10  # EXAMPLES is the number of a client's examples
-EVALUATED = 300  # clients
-ROUNDS = {10: 41, 1_000: 7}  # of one run, by cohort; the model is evaluated in every fourth and the last
+POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000, 10_000)
+ROUNDS = {10: 41, 1_000: 11, 10_000: 4}  # of one run, by cohort; the model is evaluated in every fourth and the last
+BOTH_ENGINES = 1_000, 1_000  # the population and the cohort with which the engines are compared
+EXAMPLES, FEATURES = 8, 16  # EXAMPLES is the number of a client's examples
+SMALLEST = {
+    "populations": [1_000],
+    "repeats": 1,
+    "trials": 20,
+    "out": Path("runs/smallest/scale"),
+}
+
+
+class Kind(NamedTuple):
+    """A run that is measured: its clients, its cohort, and the code that does it."""
+
+    population: int
+    cohort: int
+    engine: str  # compiled, torch, or the commit of another checkout
+    checkout: Path = FOLDER.parents[1]
+
+    def environment(self) -> dict[str, str]:
+        """The environment in which Python imports fedtune from the checkout."""
+        rooms = [str(self.checkout / name) for name in (".", "clients", "datasets")]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
+
+
+def kinds(populations: list[int], checkout: Path | None) -> list[Kind]:
+    """All runs of a repeat."""
+    found = [
+        Kind(population, cohort, "compiled") for cohort in COHORTS for population in populations if cohort <= population
+    ]
+    found.append(Kind(*BOTH_ENGINES, "torch"))
+    if checkout is not None:
+        commit = subprocess.run(
+            ["git", "-C", checkout, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        found.append(Kind(*BOTH_ENGINES, commit, checkout))
+    return found
 
 
 def write_population(folder: Path, num_clients: int) -> None:
@@ -46,100 +74,43 @@ def write_population(folder: Path, num_clients: int) -> None:
     np.save(folder / "sizes.npy", np.full(num_clients, EXAMPLES))
 
 
-def memory() -> dict[str, float]:
-    """The memory of this process and its workers in MB: their own memory, and pages of mapped files.
-
-    A page that n processes share counts 1 / n for each. Pages of files are a cache; the kernel takes it back if needed.
-    """
-    kilobytes = dict.fromkeys(("Pss_Anon", "Pss_Shmem", "Pss_File"), 0)
-    for process in processes():
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
-            name, number = line.removesuffix(" kB").split(":")
-            if name in kilobytes:
-                kilobytes[name] += int(number)
-    anonymous, shared, mapped = (number * 1024 / 1e6 for number in kilobytes.values())
-    return {"own": anonymous + shared, "mapped": mapped}
-
-
-def processor_seconds() -> float:
-    """The processor time of this process and its workers, as exact as the kernel's ticks."""
-    fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes()]
-    return sum(int(user) + int(system) for *_, user, system in (some[:13] for some in fields)) / os.sysconf(
-        "SC_CLK_TCK"
-    )
-
-
-def processes() -> list[int]:
-    """This process and its workers."""
-    return [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-
-
-def simulate(data: Path, cohort: int) -> None:
-    """One training run in a process of its own; it waits for a line on stdin before and after each round.
-
-    Prints lines of JSON: first the cost of the set-up, then the cost of each round.
-    """
-
-    def tell(**answer: Any) -> None:
-        print(json.dumps(answer), flush=True)
-        input()
-
-    def added() -> dict[str, float]:
-        return {f"{name}_memory": now - before[name] for name, now in memory().items()}
-
-    def listener(event: dict[str, Any]) -> None:
-        nonlocal started
-        if event["event"] == "round":
-            answer = {"seconds": time.perf_counter() - started, "processor": processor_seconds()}
-            if event["round"] == ROUNDS[cohort]:  # only then, because to look at so many pages takes time too
-                answer |= added()
-            tell(**answer, evaluated=not math.isnan(event["validation_error"]))
-            started = time.perf_counter()
-
-    settings = resolve_settings(
-        f"{data}/",
-        {"tuners": ["manual"], "max_rounds": ROUNDS[cohort], "total_rounds": ROUNDS[cohort], "cohort_size": cohort},
-        {"data": {"num_classes": NUM_CLASSES}, "model": {"name": "logistic"}, "executor": "pool"},
-        {"client": {"learning_rate": 0.1, "batch_size": 4}, "evaluation": {"every": 4, "clients": EVALUATED}},
-    )
-    start_forkserver()
-    before, computed, started = memory(), time.process_time(), time.perf_counter()
-    comparison = prepare(settings)
-    tell(seconds=time.perf_counter() - started, set_up_processor=time.process_time() - computed, **added())
-    with tempfile.TemporaryDirectory() as folder:
-        claim_folder(Path(folder) / "run", comparison.settings, force=False)
-        started = time.perf_counter()
-        comparison.run(Path(folder) / "run", listener)
-
-
 class Run:
-    """A running `simulate`, and its answers."""
+    """A running `one_run.py`, and its answers."""
 
-    def __init__(self, data: Path, population: int, cohort: int) -> None:
-        self.population, self.cohort = population, cohort
-        command = [sys.executable, __file__, "--simulate", str(data / f"{population}-{cohort}"), str(cohort)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, data: Path, kind: Kind) -> None:
+        self.kind = kind
+        self._rounds = ROUNDS[kind.cohort]
+        engine = kind.engine if kind.engine == "compiled" else "torch"
+        arguments = str(data), str(kind.cohort), str(self._rounds), engine
+        self._process = subprocess.Popen(
+            [sys.executable, FOLDER / "one_run.py", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=kind.environment(),
+        )
         self.answers = [self._answer()]
 
     def next_round(self) -> bool:
         """Lets it do one more round; False if there was none left, and the run has ended."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        done = len(self.answers) > ROUNDS[self.cohort]
+        done = len(self.answers) > self._rounds
         if done:
             self._process.communicate()
         else:
             self.answers.append(self._answer())
         return not done
 
-    def row(self, repeat: int) -> dict[str, float]:
+    def row(self, repeat: int) -> dict[str, Any]:
         """The cost of the run, times in seconds and memory in MB; the first round also starts the workers."""
         set_up, first, *rounds = self.answers
         seconds = {kind: [a["seconds"] for a in rounds if a["evaluated"] is kind] for kind in (False, True)}
         low, median, high = np.quantile(seconds[False], (0.25, 0.5, 0.75))
         return {
-            "population": self.population,
-            "cohort": self.cohort,
+            "population": self.kind.population,
+            "cohort": self.kind.cohort,
+            "engine": self.kind.engine,
             "repeat": repeat,
             "set_up": set_up["seconds"],
             "set_up_processor": set_up["set_up_processor"],
@@ -156,14 +127,21 @@ class Run:
         }
 
     def _answer(self) -> dict[str, Any]:
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.kind} ended: see its error above")
+        return json.loads(line)
 
 
-def measure(data: Path, populations: list[int], repeats: int) -> pd.DataFrame:
-    """A row for each population, cohort and repeat: runs are set up one by one, then each does a round in turn."""
+def measure_runs(data: Path, wanted: list[Kind], repeats: int) -> pd.DataFrame:
+    """A row for each run and repeat: runs are set up one by one, then each does a round in turn."""
+    # Each run has files of its own: in a shared file, one run would share the pages of another.
+    folders = {kind: data / f"{kind.population}-{kind.cohort}-{kind.engine}" for kind in wanted}
+    for kind, folder in folders.items():
+        write_population(folder, kind.population)
     rows = []
     for repeat in range(repeats):
-        runs = [Run(data, population, cohort) for cohort in COHORTS for population in populations]
+        runs = [Run(folder, kind) for kind, folder in folders.items()]
         under_way = runs
         while under_way:
             under_way = [run for run in under_way if run.next_round()]
@@ -171,29 +149,42 @@ def measure(data: Path, populations: list[int], repeats: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def measure_trials(trials: int) -> Iterator[dict[str, Any]]:
+    """What each tenth of a search with so many trials costs."""
+    done = subprocess.run(
+        [sys.executable, FOLDER / "many_trials.py", str(trials)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    yield from map(json.loads, done.stdout.splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--populations", nargs="+", type=int, default=POPULATIONS, help="numbers of clients")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each population and cohort (default 5)")
-    parser.add_argument("--simulate", nargs=2, metavar=("DATA", "COHORT"), help="do one run; used by the script itself")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv")
+    parser.add_argument("--trials", type=int, default=100_000, help="trials of the long search (default 100,000)")
+    parser.add_argument("--checkout", type=Path, help="folder of an older checkout to compare rounds with")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and trials.csv")
+    parser.add_argument("--tables", action="store_true", help="measure nothing; print the tables of the two files")
     parser.add_argument("--smallest", action="store_true", help="run in seconds; results go to runs/smallest")
     if parser.parse_args().smallest:
         parser.set_defaults(**SMALLEST)
     arguments = parser.parse_args()
-    if arguments.simulate:
-        simulate(Path(arguments.simulate[0]), int(arguments.simulate[1]))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        # Each run has files of its own: in a shared file, one run would share the pages of another.
-        for population, cohort in itertools.product(arguments.populations, COHORTS):
-            write_population(Path(folder) / f"{population}-{cohort}", population)
-        frame = measure(Path(folder), arguments.populations, arguments.repeats)
+    if not arguments.tables:
+        measure(arguments)
+    runs = pd.read_csv(arguments.out / "results.csv")
+    print(run_table(runs), engine_table(runs, BOTH_ENGINES), sep="\n\n")
+    print(trial_table(pd.read_csv(arguments.out / "trials.csv")), sep="\n\n")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measures everything and writes the two files."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(arguments.out / "results.csv", index=False, float_format="%.4g")
-    table = frame.drop(columns="repeat").groupby(["cohort", "population"]).median()
-    print(f"{num_workers(0)} workers, medians over {arguments.repeats} runs, seconds and MB")
-    print(table.T.map("{:.4g}".format).to_string())
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = kinds(arguments.populations, arguments.checkout)
+        runs = measure_runs(Path(folder), wanted, arguments.repeats)
+    runs.to_csv(arguments.out / "results.csv", index=False, float_format="%.4g")
+    trials = pd.DataFrame(measure_trials(arguments.trials))
+    trials.to_csv(arguments.out / "trials.csv", index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":
