@@ -20,10 +20,11 @@ from fedtune import rng
 FOLDER = Path(__file__).parent
 POPULATIONS, COHORTS = (1_000, 100_000, 1_000_000), (10, 1_000, 10_000)
 ROUNDS = {10: 41, 1_000: 11, 10_000: 4}  # of one run, by cohort; the model is evaluated in every fourth and the last
-BOTH_ENGINES = 1_000, 1_000  # the population and the cohort with which the engines are compared
+COMPARED = 1_000  # clients of a round with which the engines are compared, in the smallest population
 EXAMPLES, FEATURES = 8, 16  # EXAMPLES is the number of a client's examples
 SMALLEST = {
     "populations": [1_000],
+    "cohorts": [10],
     "repeats": 1,
     "trials": 20,
     "out": Path("runs/smallest/scale"),
@@ -44,17 +45,17 @@ class Kind(NamedTuple):
         return {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
 
 
-def kinds(populations: list[int], checkout: Path | None) -> list[Kind]:
+def kinds(populations: list[int], cohorts: list[int], checkout: Path | None) -> list[Kind]:
     """All runs of a repeat."""
-    found = [
-        Kind(population, cohort, "compiled") for cohort in COHORTS for population in populations if cohort <= population
-    ]
-    found.append(Kind(*BOTH_ENGINES, "torch"))
+    pairs = [(population, cohort) for cohort in cohorts for population in populations if cohort <= population]
+    compared = min(populations), min(max(cohorts), COMPARED)
+    found = [Kind(*pair, "compiled") for pair in dict.fromkeys([*pairs, compared])]
+    found.append(Kind(*compared, "torch"))
     if checkout is not None:
         commit = subprocess.run(
             ["git", "-C", checkout, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()
-        found.append(Kind(*BOTH_ENGINES, commit, checkout))
+        found.append(Kind(*compared, commit, checkout))
     return found
 
 
@@ -160,6 +161,7 @@ def measure_trials(trials: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--populations", nargs="+", type=int, default=POPULATIONS, help="numbers of clients")
+    parser.add_argument("--cohorts", nargs="+", type=int, default=COHORTS, choices=COHORTS, help="clients of a round")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each population and cohort (default 5)")
     parser.add_argument("--trials", type=int, default=100_000, help="trials of the long search (default 100,000)")
     parser.add_argument("--checkout", type=Path, help="folder of an older checkout to compare rounds with")
@@ -172,15 +174,15 @@ def main() -> None:
     if not arguments.tables:
         measure(arguments)
     runs = pd.read_csv(arguments.out / "results.csv")
-    print(run_table(runs), engine_table(runs, BOTH_ENGINES), sep="\n\n")
-    print(trial_table(pd.read_csv(arguments.out / "trials.csv")), sep="\n\n")
+    print(run_table(runs), engine_table(runs), sep="\n\n", end="\n\n")
+    print(trial_table(pd.read_csv(arguments.out / "trials.csv")))
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measures everything and writes the two files."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        wanted = kinds(arguments.populations, arguments.checkout)
+        wanted = kinds(arguments.populations, arguments.cohorts, arguments.checkout)
         runs = measure_runs(Path(folder), wanted, arguments.repeats)
     runs.to_csv(arguments.out / "results.csv", index=False, float_format="%.4g")
     trials = pd.DataFrame(measure_trials(arguments.trials))

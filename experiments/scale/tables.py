@@ -40,14 +40,12 @@ def run_table(runs: pd.DataFrame) -> str:
     return markdown(head, lines)
 
 
-def engine_table(runs: pd.DataFrame, case: tuple[int, int]) -> str:
+def engine_table(runs: pd.DataFrame) -> str:
     """The time of a round in the compiled kernel, divided by its time by torch and by an older checkout."""
-    population, cohort = case
-    part = runs[(runs["population"] == population) & (runs["cohort"] == cohort)]
-    rounds = part.pivot_table("round_median", "repeat", "engine")
     lines = []
-    for other in rounds.columns.drop("compiled", errors="ignore"):
-        if "compiled" in rounds:
+    for (cohort, _), part in runs.groupby(["cohort", "population"]):
+        rounds = part.pivot_table("round_median", "repeat", "engine")
+        for other in rounds.columns.drop("compiled"):
             share = rounds["compiled"] / rounds[other]
             verdict = "met" if share.median() <= ENGINE_TARGET else "**missed**"
             cell = f"{share.median():.2f} ({share.min():.2f}–{share.max():.2f}); target at most a third: {verdict}"
