@@ -52,7 +52,7 @@ def main(trials: int) -> None:
     comparison = prepare(settings)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        claim_folder(run, settings, force=False)
+        claim_folder(run, comparison.settings, force=False)
         started = time.perf_counter()
         comparison.run(run, listener)
         files = [path.stat().st_size for path in run.rglob("*") if path.is_file()]

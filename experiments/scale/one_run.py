@@ -60,7 +60,7 @@ def main(data: str, cohort: int, rounds: int, engine: str) -> None:
     comparison = prepare(settings)
     tell(seconds=time.perf_counter() - started, set_up_processor=time.process_time() - computed, **added())
     with tempfile.TemporaryDirectory() as folder:
-        claim_folder(Path(folder) / "run", settings, force=False)
+        claim_folder(Path(folder) / "run", comparison.settings, force=False)
         started = time.perf_counter()
         comparison.run(Path(folder) / "run", listener)
 
