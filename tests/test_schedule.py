@@ -15,9 +15,9 @@ from fedtune.executors.schedule import CHUNK_SECONDS, EVALUATION_COST, STEP_COST
 INSTANT = 1e-9  # seconds a cost: nothing but a worker's room limits a chunk
 
 
-def make_schedule(costs, seconds_per_cost=None):
+def make_schedule(costs, seconds_per_cost=None, short_seconds=0.0):
     """A schedule of one study whose tasks have these costs; the index of a task is its place among them."""
-    schedule = Schedule()
+    schedule = Schedule(short_seconds)
     schedule.add_study(1.0)
     if seconds_per_cost is not None:
         schedule.measure_speed([Piece(0, 0, 0, 1.0)], seconds_per_cost)
@@ -130,6 +130,20 @@ def test_a_worker_that_has_its_part_of_the_work_gets_no_second_chunk():
     schedule.finish(piece)
     loads[0].clear()
     assert give(schedule, loads[0], loads) == [1, 2]
+
+
+def test_a_chunk_may_always_take_a_short_time():
+    """Of nine tasks of one unit each, half of a worker's room is at most 2.25 units, and 3.1 units are a short time."""
+    schedule, loads = make_schedule([1.0] * 9, CHUNK_SECONDS / 9, 3.1 * CHUNK_SECONDS / 9), [deque(), deque()]
+    assert give(schedule, loads[0], loads) == [0, 1, 2]
+    assert give(schedule, loads[1], loads) == [3, 4, 5]
+    assert give(schedule, loads[0], loads) == [6, 7, 8]
+    # A task that is longer travels alone, and one that may have ended a worker does too.
+    schedule, load = make_schedule([4.0, 1.0], CHUNK_SECONDS / 9, 3.1 * CHUNK_SECONDS / 9), deque()
+    assert give(schedule, load, [load, deque()]) == [0]
+    schedule = make_schedule([1.0] * 4, CHUNK_SECONDS / 9, CHUNK_SECONDS)
+    schedule.take_back(deque([schedule.next_chunk(deque(), [deque()])]))
+    assert drain(schedule) == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])

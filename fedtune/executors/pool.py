@@ -31,7 +31,7 @@ from fedtune.executors.blame import is_crash, why_it_stopped
 from fedtune.executors.machine import MachineSettings
 from fedtune.executors.names import client_id, name
 from fedtune.executors.processes import start_forkserver, start_process
-from fedtune.executors.schedule import Piece, Schedule, task_cost
+from fedtune.executors.schedule import SHORT_CHUNK_SECONDS, Piece, Schedule, task_cost
 from fedtune.executors.shared_memory import SharedArray, share
 from fedtune.executors.watch import NO_WATCH, Warn, next_look, warn_of
 from fedtune.executors.worker import READY, Answer, Chunk, main
@@ -67,7 +67,7 @@ class PoolExecutor:
         start_forkserver()
         self._dataset = dataset
         data = {name: share(array) for name, array in dataset.shared().items()}
-        self._schedule = Schedule()
+        self._schedule = Schedule(SHORT_CHUNK_SECONDS)
         self._schedule.add_study(1.0)  # study 0: tasks that are submitted to the pool itself
         self._tickets = itertools.count()
         self._batches: dict[int, Batch] = {}

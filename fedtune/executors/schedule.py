@@ -20,6 +20,7 @@ from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.executors.fair_share import fair_share
 
 CHUNK_SECONDS = 0.01  # shorter tasks are sent several at a time
+SHORT_CHUNK_SECONDS = 0.001  # in a pool: a chunk of a shorter time would cost the main process too much for its work
 CHUNK_OF_ROOM = 0.5  # a chunk of several tasks fills at most half of a worker's room, in case the worker is slow
 STEP_COST = 16  # a step of local SGD costs about as much as this many examples
 EVALUATION_COST = 0.25  # evaluating an example costs about as much as training on this many
@@ -54,9 +55,13 @@ def task_cost(task: Task, dataset: FederatedDataset) -> float:
 
 
 class Schedule:
-    """The waiting tasks of all studies, and the rules that hand them out."""
+    """The waiting tasks of all studies, and the rules that hand them out.
 
-    def __init__(self) -> None:
+    A chunk may always take `short_seconds`, even if that is more than its worker's room allows.
+    """
+
+    def __init__(self, short_seconds: float = 0.0) -> None:
+        self._short_seconds = short_seconds
         self._queues: list[list[tuple[float, float, int, Piece]]] = []  # heaps, by study
         self._shares: list[float] = []  # by study
         self._sequence = itertools.count()  # so that the first of equal tasks goes first
@@ -131,11 +136,12 @@ class Schedule:
             return chunk  # it may have ended a worker: so no other task can be blamed
         # Add tasks while they all are suspected of nothing, take little time and fit.
         cost_limit = CHUNK_OF_ROOM * self._room(load, loads)
-        while queue and 0 < self._seconds(cost) < CHUNK_SECONDS and cost + queue[0][-1].cost <= cost_limit:
-            if queue[0][-1].alone:
+        while queue and 0 < self._seconds(cost) < CHUNK_SECONDS:
+            longer = cost + queue[0][-1].cost
+            if queue[0][-1].alone or (longer > cost_limit and self._seconds(longer) > self._short_seconds):
                 break
             chunk.append(heapq.heappop(queue)[-1])
-            cost += chunk[-1].cost
+            cost = longer
         return chunk
 
     def _enqueue(self, order: float, piece: Piece) -> None:
