@@ -32,6 +32,7 @@ EQUAL = OURS, SEARCH, SERIAL  # to the bit
 LARGE = ["cnn", "leaf_lstm"]
 ONLY_FOR = {
     BY_TORCH: ["logistic", "mlp", "lstm", "leaf_lstm"],
+    SEARCH: ["logistic", "mlp", "lstm", "cnn"],  # with LEAF's LSTM it would take too long
     "pfl, threads": LARGE,
     "fluke, threads": LARGE,
     "plain, threads": LARGE,

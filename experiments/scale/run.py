@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--populations", nargs="+", type=int, default=POPULATIONS, help="numbers of clients")
     parser.add_argument("--cohorts", nargs="+", type=int, default=COHORTS, choices=COHORTS, help="clients of a round")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each population and cohort (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each population and cohort (default 3)")
     parser.add_argument("--trials", type=int, default=100_000, help="trials of the long search (default 100,000)")
     parser.add_argument("--checkout", type=Path, help="folder of an older checkout to compare rounds with")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results.csv and trials.csv")
