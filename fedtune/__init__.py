@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import InputError, NoKernelError, RunStopped
+from fedtune.errors import InputError, RunStopped
 from fedtune.events import Listener
 from fedtune.layers import compare_settings, resolve_settings, tune_settings
 
@@ -190,7 +190,7 @@ def resume(
 
         fedtune.resume("runs/compared")
     """
-    from fedtune.runs.recorded import check_begun_with, check_places, other_kernel_advice
+    from fedtune.runs.recorded import check_begun_with, check_places
 
     folder = Path(folder)
     # The run folder's settings are complete. Nothing that they name is imported before the journals confirm them.
@@ -205,12 +205,9 @@ def resume(
     if new := [client for client in dict.fromkeys(lose_clients) if client not in settings.lost_clients]:
         settings = settings.model_copy(update={"lost_clients": [*settings.lost_clients, *new]})
     _start_workers_early(settings)
-    from fedtune.runs.prepare import prepare
+    from fedtune.runs.prepare import prepare_again
 
-    try:
-        comparison = prepare(settings)
-    except NoKernelError as error:
-        raise InputError(f"{error}; {other_kernel_advice(folder)}") from None
+    comparison = prepare_again(settings, folder)
     with _mirrored(listener, optuna, comparison, folder) as listener:
         comparison.run(folder, listener)
     return _draw(folder)
@@ -234,8 +231,11 @@ def extend(
     """
     from fedtune.runs.extension import extend_run
 
-    _settings_of(Path(folder), workers, executor)  # raises InputError before anything is changed
-    extend_run(Path(folder), num_configs, total_rounds)
+    folder = Path(folder)
+    settings = _settings_of(folder, workers, executor)  # raises InputError before anything is changed
+    if settings.engine == "compiled":
+        _check_kernel(settings, folder)
+    extend_run(folder, num_configs, total_rounds)
     return resume(folder, workers=workers, executor=executor, **keywords)
 
 
@@ -289,6 +289,17 @@ def _settings_of(folder: Path, workers: int | None, executor: str | None) -> "Se
 
     where = {name: value for name, value in (("workers", workers), ("executor", executor)) if value is not None}
     return resolve([read_settings(settings_path(folder)), where])
+
+
+def _check_kernel(settings: "Settings", folder: Path) -> None:
+    """Raises InputError unless the run in a folder can go on in the kernel in which its clients trained."""
+    from fedtune.runs.recorded import check_begun_with, check_kernel, check_places
+
+    check_places(settings, folder)
+    check_begun_with(settings, folder)
+    from fedtune.runs.prepare import prepare_again
+
+    check_kernel(settings, folder, prepare_again(settings, folder).engine.kernel)
 
 
 def _start_workers_early(settings: "Settings") -> None:

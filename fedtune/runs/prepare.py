@@ -1,5 +1,7 @@
 """Every check of a comparison that needs no training."""
 
+from pathlib import Path
+
 import torch
 
 from fedtune import plugins
@@ -9,12 +11,13 @@ from fedtune.client.objectives import check_outputs
 from fedtune.data.checks import find_problems
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.data.problems import errors_of, first_of
-from fedtune.errors import InputError
+from fedtune.errors import InputError, NoKernelError
 from fedtune.executors.choice import check_workers
 from fedtune.executors.engine import choose_engine
 from fedtune.hyperparameters import Hyperparameters, resolve_hyperparameters
 from fedtune.initial_weights import initial_weights
 from fedtune.runs.comparison import Comparison
+from fedtune.runs.recorded import other_kernel_advice
 from fedtune.settings import Settings
 from fedtune.simulation.device_distributions import distributions
 from fedtune.simulation.devices import Devices, check_jobs_can_end
@@ -47,6 +50,14 @@ def prepare(settings: Settings) -> Comparison:
     check_jobs(settings, dataset, hyperparameters)
     settings = settings.model_copy(update={"engine": engine.name})
     return Comparison(settings, dataset, hyperparameters, tuners, engine, first_of(problems) if problems else None)
+
+
+def prepare_again(settings: Settings, folder: Path) -> Comparison:
+    """Like `prepare`, for the run in a folder, which goes on. If its kernel is not here, the error says what to do."""
+    try:
+        return prepare(settings)
+    except NoKernelError as error:
+        raise InputError(f"{error}; {other_kernel_advice(folder)}") from None
 
 
 def checked_model(settings: Settings, dataset: FederatedDataset) -> FlatModel:
