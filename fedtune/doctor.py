@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fedtune import plugins
-from fedtune.client.compiled_model import CompiledModel
 from fedtune.client.flat_model import FlatModel
 from fedtune.data.sources import cache_folder
 from fedtune.data.spec import DatasetSpec
+from fedtune.executors.engine import compile_model
 from fedtune.operating_system import NO_WORKERS, has_workers, num_cores
 from fedtune.runs.environment import environment
 from fedtune.settings import DEFAULT_CLIENT
@@ -30,10 +30,8 @@ def doctor_lines() -> Iterator[str]:
 
 def _engine() -> Row:
     """Where clients train, tried with a model of one linear layer. Other models may not compile."""
-    compile_model: Any = getattr(plugins.load_client_program(DEFAULT_CLIENT), "compile_model", None)
-    if compile_model is None:
-        return "engine", f"torch: the client program {DEFAULT_CLIENT!r} has no compile_model"
-    compiled: CompiledModel | str = compile_model(FlatModel(nn.Linear(1, 2)), DatasetSpec((1,), "real", 2))
+    model, spec = FlatModel(nn.Linear(1, 2)), DatasetSpec((1,), "real", 2)
+    compiled = compile_model(DEFAULT_CLIENT, model, spec, device="cpu", precision="fp32")
     if isinstance(compiled, str):
         return "engine", f"torch: {compiled}"
     return "engine", f"compiled kernel, built from {compiled.digest}"

@@ -28,7 +28,7 @@ def shown(monkeypatch, tmp_path):
 
 
 def test_the_engine_is_the_kernel_with_what_it_was_built_from(shown):
-    kernel = SimpleNamespace(digest="0123456789abcdef zig 0.15.2")
+    kernel = SimpleNamespace(digest="0123456789abcdef zig 0.15.2", train=print, measure=print)
     assert shown(lambda *_: kernel)["engine"] == "compiled kernel, built from 0123456789abcdef zig 0.15.2"
 
 
