@@ -429,8 +429,9 @@ static int check_layers(const Job *job) {
         }
         width = out;
     }
-    return !is_sequence &&
-           (job->layers[0].kind == EMBEDDING ? job->x_stored != FLOATS : job->x_stored != WHOLE_NUMBERS);
+    const num wide = job->layers[0].kind == EMBEDDING ? WHOLE_NUMBERS : FLOATS;
+    if (job->objective != CLASSIFICATION && job->objective != REGRESSION) return 0;
+    return !is_sequence && (job->x_stored == BYTES || job->x_stored == wide);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- forward */
@@ -837,7 +838,7 @@ EXPORT int kernel_measure(const Job *job) {
     Work work;
     enum status status = begin(job, &work);
     const num count = status == DONE ? job->layers[job->num_layers - 1].out : 0;
-    const float *kept = NULL;
+    const float *kept = job->kept;
     for (num done = 0; done < job->num_rows && status == DONE; done += job->batch_size) {
         const num m = smaller(job->batch_size, job->num_rows - done), *rows = job->rows + done;
         if (m < job->batch_size) lay_out(job, m, &work);
