@@ -46,9 +46,8 @@ def _blas() -> Row:
 
 
 def _cores(machine: Mapping[str, Any]) -> Iterator[Row]:
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older versions of torch do not have it
+    # Older versions of torch do not have the function.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = any(there for name, there in capabilities.items() if "bf16" in name)
     yield "processor", f"{machine['processor']}, {machine['torch']}, {_with_or_without(bf16)}"
     yield "cores", str(machine["cores"])
