@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := --quiet --disable-pip-version-check --no-compile
 # What is compiled, and how: setup.py describes it. If that changes, `make` builds the kernel again.
 KERNEL := clients/fedtune_clients/kernel.c setup.py
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_28_aarch64 macosx_11_0_arm64 win_amd64
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint wheels clean
 
 install: $(VENV)/installed
 
@@ -23,8 +24,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A wheel for each platform, in dist. All are built on one machine, and none without its kernel.
+wheels: $(VENV)/installed
+	for platform in $(PLATFORMS); do \
+		FEDTUNE_KERNEL=require $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . \
+			--config-settings=--build-option=--plat-name=$$platform || exit; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info clients/fedtune_clients/libkernel.*
 
 # torch is installed first: so pip takes the build that it is set to find, not a build that another package asks for.
 # If pip can't install the compiler of the kernel, the package is installed without a kernel.
