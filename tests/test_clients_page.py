@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 
 from fedtune import plugins
 from fedtune.cli import app
+from fedtune.client.flat_model import FlatModel
+from fedtune.client.stacked import is_stackable
+from fedtune.data.spec import DatasetSpec
 from fedtune.testing import check_client
 from fedtune_clients import local_sgd
 from fedtune_clients.hyperparameters import HYPERPARAMETERS
@@ -34,7 +37,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_files():
-    assert FILES.keys() == {"my_model.py", "my_client.py", "test_my_client.py", "halved.py"}
+    assert FILES.keys() == {"my_model.py", "my_text_model.py", "my_client.py", "test_my_client.py", "halved.py"}
+
+
+def test_the_text_model_of_the_page_has_a_stacked_form(folder):
+    module = plugins.make_model({"name": "my_text_model.py:Text"}, DatasetSpec((6,), "token", 4))
+    assert is_stackable(FlatModel(module))
 
 
 SETTINGS = """

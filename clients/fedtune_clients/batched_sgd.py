@@ -9,19 +9,20 @@ most steps come first, so that the clients that are still training are the first
 others of its step is filled up with examples that do not count.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch import Tensor
 
 from fedtune.client import Config, Examples, FlatModel, Number
-from fedtune.data.spec import IGNORED
 from fedtune.errors import InputError
+from fedtune_clients.batched_steps import Steps, dropout_as
 from fedtune_clients.hyperparameters import complete
 
 
@@ -34,13 +35,11 @@ class LocalTraining(NamedTuple):
     batches: list[Int[np.ndarray, "example"]]
 
 
-class Rates(NamedTuple):
-    """The factors of local SGD, one number for each client; None if the factor is 0 for all clients."""
+class DropoutInput(NamedTuple):
+    """The input of a dropout layer: the shape of one example, and the axes from the outermost one in memory."""
 
-    learning_rate: Float[Tensor, "client"]
-    momentum: Float[Tensor, "client"] | None
-    decay: Float[Tensor, "client"] | None  # of the weights: weight_decay + proximal_mu
-    mu: Float[Tensor, "client"] | None
+    shape: torch.Size
+    axes: list[int]  # 0 is the axis of the examples
 
 
 def train_batched(
@@ -59,16 +58,32 @@ def train_batched(
     model.load(weights)
     model.module.train()
     sent = model.flat.clone()
-    trained = sent.repeat(len(trainings), 1)  # (client, weight)
+    trained = sent.new_empty(len(trainings), model.num_weights)
     has_dropout = any(training.config["dropout"] > 0 for training in trainings)
-    shapes = _dropout_shapes(model, examples) if has_dropout else []
+    layers = _dropout_inputs(model, examples) if has_dropout else []
     # A bucket holds the clients with one batch size; the clients with the most steps come first.
-    for batch_size in sorted({training.config["batch_size"] for training in trainings}):
-        bucket = [training for training in trainings if training.config["batch_size"] == batch_size]
-        bucket.sort(key=lambda training: -len(training.batches))
-        rows = torch.tensor([training.row for training in bucket], device=sent.device)
-        trained[rows] = _train_bucket(model, sent, examples, bucket, shapes)
+    trainings.sort(key=lambda training: (training.config["batch_size"], -len(training.batches)))
+    buckets = itertools.groupby(trainings, key=lambda training: training.config["batch_size"])
+    with _steps(model, len(trainings)) as steps:
+        for bucket in (list(alike) for _, alike in buckets):
+            rows = torch.tensor([training.row for training in bucket], device=sent.device)
+            trained[rows] = _train_bucket(steps, sent, examples, bucket, layers)
     return trained  # 5
+
+
+@contextmanager
+def _steps(model: FlatModel, num_clients: int) -> Iterator[Steps]:
+    """The steps of that many clients. On a GPU the model keeps them, with what they recorded."""
+    steps = _STEPS.pop(model, None)
+    if steps is None or steps.capacity < num_clients:
+        steps = Steps(model, num_clients)
+    yield steps
+    # After an error they are lost, so that fewer clients find the memory that these took.
+    if steps.stay:
+        _STEPS[model] = steps
+
+
+_STEPS: weakref.WeakKeyDictionary[FlatModel, Steps] = weakref.WeakKeyDictionary()
 
 
 def _trainings(
@@ -87,31 +102,28 @@ def _trainings(
 
 
 def _train_bucket(
-    model: FlatModel,
+    steps: Steps,
     sent: Float[Tensor, "weight"],
     examples: Examples,
     bucket: list[LocalTraining],
-    shapes: list[torch.Size],
+    layers: list[DropoutInput],
 ) -> Float[Tensor, "client weight"]:
-    """The trained weights of clients that have one batch size. The clients with the most steps come first."""
+    """The trained weights of clients that have one batch size, until the next bucket is trained.
+
+    The clients with the most steps come first.
+    """
     device = sent.device
-    weights = sent.repeat(len(bucket), 1)  # (client, weight)
-    rates = _rates_of(bucket, device)
-    velocities = [torch.zeros_like(p) for p in model.slices(weights)] if rates.momentum is not None else []
-    generators = [torch.Generator(device).manual_seed(training.dropout_seed) for training in bucket]
-    gradients_of = vmap(grad(_loss_of(model)))
+    steps.begin(sent, [training.config for training in bucket])
+    generators = [torch.Generator(device).manual_seed(training.dropout_seed) for training in bucket] if layers else []
     index, counts = (array.to(device) for array in _schedule(bucket))
     for step in range(len(index)):  # 3
         # Only the first rows still train.
         active = [training for training in bucket if len(training.batches) > step]
         now = slice(len(active))
         x, y = (tensor[index[step, now]] for tensor in examples)  # (client, example, ...)
-        masks = _masks(shapes, active, generators, step, index.shape[2])
-        with torch.no_grad():
-            parameters = model.slices(weights[now])  # (client, *parameter)
-            gradients = gradients_of(parameters, weights[now], x, y, counts[step, now], masks)
-            _sgd_step(parameters, gradients, [v[now] for v in velocities], model.slices(sent), rates)  # 4
-    return weights
+        masks = _masks(layers, active, generators, step, index.shape[2])
+        steps.take(x, y, counts[step, now], masks)  # 4
+    return steps.weights[: len(bucket)]
 
 
 def _schedule(
@@ -130,93 +142,36 @@ def _schedule(
     return torch.from_numpy(index), torch.from_numpy(counts)
 
 
-def _loss_of(model: FlatModel) -> Callable[..., Float[Tensor, ""]]:
-    """One client's loss on a batch, as a function whose first argument is the trainable parameters."""
-
-    def loss(
-        parameters: list[Tensor], weights: Tensor, x: Tensor, y: Tensor, counts: Tensor, masks: list[Tensor]
-    ) -> Tensor:
-        remaining = iter(masks)
-        with _dropout_as(model.module, lambda inputs: inputs * next(remaining) if masks else inputs):
-            outputs = model.outputs(weights, x, parameters)
-        if not y.is_floating_point():
-            return model.loss(outputs, torch.where(_per_client(counts, y), y, IGNORED))
-        # Real targets have no label like IGNORED. So the error of a filled-up example is set to 0, and the mean is
-        # divided by the share of examples that count.
-        outputs, y = (torch.where(_per_client(counts, tensor), tensor, 0.0) for tensor in (outputs, y))
-        return model.loss(outputs, y) / counts.float().mean()
-
-    return loss
-
-
-def _rates_of(bucket: list[LocalTraining], device: torch.device) -> Rates:
-    def column(*names: str) -> Tensor:
-        values = [sum(training.config[name] for name in names) for training in bucket]
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    # proximal_mu (w - w0) = proximal_mu w - proximal_mu w0
-    columns = column("momentum"), column("weight_decay", "proximal_mu"), column("proximal_mu")
-    momentum, decay, mu = (factor if factor.any() else None for factor in columns)
-    return Rates(column("learning_rate"), momentum, decay, mu)
-
-
-def _sgd_step(
-    parameters: list[Tensor], gradients: Sequence[Tensor], velocities: list[Tensor], sent: list[Tensor], rates: Rates
-) -> None:
-    """One step of SGD in place, each client with its own rates. `SGDStep` gives the formula."""
-    learning_rate, momentum, decay, mu = rates
-    for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        # Not in place: two parameters may share one gradient.
-        if decay is not None:
-            gradient = torch.addcmul(gradient, parameter, _per_client(decay, parameter))
-        if mu is not None:
-            gradient = torch.addcmul(gradient, sent[number], _per_client(mu, parameter), value=-1)
-        if momentum is not None:
-            gradient = velocities[number].mul_(_per_client(momentum, parameter)).add_(gradient)
-        parameter.addcmul_(gradient, _per_client(learning_rate, parameter), value=-1)
-
-
-def _per_client(column: Tensor, tensor: Tensor) -> Tensor:
-    """The first `len(tensor)` entries of the column, shaped to broadcast: one entry for each row of the tensor."""
-    return column[: len(tensor)].view(-1, *[1] * (tensor.ndim - 1))
-
-
-@contextmanager
-def _dropout_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the `with` block the module's dropout layers call `forward`."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
-    for layer in layers:
-        layer.forward = forward  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _dropout_shapes(model: FlatModel, examples: Examples) -> list[torch.Size]:
-    """The shape of each dropout layer's input for one example, in the order in which the layers are called."""
-    shapes: list[torch.Size] = []
+def _dropout_inputs(model: FlatModel, examples: Examples) -> list[DropoutInput]:
+    """The input of each dropout layer, in the order in which the layers are called."""
+    noted: list[DropoutInput] = []
 
     def note(inputs: Tensor) -> Tensor:
         if len(inputs) != len(two):
             raise InputError(f"a dropout layer must have the example as its first axis, got shape {(*inputs.shape,)}")
-        shapes.append(inputs.shape[1:])
+        outermost_first = sorted(range(inputs.ndim), key=inputs.stride, reverse=True)
+        noted.append(DropoutInput(inputs.shape[1:], outermost_first))
         return inputs
 
     two = examples.x[:1].repeat_interleave(2, 0)
-    with torch.no_grad(), _dropout_as(model.module, note):
+    with torch.no_grad(), dropout_as(model.module, note):
         model.outputs(model.flat, two)
-    return shapes
+    return noted
 
 
 def _masks(
-    shapes: list[torch.Size], active: list[LocalTraining], generators: list[torch.Generator], step: int, width: int
+    layers: list[DropoutInput], active: list[LocalTraining], generators: list[torch.Generator], step: int, width: int
 ) -> list[Float[Tensor, "client example ..."]]:
-    """The factors of each dropout layer: for each client the random numbers that `nn.Dropout` would draw."""
-    masks = [torch.ones(len(active), width, *shape, device=generators[0].device) for shape in shapes]
-    for mask in masks:
+    """The factors of each dropout layer: for each client the random numbers that `nn.Dropout` would draw.
+
+    `nn.Dropout` draws them in the order in which its input lies in memory.
+    """
+    masks = []
+    for shape, axes in layers:
+        layout = [0, *(axis + 1 for axis in axes)]
+        mask = torch.empty_permuted((len(active), width, *shape), layout, device=generators[0].device).fill_(1.0)
         for row, training, generator in zip(mask, active, generators, strict=False):
             if (dropout := training.config["dropout"]) > 0:
                 row[: len(training.batches[step])].bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        masks.append(mask)
     return masks

@@ -70,6 +70,8 @@ def lstm(spec: DatasetSpec, *, embedding: int = 8, hidden: int = 256, layers: in
 class StackedLSTM(nn.Module):
     """What `lstm` makes. `fedtune_clients.layer_table` describes it to the compiled kernel."""
 
+    row_by_row = True  # see fedtune.client.stacked
+
     def __init__(self, num_classes: int, embedding: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_classes, embedding)
@@ -94,6 +96,8 @@ class _ChannelsLast(nn.Module):
 
     It is written without `memory_format`, which torch.func.vmap does not know.
     """
+
+    row_by_row = True
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -68,11 +68,7 @@ class FlatModel:
         `parameters`, if given, take the place of the parameters that can be trained. Raises InputError if the module
         returns no tensor.
         """
-        views = self._views(weights)
-        for index, parameter in zip(self._trainable, parameters, strict=False):
-            views[index] = parameter
-        named = {name: views[index] for name, index in self._names.items()}
-        outputs = functional_call(self.module, named, (x,), tie_weights=False)
+        outputs = functional_call(self.module, self.named(weights, parameters), (x,), tie_weights=False)
         if not isinstance(outputs, Tensor):
             raise InputError(f"it must return a tensor, got {type(outputs).__name__}")
         return outputs
@@ -85,11 +81,19 @@ class FlatModel:
         views = self._views(weights)
         return [views[index] for index in self._trainable]
 
+    def named(self, weights: Float[Tensor, "*client weight"], parameters: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """Views of the weights by name. `parameters`, if given, take the place of those that can be trained.
+
+        If `weights` has a row for each of several clients, the first axis of each view is the client.
+        """
+        views = self._views(weights)
+        for index, parameter in zip(self._trainable, parameters, strict=False):
+            views[index] = parameter
+        return {name: views[index] for name, index in self._names.items()}
+
     def state_dict(self, weights: Float[Tensor, "weight"]) -> dict[str, Tensor]:
         """Views of the weights by name: `load_state_dict` of a module of the same kind accepts this dictionary."""
-        views = self._views(weights)
-        integers = {name: first for name, (_, first) in self._integers.items()}
-        return {name: views[index] for name, index in self._names.items()} | integers
+        return self.named(weights) | {name: first for name, (_, first) in self._integers.items()}
 
     def _views(self, weights: Tensor) -> list[Tensor]:
         parts = torch.split(weights, self._sizes, dim=-1)

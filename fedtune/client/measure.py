@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from torch.func import vmap
 
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import EVALUATION_BATCH, FlatModel
+from fedtune.client.stacked import outputs_of_each
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
 
@@ -80,7 +80,7 @@ def measure_batched(
         index = torch.from_numpy(starts[rows, None] + offsets).to(device)  # (row, example)
         with torch.no_grad():
             row_weights = weights[torch.from_numpy(rows).to(device)]  # (row, weight)
-            outputs = vmap(model.outputs)(row_weights, examples.x[index])  # (row, example, ...)
+            outputs = outputs_of_each(model, row_weights, examples.x[index])  # (row, example, ...)
             measures = model.measure(outputs.flatten(0, 1), examples.y[index].flatten(0, 1))  # (row · example,)
         losses[index.flatten()], errors[index.flatten()] = measures
     return _grouped(_means(losses.cpu().numpy(), errors.cpu().numpy(), sizes_of(stored)), map(len, parts))
