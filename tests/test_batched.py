@@ -12,6 +12,7 @@ import fedtune
 import fedtune.executors.batched as batched_module
 from fedtune import plugins
 from fedtune.client import measure, stacked_layers
+from fedtune.client.device_examples import DeviceExamples
 from fedtune.client.examples import Examples
 from fedtune.client.flat_model import FlatModel
 from fedtune.client.tasks import EvaluateTask, Failure, PersonaliseTask, TrainTask, Update
@@ -353,7 +354,9 @@ def test_parts_larger_than_a_batch_are_measured_in_several(monkeypatch):
     parts = [[(client, "train"), (client, "test")] for client in ALL]
     expected = [measure.measure_alone(model, row, DATASET, own) for row, own in zip(weights, parts, strict=True)]
     monkeypatch.setattr(measure, "EVALUATION_BATCH", 7)
-    measured = measure.measure_batched(model, weights, DATASET, parts)
+    examples = DeviceExamples(DATASET, "cpu")
+    flat = [part for client_parts in parts for part in client_parts]
+    measured = measure.measure_batched(model, weights, examples.take(flat), list(map(examples.sizes, parts)))
     np.testing.assert_allclose(measured, expected, atol=1e-5)
 
 

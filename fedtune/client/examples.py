@@ -57,11 +57,11 @@ class StoredExamples:
     def take(self, rows: Int64[Tensor, "row"]) -> Examples:
         """A copy of the examples with these numbers, in this order."""
         taken = self._stored.take(rows)
-        return Examples(_inputs(taken.x, self.spec), taken.y)
+        return Examples(inputs_of(taken.x, self.spec), taken.y)
 
     def all(self) -> Examples:
         """A copy of all examples."""
-        return Examples(_inputs(self._stored.x, self.spec), self._stored.y.clone())
+        return Examples(inputs_of(self._stored.x, self.spec), self._stored.y.clone())
 
     @property
     def x(self) -> Shaped[Tensor, "example ..."]:
@@ -88,7 +88,7 @@ class StoredExamples:
         return Examples(*(tensor.to(self._device) for tensor in stored))
 
 
-def _inputs(stored: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> Shaped[Tensor, "example ..."]:
+def inputs_of(stored: Shaped[Tensor, "example ..."], spec: DatasetSpec) -> Shaped[Tensor, "example ..."]:
     """A copy in the form that a model takes."""
     if spec.input_kind == "token":
         return stored.to(torch.int64, copy=True)

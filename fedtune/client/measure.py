@@ -56,17 +56,19 @@ def measure_alone(
 def measure_batched(
     model: FlatModel,
     weights: Float[Tensor, "client weight"],
-    dataset: FederatedDataset,
-    parts: Sequence[Sequence[ClientPart]],
+    examples: Examples,
+    part_sizes: Sequence[Sequence[int]],
 ) -> list[list[Measured]]:
-    """For each client, the mean error and mean loss of its row of the weights on each of its parts."""
+    """For each client, the mean error and mean loss of its row of the weights on each of its parts.
+
+    `examples` holds the examples of all parts, part after part and client after client; `part_sizes` has the number of
+    examples in each part of each client.
+    """
     device = model.flat.device
-    stored = [dataset.examples(*part) for client_parts in parts for part in client_parts]
-    examples = StoredExamples(*joined(stored), dataset.spec, device).all()
     losses, errors = torch.empty(2, examples.num_examples, device=device)
 
     # Where each client's examples begin, and how many it has.
-    sizes = np.array([sum(part_sizes) for part_sizes in _grouped(sizes_of(stored), map(len, parts))])  # (client,)
+    sizes = np.array(list(map(sum, part_sizes)))  # (client,)
     starts = np.cumsum(sizes) - sizes  # (client,)
 
     # Measure one batch of every client that still has examples to measure, until no client has any.
@@ -83,7 +85,9 @@ def measure_batched(
             outputs = outputs_of_each(model, row_weights, examples.x[index])  # (row, example, ...)
             measures = model.measure(outputs.flatten(0, 1), examples.y[index].flatten(0, 1))  # (row · example,)
         losses[index.flatten()], errors[index.flatten()] = measures
-    return _grouped(_means(losses.cpu().numpy(), errors.cpu().numpy(), sizes_of(stored)), map(len, parts))
+    all_sizes = list(itertools.chain.from_iterable(part_sizes))
+    means = _means(losses.cpu().numpy(), errors.cpu().numpy(), all_sizes)
+    return _grouped(means, map(len, part_sizes))
 
 
 def sizes_of(stored: Sequence[Arrays]) -> list[int]:

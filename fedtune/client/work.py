@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.flat_model import FlatModel
-from fedtune.client.measure import ClientPart, Measured, joined, measure_alone, sizes_of
+from fedtune.client.measure import ClientPart, Measured, measure_alone
 from fedtune.client.tasks import ClientTask, Metrics, PersonaliseTask, Result, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
 from fedtune.errors import InputError
@@ -112,17 +112,17 @@ def train_batched(
     program_train_batched: TrainBatched,
     model: FlatModel,
     weights: Float[Tensor, "weight"],
-    dataset: FederatedDataset,
+    examples: Examples,
+    sizes: Sequence[int],
     tasks: Sequence[ClientTask],
 ) -> Float[Tensor, "client weight"]:
     """The weights of each task's client after training from `weights`: a row for each task.
 
-    `program_train_batched` is the `train_batched` of the client program.
+    `program_train_batched` is the `train_batched` of the client program. `examples` holds the examples of all clients,
+    client after client, and `sizes` the number of examples of each.
     """
-    stored = [dataset.examples(task.client, "train") for task in tasks]
-    examples = StoredExamples(*joined(stored), dataset.spec, model.flat.device).all()
     configs, rngs = [dict(task.config) for task in tasks], [generator(task.seed) for task in tasks]
-    trained = program_train_batched(model, weights.clone(), examples, sizes_of(stored), configs, rngs)
+    trained = program_train_batched(model, weights.clone(), examples, sizes, configs, rngs)
     return _checked("train_batched", trained, (len(tasks), model.num_weights))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedtune.client.device_examples import DeviceExamples
 from fedtune.client.examples import Examples, StoredExamples
 from fedtune.client.measure import measure_alone, measure_batched
 from fedtune.client.tasks import ClientTask, EvaluateTask, Failure, Result, Task, TrainTask, describe
@@ -49,6 +50,7 @@ class BatchedMachine:
             self._train = None
         else:
             self._train = in_precision(settings, self._train)
+            self._examples = DeviceExamples(dataset, settings.device)
 
     def describe(self) -> str:
         """Where clients train."""
@@ -99,8 +101,12 @@ class BatchedMachine:
         measured = measure_alone(model, weights, dataset, parts) if asking else []
         before = dict(zip(asking, measured, strict=True))
         # Train all clients, and measure the weights of each after it.
-        trained = train_batched(train, model, weights, dataset, tasks)
-        after = measure_batched(model, trained, dataset, list(map(parts_of, tasks)))
+        to_train, to_measure = [(task.client, "train") for task in tasks], list(map(parts_of, tasks))
+        sizes = self._examples.sizes(to_train)
+        trained = train_batched(train, model, weights, self._examples.take(to_train), sizes, tasks)
+        all_parts = [part for parts in to_measure for part in parts]
+        part_sizes = list(map(self._examples.sizes, to_measure))
+        after = measure_batched(model, trained, self._examples.take(all_parts), part_sizes)
         rows = trained.cpu()
         return [result(dataset, task, rows[i], after[i], before.get(i)) for i, task in enumerate(tasks)]
 
