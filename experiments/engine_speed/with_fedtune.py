@@ -88,8 +88,7 @@ def make_settings(model: str, executor: str, engine: str) -> Settings:
     """The settings of a run."""
     if model in work.NOT_COMPILED:
         engine = "torch"
-    chosen = {"engine": engine} if "engine" in Settings.model_fields else {}  # an older version trains by torch
-    return Settings(data={"name": "synthetic"}, model=work.MODELS[model], executor=executor, **chosen)
+    return Settings(data={"name": "synthetic"}, model=work.MODELS[model], executor=executor, engine=engine)
 
 
 def warn(message: str, **_: object) -> None:
