@@ -1,78 +1,44 @@
-import tracemalloc
-from dataclasses import replace
+"""The tables of experiments/scale; the script itself runs in test_experiments.py."""
 
-import numpy as np
+import importlib.util
+
+import pandas as pd
 import pytest
-
-from fedtune.data.client_ids import NumberedIds
-from fedtune.data.problems import repeated_ids
-from fedtune.runs.prepare import prepare
-from fedtune.runs.run_folder import claim_folder
-from fedtune.settings import resolve
-from fedtune.simulation.evaluation import evaluation_clients
-
-NUM_CLIENTS, EXAMPLES = 1_000_000, 8  # examples are a client's
-COHORT_SIZE, ROUNDS, EVALUATED = 10, 2, 30
-BYTES_A_CLIENT = 120  # at most, at any time
-
-
-class Rows(np.ndarray):
-    """Examples that can only be read by slices, and remember which."""
-
-    __array_ufunc__ = None
-
-    def __array_function__(self, *call):
-        raise TypeError("a function of all examples")
-
-    def __getitem__(self, rows):
-        assert isinstance(rows, slice)
-        self.read |= set(range(*rows.indices(len(self))))
-        return self.view(np.ndarray)[rows]
-
-    @classmethod
-    def of(cls, array):
-        rows = array.view(cls)
-        rows.read = set()
-        return rows
+from experiment_script import script_path
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("million")
-    np.save(folder / "sizes.npy", np.full(NUM_CLIENTS, EXAMPLES))
-    np.save(folder / "x.npy", np.arange(NUM_CLIENTS * EXAMPLES, dtype=np.float32)[:, None])
-    np.lib.format.open_memmap(folder / "y.npy", mode="w+", dtype=np.int64, shape=(NUM_CLIENTS * EXAMPLES,))
-    rounds = {"tuners": ["manual"], "max_rounds": ROUNDS, "total_rounds": ROUNDS, "cohort_size": COHORT_SIZE}
-    data = {"name": f"{folder}/", "num_classes": 2, "scale": 1e-7}
-    tables = {"evaluation": {"clients": EVALUATED}, "model": {"name": "logistic"}, "executor": "serial"}
-    return resolve([rounds, {"data": data, "client": {"learning_rate": 0.1}}, tables])
+def tables():
+    place = script_path("scale").with_name("tables.py")
+    specification = importlib.util.spec_from_file_location("scale_tables", place)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-def test_a_million_clients_take_few_bytes_each_and_rounds_read_only_who_takes_part(settings, tmp_path):
-    tracemalloc.start()
-    try:
-        prepared = prepare(settings)
-        x, y = (Rows.of(array) for array in (prepared.dataset.x, prepared.dataset.y))
-        folder = tmp_path / "run"
-        claim_folder(folder, prepared.settings, force=False)
-        replace(prepared, dataset=replace(prepared.dataset, x=x, y=y)).run(folder, lambda event: None)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert 48 * NUM_CLIENTS < peak < BYTES_A_CLIENT * NUM_CLIENTS  # its index alone is 6 numbers a client
-    assert x.read == y.read
-    clients = {example // EXAMPLES for example in x.read}
-    evaluated = set(evaluation_clients(NUM_CLIENTS, EVALUATED, settings.seed).tolist())
-    assert evaluated < clients
-    assert len(clients) <= EVALUATED + ROUNDS * COHORT_SIZE
-    assert len(x.read - {EXAMPLES * client + number for client in evaluated for number in range(EXAMPLES)}) >= EXAMPLES
+def test_engines_are_compared_within_a_repeat(tables):
+    """The medians alone would give 2 / 6, a third."""
+    rounds = {"compiled": [1.0, 2.0, 4.0], "torch": [2.0, 6.0, 8.0], "d9d27ba": [4.0, 8.0, 16.0]}
+    rows = [
+        {"cohort": 1000, "population": 1000, "engine": engine, "repeat": repeat, "round_median": seconds}
+        for engine, of_repeats in rounds.items()
+        for repeat, seconds in enumerate(of_repeats)
+    ]
+    assert tables.engine_table(pd.DataFrame(rows)).splitlines()[2:] == [
+        "| 1,000 clients, compiled against d9d27ba | 0.25 (0.25–0.25); target at most a third: met |",
+        "| 1,000 clients, compiled against torch | 0.50 (0.33–0.50); target at most a third: **missed** |",
+    ]
 
 
-def test_ids_that_are_numbers_are_made_when_asked_for():
-    ids = NumberedIds(NUM_CLIENTS)
-    assert len(ids) == NUM_CLIENTS
-    assert (ids[0], ids[-1], ids[10:30:10]) == ("0", "999999", ["10", "20"])
-    assert list(NumberedIds(3)) == ["0", "1", "2"]
-    with pytest.raises(IndexError):
-        ids[NUM_CLIENTS]
-    assert repeated_ids(ids) == []
+def test_a_tenth_of_the_search_is_a_line(tables):
+    row = {
+        "part": "1",
+        "trials": 4000,
+        "rounds": 2000,
+        "seconds": 5.0,
+        "own_memory": 12.4,
+        "files": 1200,
+        "megabytes": 3,
+    }
+    line = tables.trial_table(pd.DataFrame([row])).splitlines()[2]
+    assert line == "| 1 | 4,000 | 2,000 | 2.50 | 12 | 1,200 | 3.0 |"

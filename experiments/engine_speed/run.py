@@ -21,7 +21,7 @@ from tables import plot, tables
 FOLDER = Path(__file__).parent
 CASES = ["logistic:50", "mlp:10", "mlp:50", "lstm:10", "leaf_lstm:10", "cnn:10"]
 STARTS = ["logistic:10", "cnn:10"]
-MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 40  # a measurement takes as many rounds as fill the first
+MEASUREMENT_SECONDS, MAX_ROUNDS = 0.5, 100  # a measurement takes as many rounds as fill the first
 MEMORY_ROUNDS = 3
 DEMO_REPEATS = 2  # the demo takes a minute or more
 # Engines add in different orders. Now and then rounding decides on which side of its kink a ReLU or a pool lies. The

@@ -2,7 +2,8 @@
 
 python many_trials.py TRIALS
 
-Every line is JSON. The last line is for the time from the last round to the results, and for the run folder.
+Every line is JSON. The last tenth includes the time until the results are written. The memory is what the run has
+needed since its first trial.
 """
 
 import json
@@ -30,33 +31,32 @@ def main(trials: int) -> None:
         {"model": {"name": "logistic"}, "executor": "serial", "evaluation": {"clients": 1, "every": 4}},
         {"client": {"epochs": 1, "batch_size": 32}, "space": {"only": ["client.learning_rate"]}},
     )
-    asked, rounds, part = set(), 0, 0
-    before, started = memory()["own"], time.perf_counter()
-
-    def tell(what: str, **more: float) -> None:
-        nonlocal rounds, started
-        seconds = time.perf_counter() - started
-        answer = {"part": what, "trials": len(asked), "rounds": rounds, "seconds": seconds}
-        print(json.dumps({**answer, "own_memory": memory()["own"] - before, **more}), flush=True)
-        rounds, started = 0, time.perf_counter()
-
-    def listener(event: dict[str, Any]) -> None:
-        nonlocal rounds, part
-        if event["event"] == "round":
-            rounds += 1
-            asked.add(event["trial"])
-            if len(asked) >= trials * (part + 1) / PARTS and part < PARTS - 1:
-                part += 1
-                tell(f"{part}")
-
     comparison = prepare(settings)
+    asked, rounds, part = set(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         claim_folder(run, comparison.settings, force=False)
-        started = time.perf_counter()
+
+        def tell(what: str) -> None:
+            nonlocal rounds, started
+            answer = {"part": what, "trials": len(asked), "rounds": rounds, "seconds": time.perf_counter() - started}
+            files = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
+            answer |= {"own_memory": memory()["own"] - before, "files": len(files), "megabytes": sum(files) / 1e6}
+            print(json.dumps(answer), flush=True)
+            rounds, started = 0, time.perf_counter()
+
+        def listener(event: dict[str, Any]) -> None:
+            nonlocal rounds, part
+            if event["event"] == "round":
+                rounds += 1
+                asked.add(event["trial"])
+                if len(asked) >= trials * (part + 1) / PARTS and part < PARTS - 1:
+                    part += 1
+                    tell(f"{part}")
+
+        before, started = memory()["own"], time.perf_counter()
         comparison.run(run, listener)
-        files = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
-        tell(f"{PARTS}, with the results", files=len(files), megabytes=sum(files) / 1e6)
+        tell(f"{PARTS}, with the results")
 
 
 if __name__ == "__main__":

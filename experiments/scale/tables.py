@@ -54,14 +54,13 @@ def engine_table(runs: pd.DataFrame) -> str:
 
 
 def trial_table(trials: pd.DataFrame) -> str:
-    """What each tenth of the search costs."""
+    """What each tenth of the search costs, and what it holds after it."""
     head = ["part", "trials so far", "rounds", "a round, ms", "own memory, MB", "files", "run folder, MB"]
     lines = []
     for _, row in trials.iterrows():
-        last = [f"{row['files']:.0f}", f"{row['megabytes']:.1f}"] if row["files"] == row["files"] else ["", ""]
-        time = f"{1000 * row['seconds'] / row['rounds']:.2f}"
-        memory = f"{row['own_memory']:.0f}"
-        lines.append([str(row["part"]), f"{row['trials']:,}", f"{row['rounds']:,}", time, memory, *last])
+        time, memory = f"{1000 * row['seconds'] / row['rounds']:.2f}", f"{row['own_memory']:.0f}"
+        counts = f"{row['trials']:,}", f"{row['rounds']:,}"
+        lines.append([str(row["part"]), *counts, time, memory, f"{row['files']:,}", f"{row['megabytes']:.1f}"])
     return markdown(head, lines)
 
 
