@@ -4,8 +4,9 @@ import torch
 
 import fedtune
 from fedtune import rng
-from fedtune.client.tasks import Failure, Ticket
+from fedtune.client.tasks import Failure, Ticket, TrainTask, Update
 from fedtune.data.federated_dataset import FederatedDataset
+from fedtune.server.optimizers import HYPERPARAMETERS
 from fedtune.server.strategy import FedTuneStrategy
 from fedtune.settings import ServerSettings
 from fedtune.simulation.devices import Devices
@@ -126,3 +127,75 @@ def test_a_client_whose_program_raises_counts_as_wrong_on_every_example(dataset)
     assert (evaluation.validation_error, evaluation.test_error) == (4 / 16, 4 / 16)
     worst = 2 * np.log(3)
     assert evaluation.test_loss == pytest.approx((4 * worst + 12 * 0.5) / 16)
+
+
+class InOrder:
+    """An executor that does one batch at a time, and writes down what happens in `events`."""
+
+    def __init__(self):
+        self.events, self.batches, self.done = [], [], 0
+
+    def describe(self):
+        return "nowhere"
+
+    def submit(self, weights, tasks, order, place):
+        kind = "train" if isinstance(tasks[0], TrainTask) else "evaluate"
+        self.events.append((kind, int(place.split()[-1]), float(weights[0])))
+        self.batches.append((weights.clone(), list(tasks)))
+        return Ticket(len(self.batches))
+
+    def finished(self, ticket):
+        return ticket <= self.done
+
+    def step(self):
+        self.done += 1
+
+    def collect(self, ticket):
+        weights, tasks = self.batches[ticket - 1]
+        metrics = {"error": 0.5, "loss": 0.5, "num_train": 1, "num_validation": 1}
+        return [
+            Update(weights + 1, dict(metrics)) if isinstance(task, TrainTask) else [RIGHT] * len(task.clients)
+            for task in tasks
+        ]
+
+    def release(self, ticket):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_a_round_is_evaluated_and_recorded_while_the_clients_of_the_next_one_train(dataset):
+    executor = InOrder()
+    strategy = FedTuneStrategy(
+        Trial(TRIAL, {name: known.default for name, known in HYPERPARAMETERS.items()}, (CONFIGS,)),
+        ServerSettings(),
+        FedExPolicy((CONFIGS,), FedExSettings(), num_classes=3),
+        cohort_size=2,
+        seed=SEED,
+    )
+
+    def on_round(made, record):
+        executor.events.append(("record", record.round, record.evaluation is not None))
+        assert made.round == record.round
+        assert made.weights[0] == made.arrays()["weights"][0] == record.round  # of this round, not of a later one
+        assert strategy.policy.state.rounds == record.round
+
+    settings = fedtune.resolve_settings("digits", {"cohort_size": 2})
+    devices = Devices(settings, SEED, dataset.num_examples("train"), 4)
+    made = Federation(strategy, torch.zeros(2), dataset, executor, np.arange(3), devices, on_round)
+    for ticket in made.advance(4, evaluate_every=2):
+        while not executor.finished(ticket):
+            executor.step()
+    assert executor.events == [
+        ("train", 1, 0.0),
+        ("train", 2, 1.0),
+        ("record", 1, False),
+        ("evaluate", 2, 2.0),
+        ("train", 3, 2.0),
+        ("record", 2, True),
+        ("train", 4, 3.0),
+        ("record", 3, False),
+        ("evaluate", 4, 4.0),
+        ("record", 4, True),
+    ]

@@ -63,34 +63,46 @@ class Federation:
         self._study = study
 
     def advance(self, to_round: int, evaluate_every: int) -> Iterator[Ticket]:
-        """Trains until `to_round` rounds are done; evaluates every `evaluate_every` rounds and after the last."""
-        while self.round < to_round:
-            self.round += 1
-            # Train the clients that the devices let take part.
-            plan = self._devices.plan(self.trial, self.round)
+        """Trains until `to_round` rounds are done; evaluates every `evaluate_every` rounds and after the last.
+
+        A round is evaluated and recorded while the clients of the next round train.
+        """
+        last_round: Iterator[Ticket] = iter(())  # what is left to do of it
+        for server_round in range(self.round + 1, to_round + 1):
+            # Let the clients train that the devices let take part.
+            plan = self._devices.plan(self.trial, server_round)
             arrays = pack(self.weights.numpy())
-            self._grid.lost_clients, self._grid.place = self._lost_in(self.round), self._place()
+            self._grid.lost_clients, self._grid.place = self._lost_in(server_round), self._place(server_round)
             message_ids = self._grid.push_messages(
-                self.strategy.configure_cohort(self.round, plan.cohort, arrays, ConfigRecord(), self._grid)
+                self.strategy.configure_cohort(server_round, plan.cohort, arrays, ConfigRecord(), self._grid)
             )
             trained = self._grid.ticket(message_ids)
+            yield from last_round
             if trained is not None:  # without a client in time there is nothing to wait for
                 yield trained
             # Aggregate their replies.
-            new_arrays, _ = self.strategy.aggregate_train(self.round, self._grid.pull_messages(message_ids))
-            outcome = self.strategy.outcome
+            new_arrays, _ = self.strategy.aggregate_train(server_round, self._grid.pull_messages(message_ids))
             assert new_arrays is not None
-            assert outcome is not None
             self.weights = torch.from_numpy(new_arrays["weights"].numpy())
+            self.round = server_round
             # Evaluate the new weights.
-            evaluation = None
-            if self.round % evaluate_every == 0 or self.round == to_round:
+            evaluating = None
+            if server_round % evaluate_every == 0 or server_round == to_round:
                 tasks = evaluation_tasks(self._dataset, self._clients)
-                ticket = self._executor.submit(self.weights, tasks, self._order, self._place())
-                yield ticket
-                evaluation = combine(flatten(self._take(ticket)))
-            self._on_round(self, self._record(plan, outcome, evaluation))
+                evaluating = self._executor.submit(self.weights, tasks, self._order, self._place(server_round))
+            last_round = self._end_round(plan, evaluating)
+        yield from last_round
         self._grid.release()
+
+    def _end_round(self, plan: RoundPlan, evaluating: Ticket | None) -> Iterator[Ticket]:
+        """Waits for the evaluation of the round, if there is one, and records the round."""
+        evaluation = None
+        if evaluating is not None:
+            yield evaluating
+            evaluation = combine(flatten(self._take(evaluating)))
+        outcome = self.strategy.outcome
+        assert outcome is not None
+        self._on_round(self, self._record(plan, outcome, evaluation))
 
     def personalise(
         self, config_of: Callable[[int], Config], lost: Collection[int] = ()
@@ -108,7 +120,9 @@ class Federation:
             for client in self._clients.tolist()
             if client not in lost
         ]
-        ticket = self._executor.submit(self.weights, tasks, self._order, f"{self._place()}, after local training")
+        ticket = self._executor.submit(
+            self.weights, tasks, self._order, f"{self._place(self.round)}, after local training"
+        )
         yield ticket
         metrics = {client: self._all_wrong(client) for client in self._clients.tolist()}
         for task, result in zip(tasks, self._take(ticket), strict=True):
@@ -147,9 +161,9 @@ class Federation:
         self.weights = torch.from_numpy(arrays["weights"])
         self.strategy.restore(arrays)
 
-    def _place(self) -> str:
-        """The trial and its round, for messages about a client."""
-        return f"{self._study}trial {self.trial.number}, round {self.round}"
+    def _place(self, server_round: int) -> str:
+        """The trial and the round, for messages about a client."""
+        return f"{self._study}trial {self.trial.number}, round {server_round}"
 
     def _take(self, ticket: Ticket) -> list[Any]:
         results = self._executor.collect(ticket)
