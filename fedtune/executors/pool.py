@@ -72,6 +72,7 @@ class PoolExecutor:
         self._tickets = itertools.count()
         self._batches: dict[int, Batch] = {}
         self._blocks: list[SharedArray] = []
+        self._rows: list[Sequence[Tensor]] = []  # of each block
         self._free_blocks: list[int] = []
         self._watch = watch
         self._warn = warn
@@ -94,7 +95,7 @@ class PoolExecutor:
         # Put the weights into shared memory that has a row for each update too.
         num_updates = len(tasks) if any(isinstance(task, TrainTask) for task in tasks) else 0
         block = self._take_block(1 + num_updates, weights.numel())
-        rows = torch.from_numpy(self._blocks[block].array).unbind()
+        rows = self._rows[block]
         rows[0].copy_(weights)
         # Let the tasks wait.
         ticket = Ticket(next(self._tickets))
@@ -156,6 +157,7 @@ class PoolExecutor:
         fitting = [block for block in self._free_blocks if len(self._blocks[block].array) >= num_rows]
         if not fitting:
             self._blocks.append(SharedArray((num_rows, num_weights), "<f4"))
+            self._rows.append(torch.from_numpy(self._blocks[-1].array).unbind())
             return len(self._blocks) - 1
         block = min(fitting, key=lambda block: len(self._blocks[block].array))
         self._free_blocks.remove(block)

@@ -48,8 +48,8 @@ def task_cost(task: Task, dataset: FederatedDataset) -> float:
     if isinstance(task, EvaluateTask):
         bounds = dataset.ranges[list(task.clients), 1:]  # of the validation and the test parts
         return max(1.0, EVALUATION_COST * float((bounds[..., 1] - bounds[..., 0]).sum()))
-    start, stop = dataset.ranges[task.client, 0]
-    num_train = int(stop - start)
+    start, stop = dataset.ranges[task.client, 0].tolist()
+    num_train = stop - start
     num_steps = -(-num_train // max(1, int(task.config.get("batch_size", num_train))))
     return max(1.0, float(task.config.get("epochs", 1) * (num_train + STEP_COST * num_steps)))
 

@@ -131,9 +131,8 @@ class FedTuneStrategy(Strategy):
         ranges = training_ranges(
             self._objective, self.settings.max_examples, error_before=self.policy.needs_error_before
         )
-        answers, failures = good_answers(
-            replies, sent.messages, lambda reply: update_in(reply, len(sent.weights), ranges)
-        )
+        num_weights = len(sent.weights)
+        answers, failures = good_answers(replies, sent.messages, lambda reply: update_in(reply, num_weights, ranges))
         answered = [index for index, node in enumerate(sent.nodes) if node in answers]
         metrics = [update.metrics for update in answers.values()]
         updates = [update.weights for update in answers.values()]
