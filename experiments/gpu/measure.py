@@ -97,7 +97,7 @@ def engines_of(case: Case, device: str) -> Iterator[tuple[str, Train]]:
     if device != "cpu":
         with without_graphs():
             yield "batched, no graphs", weights_of(BatchedMachine(settings, case.dataset, say=sys.exit).run_all)
-    yield "one at a time", weights_of(Machine(settings, case.dataset).run_alone)
+    yield "one at a time", weights_of(Machine(settings, case.dataset).run_all)
     yield "plain loop", plain_loop(case, device)
 
 
@@ -225,7 +225,7 @@ def rows_of(arguments: argparse.Namespace, device: str, deadline: float) -> Iter
     for number, (num_clients, model) in enumerate(cases):
         case = make_case(model, num_clients)
         share = (deadline - time.monotonic()) / (len(cases) - number)
-        exact = Machine(settings_of(model, "cpu"), case.dataset).run_alone(case.weights, case.tasks[:CHECKED])
+        exact = Machine(settings_of(model, "cpu"), case.dataset).run_all(case.weights, case.tasks[:CHECKED])
         expected = [result.weights for result in exact if isinstance(result, Update)]
         of_batched: list[Tensor] = []
         for engine, train in engines_of(case, device):
