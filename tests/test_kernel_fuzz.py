@@ -187,7 +187,7 @@ def test_numbers_that_do_not_fit_the_arrays(kernel, job, data):
     wrong = {
         "rows": (BAD_ROW, {"rows": [*job["rows"], data.draw(st.just(job["num_examples"]) | huge)]}),
         "labels": (BAD_LABEL, {"objective": 0, "label": data.draw(st.just(job["num_outputs"]) | huge)}),
-        "memory": (BAD_MEMORY, {"missing": data.draw(st.integers(1, 2**24))}),
+        "memory": (BAD_MEMORY, {"missing": data.draw(st.integers(1, 16) | st.just(2**24))}),
         "weights": (BAD_LAYERS, {"num_weights": job["num_weights"] - 1}),
         "layers": (BAD_LAYERS, {"num_layers": data.draw(st.sampled_from([-1, 0, 65]) | huge)}),
         "stored": (BAD_LAYERS, {"x_stored": data.draw(st.sampled_from([1 if is_text else 2, 3]) | huge)}),
