@@ -22,6 +22,7 @@ from fedtune.runs.server_checkpoint import run_name
 from fedtune.server.messages import run_settings
 from fedtune.settings import digest, resolve
 from fedtune.settings_text import read_settings
+from fedtune_clients.kernel_library import load_library
 
 OLD_RUN = Path(__file__).parent / "run_of_format_3"
 TINY = {
@@ -182,6 +183,19 @@ def test_workers_train_in_the_kernel_too(compiled, tmp_path):
     pooled = train(tmp_path / "run", client, said, executor="pool", workers=2)
     assert where(said) == ["clients train in a compiled kernel, in 2 worker processes"]
     assert contents(pooled.folder) == contents(compiled.folder)
+
+
+@pytest.mark.skipif(isinstance(load_library(), str), reason=f"{load_library()}")
+def test_the_kernel_of_local_sgd_gives_the_same_bits_with_any_number_of_workers(tmp_path):
+    said = []
+    settings = {"engine": "compiled", "executor": "pool"}
+    runs = [
+        train(tmp_path / "serial", "local_sgd", said, engine="compiled"),
+        *(train(tmp_path / str(workers), "local_sgd", said, workers=workers, **settings) for workers in (1, 2)),
+    ]
+    places = ["this process", "1 worker process", "2 worker processes"]
+    assert where(said) == [f"clients train in a compiled kernel, in {place}" for place in places]
+    assert contents(runs[0].folder) == contents(runs[1].folder) == contents(runs[2].folder)
 
 
 def test_an_engine_that_must_be_and_cannot_be_is_one_line_and_nothing_is_written(tmp_path):
