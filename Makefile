@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles a module when it first imports it, so the install does not compile the thousands that nothing imports.
 PIP := --quiet --disable-pip-version-check --no-compile
+# Python would then compile all that it imports in each process anew.
+unexport PYTHONDONTWRITEBYTECODE
 # What is compiled, and how: setup.py describes it. If that changes, `make` builds the kernel again.
 KERNEL := clients/fedtune_clients/kernel.c setup.py
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_28_aarch64 macosx_11_0_arm64 win_amd64
