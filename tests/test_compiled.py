@@ -19,7 +19,7 @@ from fedtune_clients.compiled import compile_model
 from fedtune_clients.hyperparameters import complete
 from fedtune_clients.kernel_library import Library, load_library
 from fedtune_clients.local_sgd import client_update, train
-from fedtune_clients.models import logistic, lstm, mlp
+from fedtune_clients.models import cnn, logistic, lstm, mlp
 
 pytestmark = pytest.mark.skipif(isinstance(load_library(), str), reason=str(load_library()))
 
@@ -301,6 +301,7 @@ def with_own_weight():
     ("make", "why"),
     [
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.LogSoftmax(1)), "doesn't know the layer LogSoftmax"),
+        (lambda: cnn(DatasetSpec((4, 8), "real", 5)), "doesn't know the layer Conv2d"),
         (lambda: nn.Sequential(nn.Linear(9, 5), nn.Flatten(), nn.Linear(20, 5)), r"gets inputs of shape \(4, 9\)"),
         (lambda: nn.Sequential(nn.Flatten(0), nn.Linear(36, 5)), "nn.Flatten of all axes after the first only"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), "must have 5 outputs, got 4"),

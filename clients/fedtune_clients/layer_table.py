@@ -68,7 +68,15 @@ def _layers(model: FlatModel, spec: DatasetSpec) -> Iterator[Layer]:
         elif type(module) in ELEMENTWISE:
             yield Layer(ELEMENTWISE[type(module)], width, width)
         else:
-            raise NotCompiled(f"the kernel doesn't know the layer {type(module).__name__}")
+            raise NotCompiled(f"the kernel doesn't know the layer {_name_of_unknown(model.module)}")
+
+
+def _name_of_unknown(module: nn.Module) -> str:
+    """The first layer of torch that the kernel does not know, or else the first layer: it says more to a user."""
+    known = {nn.Flatten, nn.Linear, StackedLSTM, *ELEMENTWISE}
+    unknown = [type(layer) for layer in _modules(module) if type(layer) not in known]
+    names = [layer.__name__ for layer in unknown if layer.__module__.startswith("torch.")]
+    return (names or [unknown[0].__name__])[0]
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:
