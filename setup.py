@@ -12,6 +12,7 @@ not built at all.
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -59,7 +60,8 @@ PLATFORMS = {
     "manylinux_2_28_x86_64": Platform("Linux", "x86_64", "libkernel.so", "x86_64-linux-gnu.2.28", ("-mcpu=x86_64_v3",)),
     "manylinux_2_28_aarch64": Platform("Linux", "aarch64", "libkernel.so", "aarch64-linux-gnu.2.28"),
     "macosx_11_0_arm64": Platform("Darwin", "arm64", "libkernel.dylib", "aarch64-macos.11.0"),
-    "win_amd64": Platform("Windows", "AMD64", "libkernel.dll", "x86_64-windows-gnu", ("-mcpu=x86_64_v3",)),
+    # Without Windows' C runtime, which zig would take a minute to build: the kernel needs little, and zig has it.
+    "win_amd64": Platform("Windows", "AMD64", "libkernel.dll", "x86_64-windows-gnu", ("-mcpu=x86_64_v3", "-nostdlib")),
 }
 
 
@@ -81,8 +83,10 @@ def build_library(tag: str, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(SOURCE, folder)
         command = [sys.executable, "-m", "ziglang", "cc", "-target", to.target, *flags, SOURCE.name, "-o", to.library]
+        # Without a C runtime zig does not look for its headers by itself.
+        rest = ["-isystem", windows_headers()] if to.system == "Windows" else ["-lm"]
         done = subprocess.run(
-            [*command, f'-DBUILT_FROM="{built_from}"', "-lm"],
+            [*command, f'-DBUILT_FROM="{built_from}"', *rest],
             cwd=folder,
             env=os.environ | {f"ZIG_{cache}_CACHE_DIR": os.path.join(folder, cache) for cache in ("GLOBAL", "LOCAL")},
             capture_output=True,
@@ -92,6 +96,14 @@ def build_library(tag: str, path: Path) -> None:
             raise CompileError(f"zig could not compile {SOURCE}:\n{done.stderr}")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(os.path.join(folder, to.library), path)
+
+
+def windows_headers() -> str:
+    """The folder of the C headers for Windows that zig brings along."""
+    spec = importlib.util.find_spec("ziglang")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "lib" / "libc" / "include" / "any-windows-any")
 
 
 def this_platform() -> str:

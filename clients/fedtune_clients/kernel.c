@@ -867,3 +867,12 @@ EXPORT int kernel_measure(const Job *job) {
     }
     return status;
 }
+
+#ifdef _WIN32
+/* Windows calls this when it loads the library. There is nothing to do. */
+int _DllMainCRTStartup(void *library, unsigned long reason, void *reserved);
+int _DllMainCRTStartup(void *library, unsigned long reason, void *reserved) {
+    (void)library, (void)reason, (void)reserved;
+    return 1;
+}
+#endif
