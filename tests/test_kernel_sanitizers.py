@@ -62,7 +62,8 @@ def test_they_see_a_read_outside_an_array(environment):
     done = subprocess.run([sys.executable, "-c", READ_OUTSIDE], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "status" not in done.stdout
-    assert "heap-buffer-overflow" in done.stderr
+    # What lies behind the array may be nothing, or memory that was given back.
+    assert re.search("AddressSanitizer: heap-(buffer-overflow|use-after-free)", done.stderr), done.stderr
 
 
 def test_the_kernel_does_nothing_that_they_see(environment):
