@@ -14,7 +14,7 @@ from fedtune_clients.kernel_library import SOURCE
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("gcc") or shutil.which("clang")
-FLAGS = ("-std=c11", "-O2", "-g", "-march=x86-64-v3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
+FLAGS = ("-std=c11", "-O1", "-g", "-march=x86-64-v3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 pytestmark = [

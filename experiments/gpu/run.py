@@ -20,7 +20,7 @@ SMALLEST = {
     "models": ["logistic", "lstm"],
     "clients": [2, 3],
     "device": "cpu",
-    "minutes": 0.5,
+    "minutes": 0.25,
     "out": Path("runs/smallest/gpu"),
 }
 
