@@ -356,6 +356,7 @@ IN_ANOTHER_PROCESS = "from fedtune_clients.kernel_library import load_library; p
         ("ATEN_CPU_CAPABILITY", "default", "the kernel needs a processor with AVX2"),
         ("FEDTUNE_KERNEL_LIBRARY", "no/such.so", "there is no kernel, such.so"),
         ("FEDTUNE_KERNEL_LIBRARY", __file__, "the kernel can't be loaded"),
+        ("FEDTUNE_KERNEL_LIBRARY", torch._C.__file__, "the kernel can't be loaded"),
     ],
 )
 def test_why_there_is_no_kernel(variable, value, why):

@@ -71,19 +71,19 @@ def load_library() -> Library | str:
         return f"there is no kernel, {path.name}: `make install` builds it in a checkout"
     try:
         functions = ctypes.CDLL(str(path))
-    except OSError as error:
+        functions.kernel_built_from.restype = ctypes.c_char_p
+        functions.kernel_memory.restype = NUM
+        for name in ("kernel_memory", "kernel_train", "kernel_measure"):
+            getattr(functions, name).argtypes = [ctypes.POINTER(Job)]
+    except (OSError, AttributeError) as error:  # AttributeError: it is another library
         return f"the kernel can't be loaded: {error}"
-    functions.kernel_built_from.restype = ctypes.c_char_p
-    functions.kernel_memory.restype = NUM
-    for name in ("kernel_memory", "kernel_train", "kernel_measure"):
-        getattr(functions, name).argtypes = [ctypes.POINTER(Job)]
     built_from = functions.kernel_built_from().decode()
     if built_from.split()[0] != hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]:
         return "the kernel was not built from the present kernel.c: `make install` builds it again"
     sgemm = _find_sgemm()
-    return (
-        "torch brings no sgemm, the matrix product of BLAS" if sgemm is None else Library(functions, sgemm, built_from)
-    )
+    if sgemm is None:
+        return "torch brings no sgemm, the matrix product of BLAS"
+    return Library(functions, sgemm, built_from)
 
 
 def _find_sgemm() -> int | None:
